@@ -1,0 +1,282 @@
+"""Every setting, typed, with its unit, bounds and meaning; from YAML and `key=value` overrides.
+
+`load(path, overrides)` reads, `Config.model_validate` checks, and one `ConfigError` tells every fault at once.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedlq_ray.errors import ConfigError
+
+
+def _text(value: Any) -> Any:
+    """A name that YAML reads as a number is still a name."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Args = dict[str, Any]
+Positive = Annotated[float, Field(gt=0)]
+Level = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
+
+
+def key(default: Any, meaning: str, *, unit: str | None = None, **bounds: Any) -> Any:
+    """A setting: its default, what it means, its unit and its bounds."""
+    extra = {"unit": unit} if unit else None
+    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
+
+
+class Section(BaseModel):
+    """Strict and frozen: no unknown keys, no silent conversions, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class DataConfig(Section):
+    name: Text = key("digits", "digits, fashion-mnist, mnist, cifar10, npz, or your own as module:function")
+    path: Text | None = key(None, "file or folder of the data; for npz required, else searched in the usual places")
+    partition: Literal["iid", "dirichlet", "shards", "quantity"] = key("dirichlet", "how samples go to clients")
+    alpha: Positive = key(0.3, "concentration of dirichlet (by label) and quantity (by size); small is uneven", le=1e6)
+    classes_per_client: int = key(2, "label-sorted shards that a client gets, for shards", ge=1)
+    min_samples: int = key(8, "least samples of a client", unit="samples", ge=1)
+    holdout: float = key(0.1, "share of each client's shard that is held out of training, for probes", ge=0, lt=1)
+    args: Args = key({}, "arguments of your own data function")
+
+
+class ModelConfig(Section):
+    name: Text = key("auto", "auto, mlp, cnn, lenet5, resnet8_gn, vgg9, torchvision:NAME, or module:function")
+    args: Args = key({}, "arguments of the model's function")
+
+
+class ClientsConfig(Section):
+    count: int = key(50, "clients in the federation", ge=1, le=1_000_000)
+    cohort: int = key(10, "clients that take part in a round", ge=1)
+    hosting: Literal["auto", "dedicated", "packed", "serial"] = key(
+        "auto", "dedicated: an actor a client; packed: a few actors host all; serial: no Ray, in this process"
+    )
+    actors: int | None = key(None, "actors that host the clients when packed; null: one a core", ge=1)
+    profiles: Text = key("mixed", "a population's name, or a CSV with a row a client")
+    variation: float = key(0.0, "sigma of the log-normal variation of bandwidth and compute by round", ge=0, le=3)
+    dropout: float = key(0.0, "probability that a client fails to answer in a round", ge=0, le=1)
+
+
+class TrainConfig(Section):
+    lr: Positive = key(0.1, "learning rate of the clients' SGD", le=1e3)
+    momentum: float = key(0.0, "momentum of the clients' SGD, fresh each round", ge=0, lt=1)
+    weight_decay: float = key(0.0, "L2 penalty of the clients' SGD", ge=0, le=1)
+    batch_size: int = key(16, "samples in a step", unit="samples", ge=1)
+    local_epochs: int = key(2, "passes over the shard in a round", ge=1)
+    max_samples: int | None = key(None, "samples of a pass at most, drawn anew each round", unit="samples", ge=1)
+
+
+class StrategyConfig(Section):
+    name: Text = key("fedlq", "fedavg, uniform, fedlq, or your own as module:function")
+    quantizer: Text = key("minmax", "minmax, qsgd, or your own as module:attribute")
+    payload: Literal["update", "model"] = key("update", "what a client sends: its update, or its whole model")
+    bits: float = key(
+        4.0, "uniform: the level, fractions mix two levels over clients; fedlq with budget=bits: the budget",
+        unit="bits a parameter", ge=1, le=32,
+    )  # fmt: skip
+    scope: Literal["layer", "model"] = key("layer", "uniform: a range for each layer, or one for the whole model")
+    error_feedback: bool = key(False, "clients add what quantization lost in a round to what they send in the next")
+    levels: tuple[Level, ...] = key((1, 2, 3, 4, 6, 8), "fedlq: the levels to choose from", unit="bits a parameter")
+    budget: Literal["bits", "deadline", "cohort"] = key(
+        "cohort",
+        "fedlq: bytes for each client from `bits`, from a fixed deadline_s, or from the cohort: the slowest member at "
+        "floor_bits sets the time that the others may fill",
+    )
+    floor_bits: float = key(2.0, "fedlq, budget=cohort: rate of the slowest", unit="bits a parameter", ge=1, le=32)
+    cap_bits: float = key(8.0, "fedlq: rate beyond which bits buy nothing", unit="bits a parameter", ge=1, le=32)
+    deadline_s: Positive | None = key(None, "fedlq, budget=deadline: simulated length of a round", unit="s")
+    allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
+    significance: Literal["ratio", "sum"] = key("ratio", "fedlq: accuracy drop per memory saved, or a weighted sum")
+    significance_alpha: float = key(0.5, "fedlq, significance=sum: weight of the accuracy drop", ge=0, le=1)
+    metric: Literal["loss", "accuracy"] = key("loss", "fedlq: in what the drop is measured")
+    probe_every: int = key(10, "fedlq: rounds between measurements of the drop", unit="rounds", ge=1)
+    probe_samples: int = key(512, "fedlq: held-out samples to measure on", unit="samples", ge=8)
+    probe_decay: float = key(0.5, "fedlq: weight of the past in the running average of drops", ge=0, lt=1)
+    args: Args = key({}, "arguments of your own strategy function")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "StrategyConfig":
+        if not self.levels or sorted(set(self.levels)) != list(self.levels):
+            raise ValueError("levels must be distinct and rise, such as [1,2,4,8]")
+        if self.budget == "deadline" and self.deadline_s is None:
+            raise ValueError("budget=deadline needs deadline_s")
+        if self.floor_bits > self.cap_bits:
+            raise ValueError(f"floor_bits ({self.floor_bits:g}) must not be above cap_bits ({self.cap_bits:g})")
+        return self
+
+
+class NetworkConfig(Section):
+    bill: Literal["upload", "both"] = key("upload", "what the simulated clock counts; downloads are logged anyway")
+    uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit")
+
+
+class TrackingConfig(Section):
+    uri: Text | None = key("sqlite:///mlflow.db", "MLflow's tracking store or server; null: none")
+    experiment: Text = key("fedlq", "MLflow's experiment", min_length=1, max_length=500)
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: Text = key("demo", "the run's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    seed: int = key(0, "what all randomness comes from", ge=0, lt=2**63)
+    rounds: int = key(60, "rounds of training", ge=1)
+    target_accuracy: float | None = key(0.9, "test accuracy to reach, a fraction", gt=0, le=1)
+    evaluate_every: int = key(1, "rounds between evaluations on the test set; the last is always evaluated", ge=1)
+    stop_at_target: bool = key(False, "end the run when the target is reached")
+    out: Text | None = key(None, "the run's folder; null: runs/NAME-SEED, then -2, -3 where taken")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    clients: ClientsConfig = ClientsConfig()
+    train: TrainConfig = TrainConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    network: NetworkConfig = NetworkConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.clients.cohort > self.clients.count:
+            raise ValueError(
+                f"clients.cohort ({self.clients.cohort}) must not be larger than clients.count ({self.clients.count})"
+            )
+        if self.stop_at_target and self.target_accuracy is None:
+            raise ValueError("stop_at_target needs a target_accuracy")
+        return self
+
+
+# Keys that cannot change a result: they are left out of config_sha256.
+WITHOUT_EFFECT = ("name", "out", "tracking", "clients.hosting", "clients.actors")
+
+
+def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a YAML file, and `key=value` overrides of which a later one wins.
+
+    Raises:
+        ConfigError: the file cannot be read, or the settings are wrong (all faults in one message).
+    """
+    tree = OmegaConf.create({})
+    source = "the command line"
+    try:
+        if path is not None:
+            source = str(path)
+            tree = OmegaConf.load(Path(path))  # type: ignore[assignment]
+            if not OmegaConf.is_dict(tree):
+                raise ConfigError(f"{path}: must hold keys and values, such as `rounds: 10`")
+        for override in overrides:
+            name, equals, _ = override.partition("=")
+            if not equals or not name.strip():
+                raise ConfigError(f"{override!r}: is neither a file nor key=value")
+            source = override
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))  # type: ignore[assignment]
+        settings = OmegaConf.to_container(tree, resolve=True)
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path}: no such file") from exc
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as exc:
+        raise ConfigError(f"{source}: {' '.join(str(exc).split())}") from exc
+    return parse(settings, source=str(path) if path else None)
+
+
+def parse(settings: Any, *, source: str | None = None) -> Config:
+    """A checked configuration from plain dicts.
+
+    Raises:
+        ConfigError: every fault, a line each: the key, what is wrong, what was given.
+    """
+    try:
+        return Config.model_validate(_tuples(settings))
+    except ValidationError as exc:
+        lines = [_fault(error) for error in exc.errors(include_url=False)]
+        raise ConfigError("\n".join(([f"in {source}:"] if source else []) + lines)) from exc
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, which strict validation asks for where a setting is a sequence."""
+    if isinstance(value, Mapping):
+        return {name: item if name == "args" else _tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fault(error: Any) -> str:
+    path = ".".join(str(step) for step in error["loc"])
+    given = f" (given: {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
+    if error["type"] == "extra_forbidden":
+        known = [name for name, _, _ in keys()]
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or [k for k in known if k.endswith("." + path)]
+        return f"{path}: unknown key{f'; did you mean {near[0]}?' if near else ''}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path + ': ' if path else ''}{message}"
+    return f"{path}: {message[0].lower()}{message[1:]}{given}"
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every setting: its dotted path, its pydantic field, and its default."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field, field.default
+
+
+def describe(path: str, field: Any) -> str:
+    """One line on a setting: meaning, unit, bounds or choices."""
+    parts = [field.description]
+    unit = (field.json_schema_extra or {}).get("unit")
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    metadata = [*field.metadata, *(m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
+    metadata = [m for item in metadata for m in getattr(item, "metadata", [item])]
+    bounds = [f"{s} {getattr(m, n):g}" for n, s in signs.items() for m in metadata if getattr(m, n, None) is not None]
+    choices = [str(value) for value in get_args(field.annotation) if isinstance(value, str)]
+    return "; ".join(
+        [*parts]
+        + ([f"unit: {unit}"] if unit else [])
+        + ([f"bounds: {' and '.join(dict.fromkeys(bounds))}"] if bounds else [])
+        + ([f"one of: {', '.join(choices)}"] if choices else [])
+    )
+
+
+def to_yaml(config: Config, *, commented: bool = False) -> str:
+    """The resolved configuration, without `out`, as YAML that `load` reads back to the same."""
+    settings = config.model_dump(mode="json", exclude={"out"})
+    if not commented:
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    lines: list[str] = []
+    section = ""
+    for path, field, _ in keys():
+        head, dot, name = path.rpartition(".")
+        if path == "out":
+            continue
+        if head != section:
+            lines.append(f"{head}:")
+            section = head
+        value: Any = settings
+        for step in path.split("."):
+            value = value[step]
+        shown = yaml.safe_dump({name: value}, default_flow_style=True, width=1000, allow_unicode=True).strip()[1:-1]
+        indent = "  " if dot else ""
+        lines += [f"{indent}# {describe(path, field)}", f"{indent}{shown}"]
+    return "\n".join(lines) + "\n"
+
+
+def digest(config: Config) -> str:
+    """SHA-256 (hex) of the settings that can change a result."""
+    settings = config.model_dump(mode="json")
+    for path in WITHOUT_EFFECT:
+        *sections, name = path.split(".")
+        tree = settings
+        for step in sections:
+            tree = tree[step]
+        del tree[name]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,16 @@
+"""Datasets, and how their samples go to clients."""
+
+from fedlq_ray.data.datasets import DATASETS, Dataset, as_dataset, inputs, load
+from fedlq_ray.data.partition import PARTITIONS, hold_out, label_counts, partition
+
+__all__ = [
+    "DATASETS",
+    "PARTITIONS",
+    "Dataset",
+    "as_dataset",
+    "hold_out",
+    "inputs",
+    "label_counts",
+    "load",
+    "partition",
+]

@@ -1,0 +1,95 @@
+"""How samples go to clients: a plain dict of partitioners, each seeded, each with a least size."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.seeding import numpy_rng
+
+Indices = NDArray[np.int64]
+Rng = np.random.Generator
+
+
+def _iid(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
+    """Equal sizes, give or take one, at random."""
+    return np.array_split(rng.permutation(len(labels)), clients)
+
+
+def _dirichlet(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
+    """By label: each class is split in proportions from Dirichlet(alpha). Hsu et al. 2019, as in NIID-Bench."""
+    shards: list[list[Indices]] = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        samples = rng.permutation(np.flatnonzero(labels == label))
+        cuts = (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(samples)).astype(int)
+        for shard, piece in zip(shards, np.split(samples, cuts), strict=True):
+            shard.append(piece)
+    return [np.concatenate(shard) for shard in shards]
+
+
+def _shards(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
+    """Label-sorted samples in clients x classes_per_client pieces; each client gets some. McMahan et al. 2017."""
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    pieces = np.array_split(order, clients * classes_per_client)
+    deal = rng.permutation(len(pieces)).reshape(clients, classes_per_client)
+    return [np.concatenate([pieces[i] for i in row]) for row in deal]
+
+
+def _quantity(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
+    """Sizes in proportions from Dirichlet(alpha), labels at random."""
+    cuts = (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(labels)).astype(int)
+    return np.split(rng.permutation(len(labels)), cuts)
+
+
+PARTITIONS: dict[str, Callable[..., list[Indices]]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "shards": _shards,
+    "quantity": _quantity,
+}
+
+
+def partition(
+    labels: Indices, *, how: str, clients: int, seed: int, alpha: float, classes_per_client: int, min_samples: int
+) -> list[Indices]:
+    """Each client's samples: sorted, disjoint indices that cover all of `labels` (n,).
+
+    A client that got fewer than `min_samples` is filled up from the largest shards.
+    Raises:
+        ConfigError: there are not enough samples for so many clients.
+    """
+    if clients * min_samples > len(labels):
+        raise ConfigError(
+            f"data.min_samples: {clients} clients (clients.count) of at least {min_samples} samples need "
+            f"{clients * min_samples}, and there are {len(labels)}"
+        )
+    rng = numpy_rng(seed, "partition")
+    shards = PARTITIONS[how](labels, clients, rng, alpha=alpha, classes_per_client=classes_per_client)
+    sizes = np.array([len(s) for s in shards])
+    for client in np.flatnonzero(sizes < min_samples):
+        while len(shards[client]) < min_samples:
+            donor = int(sizes.argmax())
+            spare = max(1, (len(shards[donor]) - min_samples) // 2)
+            give = rng.permutation(len(shards[donor]))[: min(spare, min_samples - len(shards[client]))]
+            shards[client] = np.concatenate([shards[client], shards[donor][give]])
+            shards[donor] = np.delete(shards[donor], give)
+            sizes[[donor, client]] = len(shards[donor]), len(shards[client])
+    return [np.sort(shard).astype(np.int64) for shard in shards]
+
+
+def hold_out(shards: Sequence[Indices], fraction: float, seed: int) -> tuple[list[Indices], list[Indices]]:
+    """Split each shard into what trains and what is held out: floor(fraction x size) samples, never all."""
+    kept, held = [], []
+    for client, shard in enumerate(shards):
+        order = numpy_rng(seed, "holdout", client).permutation(len(shard))
+        count = min(int(fraction * len(shard)), len(shard) - 1)
+        held.append(np.sort(shard[order[:count]]))
+        kept.append(np.sort(shard[order[count:]]))
+    return kept, held
+
+
+def label_counts(labels: Indices, shards: Sequence[Indices], num_classes: int) -> Indices:
+    """How many samples of each class each client has: (clients, classes)."""
+    return np.stack([np.bincount(labels[shard], minlength=num_classes) for shard in shards])

@@ -1,0 +1,37 @@
+"""The few errors of this package. Each says where, what rule, what came and what to do, and survives pickle."""
+
+
+class FedLQError(Exception):
+    """Anything that this package raises on purpose."""
+
+
+class ConfigError(FedLQError):
+    """The user's input is wrong: configuration, data, profiles or an import path. The exit code is 2."""
+
+
+class PayloadError(FedLQError):
+    """Bytes that are not a well-formed payload of this program."""
+
+
+class ClientError(FedLQError):
+    """A client's round failed. The exit code is 1.
+
+    Args:
+        message: what went wrong, and what to do.
+        round: the round, from 0.
+        client: the client's number, from 0.
+    """
+
+    def __init__(self, message: str, *, round: int, client: int) -> None:
+        super().__init__(message, round, client)
+        self.message, self.round, self.client = message, round, client
+
+    def __str__(self) -> str:
+        return f"round {self.round}, client {self.client}: {self.message}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _client_error, (self.message, self.round, self.client)
+
+
+def _client_error(message: str, round: int, client: int) -> ClientError:
+    return ClientError(message, round=round, client=client)

@@ -1,0 +1,84 @@
+"""torchvision's models and datasets, without its compiled operators where those cannot load."""
+
+import difflib
+import pickle
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlq_ray.errors import ConfigError
+
+_declared: list[torch.library.Library] = []  # kept alive: a library that is collected takes its operators along
+
+
+def import_torchvision() -> ModuleType:
+    """The module `torchvision`.
+
+    A torchvision that was compiled for another build of PyTorch (the index's for CUDA, beside a CPU-only PyTorch)
+    fails at import on operators of object detection. Neither datasets nor classifiers need them: they are declared,
+    and the import tried again.
+    Raises:
+        ConfigError: it cannot be imported all the same.
+    """
+    try:
+        import torchvision
+    except RuntimeError as exc:
+        if "torchvision::" not in str(exc):
+            raise ConfigError(f"torchvision cannot be imported: {exc}") from exc
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+        try:
+            import torchvision
+        except (RuntimeError, ImportError) as again:
+            raise ConfigError(f"torchvision does not fit this torch {torch.__version__}: {again}") from again
+    except ImportError as exc:
+        raise ConfigError(f"torchvision cannot be imported: {exc}") from exc
+    return torchvision
+
+
+def build_torchvision(name: str, input_shape: tuple[int, ...], num_classes: int, args: dict[str, Any]) -> nn.Module:
+    """An untrained classifier of torchvision, traced where that is exact, so that clients need no torchvision.
+
+    Raises:
+        ConfigError: no such model, or it does not fit images of this shape.
+    """
+    if len(input_shape) != 3 or input_shape[0] != 3:
+        raise ConfigError(f"model.name: torchvision's models take images of 3 channels, this data is {input_shape}")
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"model.name: torchvision has no classifier {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    try:
+        module: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **args)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"model.name: torchvision:{name}: {exc}") from exc
+    return _traced(module, input_shape) or module
+
+
+def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module | None:
+    """The module as a graph that needs no torchvision to unpickle, or None where the graph is not the same."""
+    try:
+        graph = torch.fx.symbolic_trace(module)
+        data = pickle.dumps(graph)
+    except Exception:  # tracing may fail on anything that a forward pass can hold
+        return None
+    used = [getattr(node.target, "__module__", "") or "" for node in graph.graph.nodes]
+    used += [type(part).__module__ for part in graph.modules()]
+    if any(m.startswith("torchvision") for m in used) or b"torchvision.ops" in data:
+        return None
+    if graph.state_dict().keys() != module.state_dict().keys():
+        return None
+    x = torch.ones(2, *input_shape)
+    with torch.no_grad():
+        same = torch.equal(graph.eval()(x), module.eval()(x))
+    return graph.train() if same else None

@@ -1,0 +1,161 @@
+"""The models, by name: each a function of the input's shape and the number of classes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlq_ray import parts
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.models.torchvision_bridge import build_torchvision
+
+
+def _image(name: str, input_shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
+    if len(input_shape) != 3 or min(input_shape[1:]) < least:
+        raise ConfigError(f"model.name: {name} takes images of {least}x{least} or more, this data is {input_shape}")
+    return input_shape  # type: ignore[return-value]
+
+
+def mlp(input_shape: tuple[int, ...], num_classes: int, hidden: Sequence[int] = (200,)) -> nn.Module:
+    """Fully connected layers with ReLU, on any input, flattened."""
+    widths = [int(torch.Size(input_shape).numel()), *hidden]
+    parts: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]
+    for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False), 1):
+        parts += [(f"fc{index}", nn.Linear(before, after)), (f"relu{index}", nn.ReLU())]
+    parts.append((f"fc{len(widths)}", nn.Linear(widths[-1], num_classes)))
+    model = nn.Sequential()
+    for name, part in parts:
+        model.add_module(name, part)
+    return model
+
+
+class _ConvNet(nn.Module):
+    """Two unpadded 5x5 convolutions, each pooled, then fully connected layers."""
+
+    def __init__(self, shape: tuple[int, int, int], channels: tuple[int, int], widths: Sequence[int]) -> None:
+        super().__init__()
+        colours, height, width = shape
+        self.conv1 = nn.Conv2d(colours, channels[0], 5)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], 5)
+        self.pool = nn.MaxPool2d(2)
+        side = [((s - 4) // 2 - 4) // 2 for s in (height, width)]
+        sizes = [channels[1] * side[0] * side[1], *widths]
+        self.depth = len(widths)
+        for index, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+            setattr(self, f"fc{index}", nn.Linear(before, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Pooling before ReLU is the same function, with a quarter of the ReLU's work.
+        x = torch.relu(self.pool(self.conv1(x)))
+        x = torch.relu(self.pool(self.conv2(x))).flatten(1)
+        for index in range(1, self.depth):
+            x = torch.relu(getattr(self, f"fc{index}")(x))
+        return getattr(self, f"fc{self.depth}")(x)  # type: ignore[no-any-return]
+
+
+def cnn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """The small CNN of the federated-learning papers: 147,146 parameters on 28x28x1 with 10 classes."""
+    return _ConvNet(_image("cnn", input_shape, 16), (16, 32), (256, num_classes))
+
+
+def lenet5(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """LeNet-5 (LeCun et al., Proc. IEEE 1998), with ReLU and max pooling, unpadded."""
+    return _ConvNet(_image("lenet5", input_shape, 16), (6, 16), (120, 84, num_classes))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, after)
+        self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False) if before != after else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return torch.relu(out + self.shortcut(x))
+
+
+def resnet8_gn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """ResNet of 8 layers (He et al., CVPR 2016, CIFAR's family with n = 1), GroupNorm in place of batch-norm."""
+    channels, _, _ = _image("resnet8_gn", input_shape, 8)
+    model = nn.Sequential()
+    model.add_module("conv1", nn.Conv2d(channels, 16, 3, 1, 1, bias=False))
+    model.add_module("norm1", nn.GroupNorm(8, 16))
+    model.add_module("relu1", nn.ReLU())
+    for index, (before, after, stride) in enumerate(((16, 16, 1), (16, 32, 2), (32, 64, 2)), 1):
+        model.add_module(f"block{index}", _ResidualBlock(before, after, stride))
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("fc", nn.Linear(64, num_classes))
+    return model
+
+
+def vgg9(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """VGG with six convolutions and three fully connected layers, without batch-norm, after Simonyan and Zisserman
+    (ICLR 2015), at the size that federated-learning papers use (Wang et al., FedMA, ICLR 2020)."""
+    channels, height, width = _image("vgg9", input_shape, 8)
+    model = nn.Sequential()
+    for index, after in enumerate((32, 64, 128, 128, 256, 256), 1):
+        model.add_module(f"conv{index}", nn.Conv2d(channels, after, 3, padding=1))
+        model.add_module(f"relu{index}", nn.ReLU())
+        if index % 2 == 0:
+            model.add_module(f"pool{index}", nn.MaxPool2d(2))
+        channels = after
+    model.add_module("flatten", nn.Flatten())
+    widths = (channels * (height // 8) * (width // 8), 512, 512)
+    for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False), 1):
+        model.add_module(f"fc{index}", nn.Linear(before, after))
+        model.add_module(f"relu_fc{index}", nn.ReLU())
+    model.add_module("fc3", nn.Linear(512, num_classes))
+    return model
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "lenet5": lenet5,
+    "resnet8_gn": resnet8_gn,
+    "vgg9": vgg9,
+}
+_AUTO = {(1, 28, 28): "cnn", (3, 32, 32): "resnet8_gn"}
+
+
+def build(
+    name: str | Callable[..., nn.Module], input_shape: tuple[int, ...], num_classes: int, args: dict[str, Any]
+) -> nn.Module:
+    """A model by name, import path or factory; `auto` picks by shape. The caller seeds PyTorch.
+
+    Raises:
+        ConfigError: no such model, or it does not fit the data.
+    """
+    if name == "auto":
+        name = _AUTO.get(input_shape, "mlp")
+    if isinstance(name, str) and name.startswith("torchvision:"):
+        module: Any = build_torchvision(name.removeprefix("torchvision:"), input_shape, num_classes, args)
+    else:
+        factory = parts.find("model.name", name, MODELS) if isinstance(name, str) else name
+        module = parts.call("model.name", factory, {"input_shape": input_shape, "num_classes": num_classes}, args)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"model.name: gave a {type(module).__name__}, not a torch.nn.Module")
+    check_output(module, input_shape, num_classes)
+    return module
+
+
+def check_output(module: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """Raises ConfigError unless the model gives one output a class."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(module(torch.zeros(2, *input_shape)).shape)
+    except Exception as exc:  # a user's model may raise anything
+        raise ConfigError(f"model.name: fails on inputs of shape {input_shape}: {type(exc).__name__}: {exc}") from exc
+    finally:
+        module.train(was_training)
+    if shape != (2, num_classes):
+        raise ConfigError(
+            f"model.name: gives {shape} for 2 samples, where the data's {num_classes} classes need {(2, num_classes)}"
+        )

@@ -1,0 +1,67 @@
+"""One way from a name to a part: a built-in by its plain dict, or a user's own by `module:attribute`."""
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray.errors import ConfigError
+
+
+def make_importable(folder: str | Path) -> None:
+    """Let `module:attribute` paths find modules in `folder` (the user's working directory)."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
+    """The part called `name`.
+
+    Args:
+        kind: the configuration key, for messages, such as `model.name`.
+        name: a key of `builtin`, or `module:attribute`.
+    Raises:
+        ConfigError: no such name; the module or the attribute cannot be had.
+    """
+    if name in builtin:
+        return builtin[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, builtin, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{kind}: no {name!r}; known: {', '.join(builtin)}, or your own as module:attribute{hint}")
+    try:
+        part: Any = importlib.import_module(module_name)
+    except Exception as exc:  # a user's module may raise anything while it is imported
+        raise ConfigError(f"{kind}: cannot import {module_name!r} ({type(exc).__name__}: {exc})") from exc
+    for step in attribute.split("."):
+        if not hasattr(part, step):
+            raise ConfigError(f"{kind}: module {module_name!r} has no {attribute!r}")
+        part = getattr(part, step)
+    return part
+
+
+def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
+    """Call a part's factory with `args`, and with those of the `offered` values that its parameters name.
+
+    Raises:
+        ConfigError: `args` do not fit the factory, or it raises.
+    """
+    try:
+        known = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        known = {}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    wrong = [key for key in args if key not in known and not takes_all]
+    if wrong:
+        raise ConfigError(f"{kind}: takes no {', '.join(map(repr, wrong))}; it takes {', '.join(known) or 'nothing'}")
+    given = {key: value for key, value in offered.items() if key in known or takes_all}
+    try:
+        return factory(**{**given, **args})
+    except ConfigError:
+        raise
+    except Exception as exc:  # a user's factory may raise anything
+        raise ConfigError(f"{kind}: {type(exc).__name__}: {exc}") from exc

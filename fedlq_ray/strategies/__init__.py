@@ -1,0 +1,42 @@
+"""Strategies by name: each a plan of what every client sends, short enough to be read next to its paper."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fedlq_ray import parts
+from fedlq_ray.config import StrategyConfig
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization import Quantizer
+from fedlq_ray.quantization.quantizers import checked, resolve
+from fedlq_ray.strategies.base import Member, Probe, Setting, Strategy
+from fedlq_ray.strategies.fedavg import FedAvg
+from fedlq_ray.strategies.fedlq import FedLQ
+from fedlq_ray.strategies.uniform import Uniform
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"fedavg": FedAvg, "uniform": Uniform, "fedlq": FedLQ}
+
+
+def make(setting: Setting, given: Any = None) -> Strategy:
+    """The strategy of `setting.config`, or the user's own, `given` as an object or a factory.
+
+    Raises:
+        ConfigError: no such strategy, or it has no `plan`.
+    """
+    factory = parts.find("strategy.name", setting.config.name, STRATEGIES) if given is None else given
+    if isinstance(factory, type) or not hasattr(factory, "plan"):
+        factory = parts.call("strategy.name", factory, {"setting": setting}, setting.config.args)
+    if not callable(getattr(factory, "plan", None)):
+        raise ConfigError(f"strategy.name: {type(factory).__name__} has no method plan")
+    return factory  # type: ignore[no-any-return]
+
+
+def quantizer_of(config: StrategyConfig, given: Any = None) -> tuple[str, Quantizer | None]:
+    """The name on the wire, and the user's own quantizer where it is not built in."""
+    from fedlq_ray.quantization import QUANTIZERS
+
+    if given is None and config.quantizer in QUANTIZERS:
+        return config.quantizer, None
+    return "custom", checked(given) if given is not None else resolve(config.quantizer)
+
+
+__all__ = ["STRATEGIES", "FedAvg", "FedLQ", "Member", "Probe", "Setting", "Strategy", "Uniform", "make", "quantizer_of"]

@@ -1,0 +1,20 @@
+"""FedAvg. McMahan et al., AISTATS 2017, arXiv:1602.05629, Algorithm 1.
+
+Departs from it: a client sends its update (or its model, `strategy.payload`) through the wire format, as float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.training import Plan
+
+
+class FedAvg(Strategy):
+    """Everything at full precision."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._plan = setting.plan([32] * len(setting.quantized))
+
+    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+        return {member.client: self._plan for member in cohort}

@@ -1,0 +1,100 @@
+"""FedLQ. Xu et al., "Towards layer-wise quantization for heterogeneous federated clients", Computer Networks 264,
+2025, 111223, doi:10.1016/j.comnet.2025.111223.
+
+Only its abstract is public to us; the formulas are our reading of it (ARCHITECTURE.md). For each layer and level:
+memory saved M_l(b), accuracy drop A_l(b), significance A/M; for each client a byte budget from its link and its
+compute; under that budget levels by the greedy significance-aware algorithm, or the exact one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.significance import Allocation, Drops, Measurement, exact, greedy, memory_saving
+from fedlq_ray.strategies.base import Member, Probe, Setting, Strategy
+from fedlq_ray.training import Plan
+
+
+class FedLQ(Strategy):
+    """Levels by layer and client, from significance measured during training."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        config = setting.config
+        if setting.quantizer_name == "float32":
+            raise ConfigError("strategy.quantizer: fedlq needs a quantizer with levels, such as minmax")
+        self.sizes = np.array([[setting.size(layer, b) for b in config.levels] for layer in setting.quantized])
+        self.counts = [layer.size for layer in setting.quantized]
+        self.drops = Drops(config.probe_decay, config.metric)
+
+    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+        budgets = self.budgets(cohort)
+        made: dict[float, Plan] = {}
+        for budget in budgets:
+            if budget not in made:
+                levels = [self.setting.config.levels[c] for c in self.allocate(budget).choice]
+                made[budget] = self.setting.plan(levels)
+        return {member.client: made[budget] for member, budget in zip(cohort, budgets, strict=True)}
+
+    def budgets(self, cohort: Sequence[Member]) -> list[float]:
+        """B_n, bytes of a payload: (tau - fixed_n) R_n, from the cheapest payload to the cap."""
+        config = self.setting.config
+        if config.budget == "bits":
+            return [self._bytes_at(config.bits)] * len(cohort)
+        if config.budget == "deadline":
+            tau = float(config.deadline_s)  # type: ignore[arg-type]
+        else:
+            floor = self._bytes_at(config.floor_bits)
+            tau = max(m.fixed_s + floor / m.uplink_bytes_per_s for m in cohort)
+        cap = self._bytes_at(config.cap_bits)
+        rates = [(tau - m.fixed_s) * m.uplink_bytes_per_s if m.fixed_s < tau else 0.0 for m in cohort]
+        return [float(min(cap, rate)) for rate in rates]
+
+    def _bytes_at(self, bits: float) -> float:
+        """Bytes of a payload in which every layer has `bits`: fractions lie between the levels around them."""
+        below = max((b for b in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32) if b <= bits), default=1)
+        rest = self.setting.fixed_size + sum(self.setting.size(layer, below) for layer in self.setting.quantized)
+        return rest + (bits - below) * sum(self.counts) / 8
+
+    def allocate(self, budget: float) -> Allocation:
+        """Levels under a payload's bytes."""
+        config = self.setting.config
+        drops = self.drops.estimate(self.counts, config.levels)
+        left = budget - self.setting.fixed_size
+        if config.allocation == "exact":
+            return exact(drops, self.sizes, left)
+        return greedy(drops, self.sizes, left, self._margins(drops) if config.significance == "sum" else None)
+
+    def _margins(self, drops: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Significance of a step down as a weighted sum: alpha x drop - (1 - alpha) x memory saved, each to its top."""
+        alpha = self.setting.config.significance_alpha
+        saving = memory_saving(self.counts, self.setting.config.levels)
+        lost, saved = drops[:, :-1] - drops[:, 1:], saving[:, :-1] - saving[:, 1:]
+        margins: np.ndarray[Any, Any] = alpha * lost / max(lost.max(), 1e-30) - (1 - alpha) * saved / saved.max()
+        return margins
+
+    def probe(self, round: int) -> Probe | None:
+        # Round 0 has no update yet to measure on, and its weights are random.
+        config = self.setting.config
+        if round == 0 or (round - 1) % config.probe_every:
+            return None
+        return Probe(config.levels, config.probe_samples)
+
+    def learn(self, round: int, measurement: Measurement | None, update: Tensor) -> None:
+        if measurement is not None:
+            self.drops.add(measurement)
+
+    def report(self) -> dict[str, Any]:
+        """Significance A/M of each layer at the lowest level, and the noise of A there."""
+        if self.drops.measured is None or self.drops.variance is None:
+            return {}
+        names = [layer.name for layer in self.setting.quantized]
+        estimate = self.drops.estimate(self.counts, self.setting.config.levels)
+        ratio = estimate / memory_saving(self.counts, self.setting.config.levels)
+        return {
+            "significance": dict(zip(names, ratio[:, 0].tolist(), strict=True)),
+            "drop_noise": dict(zip(names, np.sqrt(self.drops.variance[:, 0]).tolist(), strict=True)),
+        }

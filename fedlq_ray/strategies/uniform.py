@@ -1,0 +1,46 @@
+"""Uniform quantization: one level for all layers of all clients, as FedPAQ (Reisizadeh et al., AISTATS 2020) has it.
+
+`strategy.bits` may be a fraction: then some clients of a cohort send the level below and the others the level above,
+so that over rounds a parameter takes that many bits on average. Who sends which is drawn anew each round.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization.wire import Segment
+from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.training import Plan
+
+LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+
+
+class Uniform(Strategy):
+    """One level for all, in one range a layer or (`strategy.scope=model`) one range for the whole vector."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        bits = setting.config.bits
+        self.below = max(level for level in LEVELS if level <= bits)
+        self.above = min(level for level in LEVELS if level >= bits)
+        if setting.config.scope == "model" and bits > 8:
+            raise ConfigError("strategy.bits: scope=model needs at most 8 bits")
+
+    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+        span = self.above - self.below
+        share = (self.setting.config.bits - self.below) / span if span else 0.0
+        # Whole clients so that the count over all rounds so far is within one of share x clients.
+        high = math.floor((round + 1) * len(cohort) * share) - math.floor(round * len(cohort) * share)
+        order = numpy_rng(self.setting.seed, "uniform", round).permutation(len(cohort))
+        lucky = {cohort[i].client for i in order[:high]}
+        return {m.client: self._at(self.above if m.client in lucky else self.below) for m in cohort}
+
+    def _at(self, bits: int) -> Plan:
+        layers = self.setting.quantized
+        if self.setting.config.scope == "layer":
+            return self.setting.plan([bits] * len(layers))
+        plan = self.setting.plan([bits] * len(layers))
+        whole = Segment(self.setting.quantizer_at(bits)[0], bits, layers[0].start, layers[-1].stop)
+        return Plan(plan.payload, (whole, *plan.segments[len(layers) :]), plan.error_feedback)

@@ -1,0 +1,180 @@
+"""A client's round and the evaluation, as pure functions: no clock, no Ray, no state of their own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedlq_ray.config import TrainConfig
+from fedlq_ray.errors import ClientError, PayloadError
+from fedlq_ray.models import FlatModel, Layer
+from fedlq_ray.quantization import Quantizer, decode, encode
+from fedlq_ray.quantization.wire import Segment
+from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
+
+EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same whoever evaluates
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a client is to send in a round.
+
+    Args:
+        payload: "update" or "model".
+        segments: the pieces that cover the flat vector in order, each with its quantizer and level.
+        error_feedback: add what was lost in earlier rounds, and keep what is lost in this one.
+    """
+
+    payload: str
+    segments: tuple[Segment, ...]
+    error_feedback: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a client's round: the payload's bytes, the mean training loss, and samples processed."""
+
+    payload: bytes
+    train_loss: float
+    samples: int
+
+
+def samples_of(shard: int, train: TrainConfig) -> int:
+    """Samples that a client with a shard of this size uses in a pass."""
+    return shard if train.max_samples is None else min(shard, train.max_samples)
+
+
+def _batches(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """`order` in pieces of `size`; a last one of a single sample joins its neighbour (batch-norm needs two)."""
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [np.concatenate(batches[-2:])]
+    return batches
+
+
+def train_locally(model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *, rng: np.random.Generator) -> float:
+    """SGD on one shard, in place; gives the mean loss of all samples seen.
+
+    Args:
+        model: holds the global weights when it comes in, and the client's own when it goes out.
+        x, y: normalised inputs (n, ...) float32, labels (n,) int64.
+        rng: source of the order of samples.
+    """
+    model.module.train()
+    trained = torch.nn.Parameter(model.vector[: model.num_parameters])
+    trained.grad = model.grad
+    optimizer = torch.optim.SGD(
+        [trained], lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, foreach=False
+    )
+    total, seen = torch.zeros((), dtype=torch.float64), 0
+    for _ in range(train.local_epochs):
+        order = rng.permutation(len(y))[: samples_of(len(y), train)]
+        for batch in _batches(order, train.batch_size):
+            index = torch.from_numpy(batch)
+            model.grad.zero_()
+            loss = cross_entropy(model.module(x[index]), y[index])
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch)
+            seen += len(batch)
+    return float(total) / seen
+
+
+def client_round(
+    model: FlatModel,
+    x: NDArray[Any],
+    y: NDArray[np.int64],
+    *,
+    normalise: Callable[[NDArray[Any]], Tensor],
+    weights: Tensor,
+    memory: Tensor | None,
+    plan: Plan,
+    train: TrainConfig,
+    seed: int,
+    round: int,
+    client: int,
+    custom: Quantizer | None = None,
+) -> tuple[Reply, Tensor | None]:
+    """One client's round: (weights, memory, plan, seed) to (payload, memory).
+
+    Args:
+        model: scratch space of the right shape; what it holds does not matter.
+        x, y: the client's training shard, as stored.
+        weights: the global flat vector (d,) float32; not changed.
+        memory: error feedback's (d,) float32, or None for none yet.
+        custom: the user's quantizer, for segments called "custom".
+    Returns:
+        The reply, and the new memory (None without error feedback).
+    Raises:
+        ClientError: training or a user's part failed, or training diverged; names the layer.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):  # a model's dropout draws from the global generator
+            torch.manual_seed(torch_seed(seed, "model", round, client))
+            model.load(weights)
+            rng = numpy_rng(seed, "batches", round, client)
+            loss = train_locally(model, normalise(x), torch.from_numpy(y.copy()), train, rng=rng)
+        _require_finite(model.vector, model.layers, round, client)
+        sent = model.vector - weights if plan.payload == "update" else model.vector.clone()
+        if plan.error_feedback and memory is not None:
+            sent += memory
+        where = {"kind": plan.payload, "round": round, "client": client}
+        noise = torch_rng(seed, "quantize", round, client)
+        payload = encode(sent, plan.segments, rng=noise, custom=custom, **where)  # type: ignore[arg-type]
+        if plan.error_feedback:
+            sizes = [s.stop - s.start for s in plan.segments]
+            memory = sent - decode(payload, sizes, custom=custom, **where).vector  # type: ignore[arg-type]
+    except ClientError:
+        raise
+    except PayloadError as exc:
+        raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
+    except Exception as exc:  # a user's model or quantizer may raise anything
+        raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
+    reply = Reply(payload, loss, train.local_epochs * samples_of(len(y), train))
+    return reply, memory if plan.error_feedback else None
+
+
+def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, client: int) -> None:
+    if bool(torch.isfinite(vector).all()):
+        return
+    for layer in layers:
+        piece = vector[layer.start : layer.stop]
+        bad = int((~torch.isfinite(piece)).sum())
+        if bad:
+            raise ClientError(
+                f"training diverged: layer {layer.name} has {bad} of {layer.size} values that are NaN or infinite; "
+                "lower train.lr",
+                round=round,
+                client=client,
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fraction of samples that are classified rightly, and the mean cross-entropy."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def sample_losses(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample's loss (n,) and whether it is classified rightly (n,) bool, in evaluation mode."""
+    model.load(weights)
+    model.module.eval()
+    outputs = [
+        model.module(x[start : start + EVALUATION_CHUNK]).float() for start in range(0, len(y), EVALUATION_CHUNK)
+    ]
+    logits = torch.cat(outputs)
+    return cross_entropy(logits, y, reduction="none").double(), logits.argmax(1) == y
+
+
+def evaluate(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> Evaluation:
+    """Accuracy and loss of a flat vector on normalised inputs (n, ...) and labels (n,)."""
+    losses, right = sample_losses(model, weights, x, y)
+    return Evaluation(int(right.sum()) / len(y), float(losses.mean()))
