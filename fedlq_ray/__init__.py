@@ -1,0 +1,20 @@
+"""A simulator of communication-efficient federated learning: clients as Ray actors, quantized layer by layer."""
+
+from typing import TYPE_CHECKING, Any
+
+from fedlq_ray.config import Config
+from fedlq_ray.errors import ClientError, ConfigError, FedLQError, PayloadError
+
+if TYPE_CHECKING:
+    from fedlq_ray.simulation import Result, simulate
+
+__all__ = ["ClientError", "Config", "ConfigError", "FedLQError", "PayloadError", "Result", "simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    # pandas and the rest are for who calls `simulate`: client processes never import them.
+    if name in ("Result", "simulate"):
+        from fedlq_ray import simulation
+
+        return getattr(simulation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

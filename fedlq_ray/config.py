@@ -31,7 +31,7 @@ Level = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
 
 def key(default: Any, meaning: str, *, unit: str | None = None, **bounds: Any) -> Any:
     """A setting: its default, what it means, its unit and its bounds."""
-    extra = {"unit": unit} if unit else None
+    extra: Any = {"unit": unit} if unit else None
     return Field(default, description=meaning, json_schema_extra=extra, **bounds)
 
 
@@ -133,7 +133,7 @@ class Config(Section):
     name: Text = key("demo", "the run's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     seed: int = key(0, "what all randomness comes from", ge=0, lt=2**63)
     rounds: int = key(60, "rounds of training", ge=1)
-    target_accuracy: float | None = key(0.9, "test accuracy to reach, a fraction", gt=0, le=1)
+    target_accuracy: float | None = key(0.93, "test accuracy to reach, a fraction", gt=0, le=1)
     evaluate_every: int = key(1, "rounds between evaluations on the test set; the last is always evaluated", ge=1)
     stop_at_target: bool = key(False, "end the run when the target is reached")
     out: Text | None = key(None, "the run's folder; null: runs/NAME-SEED, then -2, -3 where taken")

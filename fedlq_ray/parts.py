@@ -51,7 +51,7 @@ def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], arg
         ConfigError: `args` do not fit the factory, or it raises.
     """
     try:
-        known = inspect.signature(factory).parameters
+        known = dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
         known = {}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())

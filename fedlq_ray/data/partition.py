@@ -75,7 +75,7 @@ def partition(
             give = rng.permutation(len(shards[donor]))[: min(spare, min_samples - len(shards[client]))]
             shards[client] = np.concatenate([shards[client], shards[donor][give]])
             shards[donor] = np.delete(shards[donor], give)
-            sizes[[donor, client]] = len(shards[donor]), len(shards[client])
+            sizes[donor], sizes[client] = len(shards[donor]), len(shards[client])
     return [np.sort(shard).astype(np.int64) for shard in shards]
 
 

@@ -120,7 +120,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8_gn": resnet8_gn,
     "vgg9": vgg9,
 }
-_AUTO = {(1, 28, 28): "cnn", (3, 32, 32): "resnet8_gn"}
+_AUTO: dict[tuple[int, ...], str] = {(1, 28, 28): "cnn", (3, 32, 32): "resnet8_gn"}
 
 
 def build(

@@ -35,4 +35,4 @@ def unpack(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint8]
     if flat[count * bits :].any():
         raise PayloadError("the filling after the last code is not zero")
     columns = flat[: count * bits].reshape(count, bits)
-    return np.packbits(columns, axis=1)[:, 0] >> (8 - bits)
+    return np.right_shift(np.packbits(columns, axis=1)[:, 0], 8 - bits, dtype=np.uint8)

@@ -133,7 +133,7 @@ class Qsgd:
     HEADER = struct.Struct("<Bf")
 
     def encode(self, x: Tensor, bits: int, rng: Generator) -> bytes:
-        norm = np.float32(min(float(x.double().norm()), np.finfo(np.float32).max))
+        norm = np.float32(min(float(x.double().norm()), float(np.finfo(np.float32).max)))
         unit = x / float(norm) if norm > 0 else torch.zeros_like(x)
         noise = torch.rand(x.shape, generator=rng)
         if bits == 1:

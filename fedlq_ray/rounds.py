@@ -1,0 +1,242 @@
+"""The rounds: sample a cohort, plan, train, fold in client order, move the simulated clock, evaluate.
+
+Knows nothing of Ray: a `Host` trains and evaluates. The records are the same whatever the host and the order in
+which replies come.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedlq_ray.clock import client_time, conditions, round_time
+from fedlq_ray.errors import ClientError, FedLQError, PayloadError
+from fedlq_ray.quantization import decode
+from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.significance import Measurement
+from fedlq_ray.strategies import Member, Probe, Strategy
+from fedlq_ray.task import Job, Task, Workplace
+from fedlq_ray.training import Evaluation, Reply, samples_of
+
+
+class Future(Protocol):
+    """Something under way elsewhere."""
+
+    def ready(self) -> bool: ...
+
+    def result(self) -> Any: ...
+
+
+class Host(Protocol):
+    """Where clients live. `publish` makes weights known to all; the others take what it gave."""
+
+    def publish(self, weights: Tensor) -> Any: ...
+
+    def train(self, jobs: Sequence[Job], weights: Any) -> Iterator[tuple[int, Reply]]: ...
+
+    def evaluate(self, weights: Any) -> Future: ...
+
+    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Future: ...
+
+
+@dataclass
+class Outcome:
+    """What the rounds leave: weights (d,) after `rounds` rounds; whether all that was asked for was done."""
+
+    weights: Tensor
+    completed: bool = False
+    timing: dict[str, list[float]] = field(default_factory=lambda: {"round_s": [], "evaluation_s": [], "decode_s": []})
+
+
+Record = dict[str, Any]
+
+
+class _Reached(Exception):
+    """The target is reached, and the run is to stop there."""
+
+
+def run(
+    task: Task, strategy: Strategy, host: Host, outcome: Outcome, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Record]:
+    """Each round's record, as soon as it is known; `outcome` has the weights that belong to the last record.
+
+    Raises:
+        ClientError: a client failed.
+        FedLQError: the average is not finite.
+    """
+    config, place = task.config, Workplace(task)
+    broadcast_bytes = place.broadcast_size()
+    sim_time_s = 0.0
+    pending: tuple[Record, Future | None] | None = None
+    last_update, before = torch.zeros_like(outcome.weights), torch.zeros_like(outcome.weights)
+
+    def finished(wait: bool) -> Iterator[Record]:
+        """The record that waits for its evaluation, if it can be had."""
+        nonlocal pending
+        if pending is None or not (wait or pending[1] is None or pending[1].ready()):
+            return
+        record, future = pending
+        pending = None
+        evaluation: Evaluation | None = None
+        if future is not None:
+            started = time.perf_counter()
+            evaluation = future.result()
+            outcome.timing["evaluation_s"].append(time.perf_counter() - started)
+        record["accuracy"] = evaluation.accuracy if evaluation else None
+        record["test_loss"] = evaluation.loss if evaluation and math.isfinite(evaluation.loss) else None
+        yield record
+        target = config.target_accuracy
+        if config.stop_at_target and evaluation and target is not None and evaluation.accuracy >= target:
+            raise _Reached
+
+    weights = host.publish(outcome.weights)
+    last_evaluation: float | None = None
+    try:
+        for round in range(config.rounds):
+            if strategy.needs_evaluation:
+                for record in finished(wait=True):
+                    last_evaluation = record["test_loss"] if record["test_loss"] is not None else last_evaluation
+                    yield record
+            members = cohort(task, round)
+            plans = strategy.plan(round, members, last_evaluation)
+            answering = [m for m in members if not _drops_out(task, round, m.client)]
+            jobs = [Job(round, m.client, plans[m.client]) for m in answering]
+            wanted = strategy.probe(round)
+            base = torch.zeros_like(before) if config.strategy.payload == "model" else before
+            sent = outcome.weights if config.strategy.payload == "model" else last_update
+            probing = host.probe(wanted, base, sent, round) if wanted else None
+
+            started, decode_s = time.perf_counter(), 0.0
+            fold = _Fold(place, outcome.weights, jobs, strategy.weights(answering) if answering else [])
+            for client, reply in host.train(jobs, weights):
+                clock = time.perf_counter()
+                fold.take(client, reply)
+                decode_s += time.perf_counter() - clock
+                if stopped():
+                    return
+                yield from finished(wait=False)
+            outcome.timing["round_s"].append(time.perf_counter() - started)
+            outcome.timing["decode_s"].append(decode_s)
+            yield from finished(wait=True)
+            if stopped():
+                return
+
+            measurement: Measurement | None = probing.result() if probing else None
+            last_update, before = fold.update.float(), outcome.weights
+            outcome.weights = before + last_update
+            if not bool(torch.isfinite(outcome.weights).all()):
+                raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
+            strategy.learn(round, measurement, last_update)
+            record = _record(task, place, round, members, fold, broadcast_bytes)
+            sim_time_s += record.pop("round_time_s")
+            record["sim_time_s"] = sim_time_s
+            record.update(strategy.report())
+            weights = host.publish(outcome.weights)
+            due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds
+            pending = (record, host.evaluate(weights) if due else None)
+        yield from finished(wait=True)
+        outcome.completed = True
+    except _Reached:
+        outcome.completed = True
+
+
+def cohort(task: Task, round: int) -> list[Member]:
+    """The clients of a round, in order, drawn without replacement, with what a plan may know of them."""
+    config = task.config
+    drawn = numpy_rng(config.seed, "cohort", round).choice(config.clients.count, config.clients.cohort, replace=False)
+    return [member(task, int(client)) for client in sorted(drawn)]
+
+
+def member(task: Task, client: int) -> Member:
+    """A client as a plan sees it: its profile's means."""
+    network, profile = task.config.network, task.profiles[client]
+    samples = samples_of(len(task.shards[client]), task.config.train)
+    time = client_time(
+        profile,
+        flops=task.flops * samples * task.config.train.local_epochs,
+        uplink_bytes=0,
+        downlink_bytes=4 * sum(p.numel() for p in task.module.parameters()),
+        bill=network.bill,
+        uplink_free=network.uplink_free,
+    )
+    latency = 0.0 if network.uplink_free else profile.latency_ms / 1e3
+    rate = math.inf if network.uplink_free else profile.uplink_mbps * 1e6 / 8
+    return Member(client, samples, time.total_s + latency, rate)
+
+
+def _drops_out(task: Task, round: int, client: int) -> bool:
+    chance = task.config.clients.dropout
+    return chance > 0 and float(numpy_rng(task.config.seed, "dropout", round, client).random()) < chance
+
+
+class _Fold:
+    """Payloads folded into the average as they come, but summed in client order; one is decoded at a time."""
+
+    def __init__(self, place: Workplace, weights: Tensor, jobs: Sequence[Job], shares: Sequence[float]) -> None:
+        self.jobs, self.shares, self.global_weights = jobs, shares, weights.double()
+        self.custom = place.task.quantizer
+        self.update = torch.zeros(len(weights), dtype=torch.float64)
+        self.waiting: dict[int, Reply] = {}
+        self.replies: list[Reply] = []
+        self.segment_bytes: list[tuple[int, ...]] = []
+
+    def take(self, client: int, reply: Reply) -> None:
+        self.waiting[client] = reply
+        while len(self.replies) < len(self.jobs) and self.jobs[len(self.replies)].client in self.waiting:
+            job = self.jobs[len(self.replies)]
+            reply = self.waiting.pop(job.client)
+            sizes = [segment.stop - segment.start for segment in job.plan.segments]
+            kind = job.plan.payload
+            try:
+                payload = decode(
+                    reply.payload, sizes, kind=kind, round=job.round, client=job.client, custom=self.custom
+                )
+            except PayloadError as exc:
+                raise ClientError(f"its payload is refused: {exc}", round=job.round, client=job.client) from exc
+            value = payload.vector.double()
+            self.update += self.shares[len(self.replies)] * (value - self.global_weights if kind == "model" else value)
+            self.segment_bytes.append(payload.segment_bytes)
+            self.replies.append(reply)
+
+
+def _record(
+    task: Task, place: Workplace, round: int, members: Sequence[Member], fold: _Fold, broadcast_bytes: int
+) -> Record:
+    config = task.config
+    sent = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
+    times = [
+        client_time(
+            conditions(task.profiles[m.client], seed=config.seed, round=round, client=m.client),
+            flops=task.flops * m.samples * config.train.local_epochs,
+            uplink_bytes=len(sent[m.client].payload) if m.client in sent else 0,
+            downlink_bytes=broadcast_bytes,
+            bill=config.network.bill,
+            uplink_free=config.network.uplink_free,
+        )
+        for m in members
+    ]
+    bits = {layer.name: 0.0 for layer in place.model.layers}
+    for job, lengths in zip(fold.jobs, fold.segment_bytes, strict=True):
+        for segment, length in zip(job.plan.segments, lengths, strict=True):
+            for layer in place.model.layers:
+                if segment.start <= layer.start and layer.stop <= segment.stop:
+                    bits[layer.name] += 8 * length / (segment.stop - segment.start) / len(fold.jobs)
+    losses = [share * reply.train_loss for share, reply in zip(fold.shares, fold.replies, strict=True)]
+    return {
+        "round": round,
+        "cohort": [m.client for m in members],
+        "answered": [job.client for job in fold.jobs],
+        "round_time_s": round_time(times),
+        "uplink_bytes": sum(len(r.payload) for r in fold.replies),
+        "downlink_bytes": broadcast_bytes * len(members),
+        "train_loss": sum(losses) if losses else None,
+        "bits_per_parameter": bits,
+        "client_uplink_bytes": [len(sent[m.client].payload) if m.client in sent else 0 for m in members],
+        "client_download_s": [t.download_s for t in times],
+        "client_compute_s": [t.compute_s for t in times],
+        "client_upload_s": [t.upload_s for t in times],
+    }

@@ -1,0 +1,129 @@
+"""A run's folder: config.yaml first, rounds.jsonl as rounds end, the rest at the end, whole or not at all."""
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from fedlq_ray.config import Config, digest, load, to_yaml
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.models import FlatModel
+from fedlq_ray.tracking import Tracking, now_ms
+
+Record = dict[str, Any]
+
+
+def create(config: Config) -> Path:
+    """A new folder with config.yaml in it.
+
+    Raises:
+        ConfigError: `out` exists, finished or not, or cannot be made.
+    """
+    try:
+        if config.out is not None:
+            folder = Path(config.out)
+            if (folder / "summary.json").exists():
+                raise ConfigError(f"out: {folder} holds a finished run; name another, or remove it")
+            if folder.exists():
+                raise ConfigError(
+                    f"out: {folder} holds an unfinished run or other files; start it anew with "
+                    f"`fedlq run {folder}/config.yaml`, which makes a folder of its own, or remove it"
+                )
+            folder.mkdir(parents=True)
+        else:
+            stem, number = f"runs/{config.name}-{config.seed}", 1
+            while True:
+                folder = Path(stem if number == 1 else f"{stem}-{number}")
+                try:
+                    folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    number += 1
+        (folder / "config.yaml").write_text(to_yaml(config, commented=False))
+    except OSError as exc:
+        raise ConfigError(f"out: {folder}: {exc.strerror}") from exc
+    return folder
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A file that is there whole, or as it was before."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def track(folder: Path, config: Config, parent: str | None, tags: dict[str, str]) -> Tracking | None:
+    """Where this run is tracked, kept in tracking.json; None where tracking is off."""
+    uri = config.tracking.uri
+    if uri is None:
+        return None
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+    tracking = Tracking(uri, config.tracking.experiment, uuid.uuid4().hex, now_ms(), parent, tuple(tags.items()))
+    write_whole(folder / "tracking.json", json.dumps(asdict(tracking), indent=1))
+    return tracking
+
+
+def summarise(config: Config, records: list[Record], weights: NDArray[np.float32]) -> dict[str, Any]:
+    """What a completed run comes to; bytes and times are those from the first round on."""
+    evaluated = [r for r in records if r["accuracy"] is not None]
+    target = config.target_accuracy
+    reached = next((r for r in evaluated if target is not None and r["accuracy"] >= target), None)
+    return {
+        "final_accuracy": evaluated[-1]["accuracy"] if evaluated else None,
+        "best_accuracy": max((r["accuracy"] for r in evaluated), default=None),
+        "sim_time_s": records[-1]["sim_time_s"],
+        "uplink_bytes": sum(r["uplink_bytes"] for r in records),
+        "downlink_bytes": sum(r["downlink_bytes"] for r in records),
+        "time_to_target_s": reached["sim_time_s"] if reached else None,
+        "uplink_bytes_to_target": sum(r["uplink_bytes"] for r in records if r["round"] <= reached["round"])
+        if reached
+        else None,
+        "rounds": len(records),
+        "weights_sha256": hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest(),
+        "config_sha256": digest(config),
+        "bill": config.network.bill,
+    }
+
+
+def save_model(folder: Path, model: FlatModel) -> None:
+    """model.safetensors: an ordinary state_dict."""
+    part = folder / ".model.part"
+    save_file(model.state_dict(), part)
+    part.replace(folder / "model.safetensors")
+
+
+def read(folder: str | Path) -> tuple[Config, list[Record], dict[str, Any] | None, Tracking | None]:
+    """A run's configuration, records, summary (None where unfinished) and tracking.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: holds no run (no config.yaml)")
+    try:
+        lines = (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
+        summary = folder / "summary.json"
+        tracking = folder / "tracking.json"
+        fields = json.loads(tracking.read_text()) if tracking.exists() else None
+        if fields:
+            fields["tags"] = tuple(tuple(tag) for tag in fields["tags"])
+        return (
+            load(folder / "config.yaml"),
+            [json.loads(line) for line in lines],
+            json.loads(summary.read_text()) if summary.exists() else None,
+            Tracking(**fields) if fields else None,
+        )
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        raise ConfigError(f"{folder}: is damaged: {exc}") from exc

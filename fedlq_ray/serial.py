@@ -1,0 +1,46 @@
+"""Everything in this process, one thing after another: the host without Ray."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedlq_ray.strategies import Probe
+from fedlq_ray.task import Job, Task, Workplace
+from fedlq_ray.training import Reply
+
+
+@dataclass(frozen=True)
+class Done:
+    """A future that is no longer one."""
+
+    value: Any
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        return self.value
+
+
+class SerialHost:
+    """Clients take their turns here."""
+
+    def __init__(self, task: Task) -> None:
+        self.place = Workplace(task)
+        self.memories: dict[int, Tensor | None] = {}
+
+    def publish(self, weights: Tensor) -> Tensor:
+        return weights
+
+    def train(self, jobs: Sequence[Job], weights: Tensor) -> Iterator[tuple[int, Reply]]:
+        for job in jobs:
+            reply, self.memories[job.client] = self.place.train(job, weights, self.memories.get(job.client))
+            yield job.client, reply
+
+    def evaluate(self, weights: Tensor) -> Done:
+        return Done(self.place.evaluate(weights))
+
+    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Done:
+        return Done(self.place.probe(probe, base, sent, round))

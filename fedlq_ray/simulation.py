@@ -1,0 +1,222 @@
+"""From a Config to a Result: wires the parts, owns no logic."""
+
+import copy
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from fedlq_ray import rundir, tracking
+from fedlq_ray.config import Config
+from fedlq_ray.errors import FedLQError
+from fedlq_ray.models import FlatModel
+from fedlq_ray.strategies import make
+from fedlq_ray.task import Task, Workplace, prepare
+
+Event = dict[str, Any]
+_GRACE_S = 20.0  # that an interrupted driver has to tell what it has
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        history: a row a round, with the keys of rounds.jsonl.
+        summary: that of summary.json.
+        weights: the final flat vector (d,) float32; model.safetensors has it as a state_dict.
+        path: the run's folder.
+    """
+
+    history: pd.DataFrame
+    summary: dict[str, Any]
+    weights: NDArray[np.float32]
+    path: Path
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: as an interrupt, with another exit code."""
+
+
+def simulate(
+    config: Config | None = None,
+    *,
+    model: Any = None,
+    data: Any = None,
+    strategy: Any = None,
+    quantizer: Any = None,
+    watch: Callable[[Event], None] | None = None,
+    parent: str | None = None,
+) -> Result:
+    """Run one experiment.
+
+    Args:
+        config: the settings; None for the defaults.
+        model: a factory of a torch.nn.Module; goes before `model.name`.
+        data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
+        strategy: a Strategy, or a factory that may take `setting`.
+        quantizer: an object with the methods of `Quantizer`.
+        watch: called with each event: {"hosting", ...}, {"record": ...}, {"weights": ...}.
+        parent: a comparison that this run belongs to, for MLflow.
+    Raises:
+        ConfigError: the user's input is wrong; nothing was written.
+        FedLQError: the run failed; the folder has the results so far.
+    """
+    config = config or Config()
+    task = prepare(config, model=model, data=data, quantizer=quantizer)
+    place = Workplace(task)
+    make(place.setting, strategy)  # a wrong strategy is told before anything is written
+    folder = rundir.create(config)
+    track = rundir.track(folder, config, parent, _tags())
+    records: list[dict[str, Any]] = []
+    last: Event = {}
+    timing: Event = {}
+    status = "FAILED"
+    events = _serial(task, strategy, track) if config.clients.hosting == "serial" else _on_ray(task, strategy, track)
+    try:
+        with (folder / "rounds.jsonl").open("w") as journal:
+            for event in events:
+                if "record" in event:
+                    records.append(event["record"])
+                    journal.write(json.dumps(event["record"], allow_nan=False) + "\n")
+                    journal.flush()
+                elif "weights" in event:
+                    last = event
+                else:
+                    timing |= event
+                if watch:
+                    watch(event)
+        status = "FINISHED" if last.get("completed") else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if not last:
+            _mark(folder, track, config, records, status)
+        timing |= last.get("timing", {})
+        rundir.write_whole(folder / "timing.json", json.dumps(timing, indent=1))
+    weights = np.array(last["weights"])
+    flat = FlatModel(copy.deepcopy(task.module))
+    flat.load(torch.from_numpy(weights))
+    rundir.save_model(folder, flat)
+    if last.get("tracked"):
+        warnings.warn(
+            f"MLflow at {config.tracking.uri} failed ({last['tracked']}); log the run later: fedlq sync {folder}",
+            stacklevel=2,
+        )
+    if status == "KILLED":
+        raise KeyboardInterrupt
+    summary = rundir.summarise(config, records, weights)
+    rundir.write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return Result(pd.DataFrame(records), summary, weights, folder)
+
+
+def _mark(folder: Path, track: Any, config: Config, records: list[Any], status: str) -> None:
+    """A run whose driver is gone gets its status in MLflow from here."""
+    if track is None:
+        return
+    try:
+        tracking.sync(track, config, records, status, [])
+    except Exception as exc:  # telemetry: the run's own error is what the user must see
+        warnings.warn(f"MLflow has no status of this run ({exc}); fedlq sync {folder} sets it", stacklevel=2)
+
+
+def _tags() -> dict[str, str]:
+    """What made a result: the checkout's commit and the versions."""
+    names = ("fedlq-ray", "torch", "numpy", "ray", "mlflow")
+    tags = {f"version.{name}": version(name) for name in names} | {"version.python": platform.python_version()}
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        tags["mlflow.source.git.commit"] = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass  # not in a checkout
+    return tags
+
+
+def _serial(task: Task, strategy: Any, track: Any) -> Iterator[Event]:
+    from fedlq_ray.driver import drive_serially
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from drive_serially(task, strategy, track)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; twice is once."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+
+
+def _on_ray(task: Task, strategy: Any, track: Any) -> Iterator[Event]:
+    import ray
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+
+    from fedlq_ray.driver import Driver
+
+    start_ray()
+    with _sigterm_interrupts():
+        driver = Driver.options(max_concurrency=2).remote(os.getcwd())  # type: ignore[attr-defined]
+        stream = driver.run.options(num_returns="streaming").remote(ray.put(task), strategy, track)
+        interrupt: KeyboardInterrupt | None = None
+        try:
+            while True:
+                try:
+                    yield ray.get(next(stream))
+                except StopIteration:
+                    break
+                except KeyboardInterrupt as exc:
+                    if interrupt is not None:
+                        raise
+                    interrupt = exc
+                    driver.stop.remote()
+            if isinstance(interrupt, Terminated):
+                raise interrupt
+        except RayTaskError as exc:
+            cause = exc.cause
+            raise (cause if isinstance(cause, FedLQError) else FedLQError(f"the driver failed: {cause!r}")) from None
+        except RayActorError as exc:
+            raise FedLQError(f"the driver actor died: {str(exc).splitlines()[0]}") from None
+        except RayError as exc:
+            raise FedLQError(f"Ray: {str(exc).splitlines()[0]}") from exc
+        finally:
+            ray.kill(driver)
+
+
+class _sigterm_interrupts:
+    """SIGTERM as an interrupt; set after ray.init, which sets a handler of its own."""
+
+    def __enter__(self) -> None:
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._raise)
+
+    def _raise(self, number: int, frame: Any) -> None:
+        raise Terminated
+
+    def __exit__(self, *exc: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)

@@ -1,0 +1,139 @@
+"""What an experiment works on, made and checked from a configuration before anything is written or started."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlq_ray.config import Config
+from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
+from fedlq_ray.models import FlatModel, build, training_flops
+from fedlq_ray.profiles import Profile, load_profiles
+from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Quantizer
+from fedlq_ray.seeding import numpy_rng, torch_seed
+from fedlq_ray.significance import Measurement, measure
+from fedlq_ray.strategies import Probe, Setting, quantizer_of
+from fedlq_ray.training import Evaluation, Plan, Reply, client_round, evaluate
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that stays the same over rounds: pickles, so that every process has the same.
+
+    Attributes:
+        shards, held: each client's indices into the training data, to train on and held out.
+        flops: of a sample's forward and backward pass.
+    """
+
+    config: Config
+    data: Dataset
+    shards: list[NDArray[np.int64]]
+    held: list[NDArray[np.int64]]
+    profiles: list[Profile]
+    module: nn.Module
+    flops: float
+    quantizer_name: str
+    quantizer: Quantizer | None
+
+
+def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: Any = None) -> Task:
+    """Load, split and build all that `config` names; objects given here go before its names.
+
+    Raises:
+        ConfigError: something of the user's input is wrong.
+    """
+    dataset = as_dataset(data) if data is not None else load(config.data.name, config.data.path, config.data.args)
+    how = config.data
+    shards = partition(
+        dataset.y_train,
+        how=how.partition,
+        clients=config.clients.count,
+        seed=config.seed,
+        alpha=how.alpha,
+        classes_per_client=how.classes_per_client,
+        min_samples=how.min_samples,
+    )
+    kept, held = hold_out(shards, how.holdout, config.seed)
+    profiles = load_profiles(
+        config.clients.profiles, count=config.clients.count, seed=config.seed, variation=config.clients.variation
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.seed, "weights"))
+        module = build(model or config.model.name, dataset.input_shape, dataset.num_classes, config.model.args)
+    FlatModel(copy.deepcopy(module))  # refuses what cannot be flat, before anything starts
+    flops = training_flops(module, dataset.input_shape)
+    name, own = quantizer_of(config.strategy, quantizer)
+    return Task(config, dataset, kept, held, profiles, module, flops, name, own)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's part in a round."""
+
+    round: int
+    client: int
+    plan: Plan
+
+
+class Workplace:
+    """Runs clients' rounds, evaluations and probes in this process; Ray's actors and the serial host are made of it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.model = FlatModel(copy.deepcopy(task.module))
+        self._test: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def setting(self) -> Setting:
+        task = self.task
+        return Setting(task.config.strategy, self.model.layers, task.config.seed, task.quantizer_name, task.quantizer)
+
+    def normalise(self, x: NDArray[Any]) -> Tensor:
+        return inputs(x, self.task.data.mean, self.task.data.std)
+
+    def broadcast_size(self) -> int:
+        """Bytes of the whole model on the wire, as float32."""
+        return PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.model.layers)
+
+    def train(self, job: Job, weights: Tensor, memory: Tensor | None) -> tuple[Reply, Tensor | None]:
+        shard = self.task.shards[job.client]
+        return client_round(
+            self.model,
+            self.task.data.x_train[shard],
+            self.task.data.y_train[shard],
+            normalise=self.normalise,
+            weights=weights,
+            memory=memory,
+            plan=job.plan,
+            train=self.task.config.train,
+            seed=self.task.config.seed,
+            round=job.round,
+            client=job.client,
+            custom=self.task.quantizer,
+        )
+
+    def evaluate(self, weights: Tensor) -> Evaluation:
+        """On the test set."""
+        if self._test is None:
+            data = self.task.data
+            self._test = self.normalise(data.x_test), torch.from_numpy(data.y_test.copy())
+        return evaluate(self.model, weights, *self._test)
+
+    def probe_data(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Samples held out from clients' shards, drawn once: the server's proxy."""
+        pool = np.concatenate(self.task.held)
+        if not len(pool):  # nothing held out: the probe then sees training data
+            pool = np.concatenate(self.task.shards)
+        chosen = numpy_rng(self.task.config.seed, "proxy").permutation(pool)[:samples]
+        return self.normalise(self.task.data.x_train[chosen]), torch.from_numpy(self.task.data.y_train[chosen])
+
+    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
+        setting = self.setting
+        quantizer = setting.quantizer_at(1)[1]
+        x, y = self.probe_data(probe.samples)
+        seed = self.task.config.seed
+        return measure(self.model, base, sent, setting.quantized, probe.levels, quantizer, x, y, seed=seed, round=round)

@@ -1,0 +1,160 @@
+"""MLflow: a run's settings, metrics by round, and files; off the training path, and harmless when it fails.
+
+A metric's timestamp is the run's start plus the simulated time: the UI's relative time is then the simulated clock,
+and logging the same record again adds nothing. A run is found again by its tag `fedlq.run_key`.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray.config import Config, digest, keys, to_yaml
+
+_WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where a run is tracked, and as what: all that `fedlq sync` needs to go on."""
+
+    uri: str
+    experiment: str
+    run_key: str
+    started_ms: int
+    parent: str | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+
+
+def _client(uri: str) -> Any:
+    # A server that is down must cost seconds, not the twenty minutes of MLflow's defaults.
+    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    os.environ.pop("MLFLOW_RUN_ID", None)  # else an enclosing run would be taken for ours
+    import logging
+
+    import mlflow
+
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def find_or_create(
+    client: Any, tracking: Tracking, key: str, name: str, tags: Mapping[str, str], started_ms: int
+) -> str:
+    """The id of the run with this key: made where there is none, so that logging twice makes one run."""
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
+        try:
+            experiment_id = client.create_experiment(tracking.experiment)
+        except Exception:  # another run made it in the meantime, or the store is down: then the next line tells
+            experiment_id = client.get_experiment_by_name(tracking.experiment).experiment_id
+    else:
+        experiment_id = experiment.experiment_id
+    found = client.search_runs([experiment_id], f"tags.`fedlq.run_key` = '{key}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    run = client.create_run(experiment_id, start_time=started_ms, run_name=name, tags={**tags, "fedlq.run_key": key})
+    return str(run.info.run_id)
+
+
+def open_run(client: Any, tracking: Tracking, config: Config) -> str:
+    """The run's id in MLflow, with its settings logged."""
+    tags = dict(tracking.tags) | {"fedlq.config_sha256": digest(config), "fedlq.strategy": config.strategy.name}
+    if tracking.parent:
+        name = tracking.parent.rsplit("/", 1)[-1]
+        tags["mlflow.parentRunId"] = find_or_create(client, tracking, tracking.parent, name, {}, tracking.started_ms)
+    run_id = find_or_create(client, tracking, tracking.run_key, config.name, tags, tracking.started_ms)
+    from mlflow.entities import Param
+
+    settings = config.model_dump(mode="json")
+    params = []
+    for path, _, _ in keys():
+        value: Any = settings
+        for step in path.split("."):
+            value = value[step]
+        if path not in ("out", "name"):
+            params.append(Param(path, str(value)))
+    client.log_batch(run_id, params=params)
+    client.log_text(run_id, to_yaml(config), "config.yaml")
+    return run_id
+
+
+def log_record(client: Any, run_id: str, tracking: Tracking, record: Mapping[str, Any], totals: dict[str, int]) -> None:
+    """One round's metrics; `totals` keeps the bytes so far."""
+    from mlflow.entities import Metric
+
+    for name in ("uplink_bytes", "downlink_bytes"):
+        totals[name] = totals.get(name, 0) + record[name]
+    bits = record["bits_per_parameter"]
+    values: dict[str, Any] = {
+        "accuracy": record["accuracy"],
+        "test_loss": record["test_loss"],
+        "train_loss": record["train_loss"],
+        "sim_time_s": record["sim_time_s"],
+        "uplink_mb": totals["uplink_bytes"] / 1e6,
+        "downlink_mb": totals["downlink_bytes"] / 1e6,
+        "round_uplink_mb": record["uplink_bytes"] / 1e6,
+        **{f"bits_per_parameter/{layer}": value for layer, value in bits.items()},
+        **{f"significance/{layer}": value for layer, value in record.get("significance", {}).items()},
+    }
+    at = tracking.started_ms + round(record["sim_time_s"] * 1e3)
+    metrics = [Metric(k, float(v), at, record["round"]) for k, v in values.items() if v is not None]
+    client.log_batch(run_id, metrics=metrics)
+
+
+class Tracker:
+    """Logs in a thread of its own. The first failure ends it: the records are kept, and `fedlq sync` logs them."""
+
+    def __init__(self, tracking: Tracking, config: Config) -> None:
+        self.failure: str | None = None
+        self._tracking, self._config = tracking, config
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Takes no time."""
+        self._queue.put(dict(record))
+
+    def finish(self, status: str) -> str | None:
+        """Wait, a bounded time, until all is logged. What went wrong, or None."""
+        self._queue.put(status)
+        self._thread.join(_WAIT_S)
+        if self._thread.is_alive():
+            return f"did not answer for {_WAIT_S:.0f} s"
+        return self.failure
+
+    def _work(self) -> None:
+        try:
+            client = _client(self._tracking.uri)
+            run_id = open_run(client, self._tracking, self._config)
+            totals: dict[str, int] = {}
+            while not isinstance(item := self._queue.get(), str):
+                log_record(client, run_id, self._tracking, item, totals)
+            client.set_terminated(run_id, item)
+        except Exception as exc:  # telemetry must never end a training run
+            self.failure = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"[:300]
+
+
+def sync(tracking: Tracking, config: Config, records: list[dict[str, Any]], status: str, files: list[Path]) -> str:
+    """Log a whole run, with its files; what is there already is not logged twice. Gives the run's id."""
+    client = _client(tracking.uri)
+    run_id = open_run(client, tracking, config)
+    totals: dict[str, int] = {}
+    for record in records:
+        log_record(client, run_id, tracking, record, totals)
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id, status)
+    return run_id
+
+
+def now_ms() -> int:
+    """The wall clock: it dates a run in MLflow, and enters no result."""
+    return int(time.time() * 1e3)
