@@ -1,0 +1,67 @@
+"""The paper's motivating analysis: what each layer saves and costs at each level, on a model trained a while."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlq_ray.config import Config
+from fedlq_ray.rounds import Outcome, run
+from fedlq_ray.serial import SerialHost
+from fedlq_ray.significance import Measurement, memory_saving
+from fedlq_ray.strategies import Probe, make
+from fedlq_ray.task import Workplace, prepare
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """Tables (layers, levels): memory saved, and what quantizing that layer alone costs."""
+
+    names: tuple[str, ...]
+    levels: tuple[int, ...]
+    saving: NDArray[np.float64]
+    measurement: Measurement
+
+    @property
+    def significance(self) -> NDArray[np.float64]:
+        """Loss drop per memory saved; below zero only by noise."""
+        return self.measurement.loss / self.saving
+
+
+def analyse(config: Config) -> LayerAnalysis:
+    """Train `rounds` rounds of FedAvg in this process, then measure every layer on held-out training samples."""
+    plain = config.model_copy(
+        update={"strategy": config.strategy.model_copy(update={"name": "fedavg"}), "evaluate_every": config.rounds}
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        task = prepare(plain)
+        host: Any = SerialHost(task)
+        place: Workplace = host.place
+        outcome = Outcome(place.model.vector.clone())
+        before = outcome.weights
+        for _ in run(task, make(place.setting), host, outcome):
+            before = outcome.weights
+        levels = tuple(level for level in config.strategy.levels if level < 32)
+        if config.strategy.payload == "model":
+            base, sent = torch.zeros_like(before), outcome.weights
+        else:
+            base, sent = last_update(task, host, outcome.weights, config.rounds)
+        measurement = place.probe(Probe(levels, config.strategy.probe_samples), base, sent, config.rounds)
+    finally:
+        torch.set_num_threads(threads)
+    quantized = place.setting.quantized
+    saving = memory_saving([layer.size for layer in quantized], levels)
+    return LayerAnalysis(tuple(layer.name for layer in quantized), levels, saving, measurement)
+
+
+def last_update(task: Any, host: Any, weights: torch.Tensor, round: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One more round of training: the weights that enter it, and its mean update."""
+    longer = task.config.model_copy(update={"rounds": 1, "seed": task.config.seed + round})
+    once = Outcome(weights.clone())
+    for _ in run(type(task)(**{**task.__dict__, "config": longer}), make(host.place.setting), host, once):
+        pass
+    return weights, once.weights - weights

@@ -1,0 +1,207 @@
+"""The `fedlq` command."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fedlq_ray import config as configuration
+from fedlq_ray.config import Config
+from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.parts import make_importable
+
+ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+
+
+def _config(arguments: tuple[str, ...]) -> Config:
+    """An optional YAML file, then overrides."""
+    path = arguments[0] if arguments and "=" not in arguments[0] else None
+    return configuration.load(path, arguments[1:] if path else arguments)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="fedlq-ray")
+def cli() -> None:
+    """Simulate communication-efficient federated learning: clients as Ray actors, quantized layer by layer.
+
+    Start with `fedlq demo`, or `fedlq run`; `fedlq config` tells every setting. Exit codes: 0 done, 2 wrong input
+    (nothing was written), 1 the run failed, 130 and 143 interrupted (results so far are kept).
+    """
+
+
+@cli.command()
+@ARGUMENTS
+@click.option("--json", "as_json", is_flag=True, help="Print each round's record, then the summary, a JSON line each.")
+def run(arguments: tuple[str, ...], as_json: bool) -> None:
+    """Run one experiment.
+
+    Settings come from CONFIG.yaml (none: the defaults, those of the demo) and key=value, of which a later one wins:
+
+        fedlq run rounds=20 strategy.name=uniform strategy.bits=2
+    """
+    from fedlq_ray.progress import watch
+    from fedlq_ray.simulation import simulate
+
+    config = _config(arguments)
+    console = Console(stderr=True)
+    with watch(config, console, as_json) as report:
+        result = simulate(config, watch=report)
+    if as_json:
+        click.echo(json.dumps({"summary": result.summary, "path": str(result.path)}))
+        return
+    summary = result.summary
+    click.echo(
+        f"final accuracy {summary['final_accuracy']:.4f} after {summary['rounds']} rounds, "
+        f"{summary['sim_time_s']:.1f} simulated s, {summary['uplink_bytes'] / 1e6:.2f} MB sent by clients"
+    )
+    if config.target_accuracy is not None:
+        reached = summary["time_to_target_s"]
+        told = "not reached" if reached is None else f"after {reached:.1f} simulated s"
+        click.echo(f"target {config.target_accuracy:g}: {told}")
+    click.echo(f"results in {result.path}" + ("; fedlq ui opens MLflow" if config.tracking.uri else ""))
+
+
+@cli.command("config")
+@ARGUMENTS
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a configuration instead.")
+def show_config(arguments: tuple[str, ...], schema: bool) -> None:
+    """Print the whole resolved configuration, with each key's meaning, unit and bounds."""
+    if schema:
+        click.echo(json.dumps(Config.model_json_schema(), indent=2))
+    else:
+        click.echo(configuration.to_yaml(_config(arguments), commented=True), nl=False)
+
+
+@cli.command()
+@click.argument("file", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+@click.option("--out", default=None, help="Folder of the runs; finished ones in it are not run again.")
+def sweep(file: str, overrides: tuple[str, ...], out: str | None) -> None:
+    """Run several experiments and compare them: FILE has `base` settings, `runs` of overrides, and `seeds`."""
+    _sweep(Path(file), overrides, Path(out or f"runs/{Path(file).stem}"))
+
+
+@cli.command()
+@click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+@click.option("--out", default=None, help="Folder of the runs; the default is runs/demo, then -2, -3 where taken.")
+def demo(overrides: tuple[str, ...], out: str | None) -> None:
+    """Compare FedAvg, uniform quantization and FedLQ on real data, 50 clients of unequal links: about a minute."""
+    folder, number = Path(out or "runs/demo"), 1
+    while out is None and folder.exists():
+        number += 1
+        folder = Path(f"runs/demo-{number}")
+    _sweep(Path(str(files("fedlq_ray") / "demo.yaml")), overrides, folder)
+
+
+def _sweep(file: Path, overrides: tuple[str, ...], out: Path) -> None:
+    from fedlq_ray import sweep as sweeps
+    from fedlq_ray.progress import watch
+    from fedlq_ray.simulation import simulate
+
+    comparison = sweeps.load(file, overrides)
+    console = Console(stderr=True)
+
+    def start(label: str, config: Config, parent: str) -> None:
+        with watch(config, console, False) as report:
+            simulate(config, watch=report, parent=parent)
+
+    results = sweeps.run(comparison, out, start)
+    table = sweeps.rows(results)
+    first = next(iter(results.values()))[0][0]
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    sweeps.plot(results, out / "accuracy.png")
+    Console().print(sweeps.render(table, first.target_accuracy, first.network.bill))
+    click.echo(f"plot: {out}/accuracy.png, table: {out}/table.json")
+    if first.tracking.uri:
+        click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
+
+
+@cli.command()
+@ARGUMENTS
+@click.option("--out", default="layers.png", help="File of the heat map.", show_default=True)
+def layers(arguments: tuple[str, ...], out: str) -> None:
+    """Train `rounds` rounds of FedAvg, then tell what each layer saves and costs at each level."""
+    from rich.table import Table
+
+    from fedlq_ray.analysis import plots
+    from fedlq_ray.analysis.layers import analyse
+
+    config = _config(arguments)
+    found = analyse(config)
+    table = Table(title=f"payload {config.strategy.payload}, {config.strategy.probe_samples} held-out samples at most")
+    for heading in ("layer", "bits", "memory saved", "loss drop", "± noise", "accuracy drop", "significance"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for row, name in enumerate(found.names):
+        for column, bits in enumerate(found.levels):
+            m = found.measurement
+            table.add_row(
+                name,
+                str(bits),
+                f"{found.saving[row, column]:.2%}",
+                f"{m.loss[row, column]:.2e}",
+                f"{m.loss_noise[row, column]:.1e}",
+                f"{m.accuracy[row, column]:+.2%}",
+                f"{found.significance[row, column]:.2e}",
+            )
+    Console().print(table)
+    plots.layers(found.significance, found.names, found.levels, "significance: loss drop per memory saved", Path(out))
+    click.echo(f"heat map: {out}")
+
+
+@cli.command()
+@click.argument("uri", default="sqlite:///mlflow.db")
+@click.option("--port", default=5000, show_default=True)
+def ui(uri: str, port: int) -> None:
+    """Open MLflow's UI on the store that the runs used (a server's address: open that instead)."""
+    click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
+    sys.exit(subprocess.call(command))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+def sync(folder: str) -> None:
+    """Log a run's folder to MLflow, where its server was down; twice adds nothing."""
+    from fedlq_ray import rundir, tracking
+
+    config, records, summary, where = rundir.read(folder)
+    if where is None:
+        raise ConfigError(f"{folder}: was run without tracking (tracking.uri=null)")
+    status = "FINISHED" if summary else "FAILED"
+    kept = [p for p in (Path(folder) / "summary.json", Path(folder) / "rounds.jsonl") if p.exists()]
+    try:
+        run_id = tracking.sync(where, config, records, status, kept)
+    except Exception as exc:  # MLflow raises many kinds
+        raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
+    click.echo(f"{len(records)} rounds of {folder} are in {where.uri}, run {run_id}")
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code."""
+    make_importable(os.getcwd())
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    code: Any = 0
+    try:
+        code = cli(standalone_mode=False) or 0
+    except ConfigError as exc:
+        click.echo(f"error: {exc}", err=True)
+        code = 2
+    except click.ClickException as exc:
+        exc.show()
+        code = 2
+    except FedLQError as exc:
+        click.echo(f"failed: {exc}", err=True)
+        code = 1
+    except (KeyboardInterrupt, click.Abort) as exc:
+        click.echo("interrupted; results so far are kept", err=True)
+        code = 143 if type(exc).__name__ == "Terminated" else 130
+    sys.exit(code)
