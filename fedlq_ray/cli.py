@@ -22,8 +22,8 @@ ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=va
 
 def _config(arguments: tuple[str, ...]) -> Config:
     """An optional YAML file, then overrides."""
-    path = arguments[0] if arguments and "=" not in arguments[0] else None
-    return configuration.load(path, arguments[1:] if path else arguments)
+    path = next((a for a in arguments if "=" not in a), None)
+    return configuration.load(path, [a for a in arguments if a is not path])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -136,7 +136,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
     config = _config(arguments)
     found = analyse(config)
     table = Table(title=f"payload {config.strategy.payload}, {config.strategy.probe_samples} held-out samples at most")
-    for heading in ("layer", "bits", "memory saved", "loss drop", "± noise", "accuracy drop", "significance"):
+    for heading in ("layer", "bits", "saved", "loss drop", "± noise", "acc. drop", "significance"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row, name in enumerate(found.names):
         for column, bits in enumerate(found.levels):
@@ -205,3 +205,7 @@ def main() -> None:
         click.echo("interrupted; results so far are kept", err=True)
         code = 143 if type(exc).__name__ == "Terminated" else 130
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

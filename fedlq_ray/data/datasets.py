@@ -3,6 +3,7 @@
 import gzip
 import socket
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,55 +54,73 @@ def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32]) -> Ten
     return tensor.permute(0, 3, 1, 2) if x.ndim == 4 else tensor
 
 
-def make_dataset(x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, name: str) -> Dataset:
+def make_dataset(
+    x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, name: str, source: str | None = None
+) -> Dataset:
     """Check and convert arrays; images (n, height, width) get their channel.
 
+    Args:
+        source: where the arrays came from, for messages, such as `data.path: my.npz`; by default `name`.
     Raises:
         ConfigError: what is wrong with which array.
     """
-    x = {"x_train": _samples(name, "x_train", x_train), "x_test": _samples(name, "x_test", x_test)}
-    y = {"y_train": _labels(name, "y_train", y_train), "y_test": _labels(name, "y_test", y_test)}
+    where = source or name
+    x = {"x_train": _samples(where, "x_train", x_train), "x_test": _samples(where, "x_test", x_test)}
+    y = {"y_train": _labels(where, "y_train", y_train), "y_test": _labels(where, "y_test", y_test)}
     for part in ("train", "test"):
         if len(x[f"x_{part}"]) != len(y[f"y_{part}"]):
-            raise ConfigError(f"{name}: {len(x[f'x_{part}'])} samples in x_{part}, {len(y[f'y_{part}'])} in y_{part}")
+            raise ConfigError(f"{where}: {len(x[f'x_{part}'])} samples in x_{part}, {len(y[f'y_{part}'])} in y_{part}")
     if x["x_train"].shape[1:] != x["x_test"].shape[1:]:
-        raise ConfigError(f"{name}: samples of x_train are {x['x_train'].shape[1:]}, of x_test {x['x_test'].shape[1:]}")
+        shapes = x["x_train"].shape[1:], x["x_test"].shape[1:]
+        raise ConfigError(f"{where}: samples of x_train are {shapes[0]}, of x_test {shapes[1]}; they must be alike")
     classes = int(y["y_train"].max()) + 1
-    if classes < 2:
-        raise ConfigError(f"{name}: y_train has one class only")
+    if y["y_train"].min() == classes - 1:
+        raise ConfigError(f"{where}: y_train has one class only, {classes - 1}; there must be two or more")
     beyond = np.flatnonzero(y["y_test"] >= classes)
     if len(beyond):
         row = beyond[0]
         raise ConfigError(
-            f"{name}: y_test[{row}] is {y['y_test'][row]}, but the labels of y_train end at {classes - 1}"
+            f"{where}: y_test[{row}] is {y['y_test'][row]}, but the labels of y_train end at {classes - 1}"
         )
     mean, std = _moments(x["x_train"])
     return Dataset(name, x["x_train"], y["y_train"], x["x_test"], y["y_test"], classes, mean, std)
 
 
-def _samples(name: str, key: str, value: Any) -> Array:
-    x = np.asarray(value)
+def _array(where: str, key: str, value: Any) -> Array:
+    try:
+        return np.asarray(value)
+    except Exception as exc:  # lists of unequal lengths, tensors that need gradients or lie on a GPU
+        raise ConfigError(f"{where}: {key} cannot be made a NumPy array ({exc})") from exc
+
+
+def _samples(where: str, key: str, value: Any) -> Array:
+    x = _array(where, key, value)
     if x.dtype.kind not in "fui":
-        raise ConfigError(f"{name}: {key} holds {x.dtype}, not numbers")
+        raise ConfigError(f"{where}: {key} holds {x.dtype}, not numbers")
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise ConfigError(
-            f"{name}: {key} has shape {x.shape}; features are (n, f), images (n, height, width[, channels])"
+            f"{where}: {key} has shape {x.shape}; features are (n, f), images (n, height, width[, channels])"
         )
-    if x.dtype.kind == "f" and not np.isfinite(x).all():
-        row = np.argwhere(~np.isfinite(x))[0][0]
-        raise ConfigError(f"{name}: {key}[{row}] holds a NaN or an infinity")
+    # Square planes after an axis of 1 or 3: PyTorch's order, which would train on rows as if they were colours.
+    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3] > 4:
+        raise ConfigError(f"{where}: {key} has shape {x.shape}; channels go last: {key}.transpose(0, 2, 3, 1)")
     x = x[..., None] if x.ndim == 3 else x
-    return np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes an infinity, and is refused below
+        x = np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
+    if x.dtype != np.uint8 and not np.isfinite(x).all():
+        row = np.argwhere(~np.isfinite(x))[0][0]
+        raise ConfigError(f"{where}: {key}[{row}] holds a NaN, an infinity or what float32 cannot hold")
+    return x
 
 
-def _labels(name: str, key: str, value: Any) -> NDArray[np.int64]:
-    y = np.asarray(value)
+def _labels(where: str, key: str, value: Any) -> NDArray[np.int64]:
+    y = _array(where, key, value)
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     if y.ndim != 1 or y.dtype.kind not in "ui":
-        raise ConfigError(f"{name}: {key} must be one whole number a sample, got {y.dtype} of shape {y.shape}")
+        raise ConfigError(f"{where}: {key} must be one whole number a sample, got {y.dtype} of shape {y.shape}")
     wrong = np.flatnonzero((y.astype(np.int64) < 0) | (y.astype(np.int64) >= 100_000))
     if len(wrong):
-        raise ConfigError(f"{name}: {key}[{wrong[0]}] is {y[wrong[0]]}, out of range; labels count from 0")
+        raise ConfigError(f"{where}: {key}[{wrong[0]}] is {y[wrong[0]]}, out of range; labels are 0 to 99999")
     return y.astype(np.int64)
 
 
@@ -114,8 +133,9 @@ def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         squares += (chunk**2).sum(axis=axes)
     n = x.size / x.shape[-1]
     mean = total / n
-    std = np.sqrt(np.maximum(squares / n - mean**2, 0))
-    return mean.astype(np.float32), np.where(std > 1e-6 * np.maximum(1, abs(mean)), std, 1).astype(np.float32)
+    std = np.sqrt(np.maximum(squares / n - mean**2, 0)).astype(np.float32)
+    # Relative to the mean, so that features in small units count; what is below is a constant's rounding.
+    return mean.astype(np.float32), np.where(std > 1e-6 * abs(mean), std, 1).astype(np.float32)
 
 
 def _digits(path: str | None) -> tuple[Any, ...]:
@@ -133,8 +153,8 @@ def read_idx(file: Path) -> Array:
     """An array of an IDX file (LeCun's MNIST format), gzipped or plain."""
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as exc:
-        raise ConfigError(f"data.path: {file}: {exc}") from exc
+    except (OSError, EOFError, zlib.error) as exc:
+        raise ConfigError(f"data.path: {file}: cannot be read, or is damaged ({exc})") from exc
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise ConfigError(f"data.path: {file}: is not an IDX file of bytes")
     shape = tuple(np.frombuffer(data, ">u4", data[3], 4).tolist())
@@ -157,8 +177,13 @@ def _idx_folder(folder: Path) -> tuple[Any, ...] | None:
 
 def _mnist_like(name: str, torchvision_name: str) -> Callable[[str | None], Any]:
     def read(path: str | None) -> Any:
-        usual = (f"/usr/share/datasets/{name}", CACHE / torchvision_name / "raw", f"data/{torchvision_name}/raw")
-        places = [Path(path)] if path else [Path(p).expanduser() for p in usual]
+        usual = [
+            Path("/usr/share/datasets") / name,  # Debian's package
+            CACHE / name,
+            CACHE / torchvision_name / "raw",  # torchvision's own download
+            Path("data") / torchvision_name / "raw",
+        ]
+        places = [Path(path)] if path else [p.expanduser() for p in usual]
         for folder in places:
             arrays = _idx_folder(folder)
             if arrays is not None:
@@ -176,7 +201,12 @@ def _cifar10(path: str | None) -> Any:
     places = [Path(path)] if path else [CACHE.expanduser(), Path("data")]
     for folder in places:
         if (folder / "cifar-10-batches-py").is_dir():
-            return _torchvision_arrays("CIFAR10", folder, download=False)
+            try:
+                return _torchvision_arrays("CIFAR10", folder, download=False)
+            except RuntimeError as exc:  # torchvision checks the files' md5
+                raise ConfigError(
+                    f"data.path: {folder / 'cifar-10-batches-py'}: is incomplete or damaged; delete it, or unpack anew"
+                ) from exc
     if path:
         raise ConfigError(f"data.path: {path}: is neither an .npz nor a folder with cifar-10-batches-py")
     return _downloaded("cifar10", "CIFAR10", places)
@@ -221,7 +251,7 @@ def _npz(path: str | None) -> dict[str, Any]:
             return {key: file[key] for key in ARRAYS}
     except FileNotFoundError as exc:
         raise ConfigError(f"data.path: {path}: no such file") from exc
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as exc:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as exc:
         raise ConfigError(f"data.path: {path}: cannot be read as an .npz of plain arrays ({exc})") from exc
 
 
@@ -241,11 +271,16 @@ def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = No
         ConfigError: it cannot be had, or its arrays are wrong.
     """
     factory = parts.find("data.name", name, DATASETS)
-    return as_dataset(parts.call("data.name", factory, {"path": path}, args or {}), name)
+    data = parts.call("data.name", factory, {"path": path}, args or {})
+    return as_dataset(data, name, source=f"data.path: {path}" if path else f"data.name: {name}")
 
 
-def as_dataset(data: Any, name: str = "data") -> Dataset:
-    """A Dataset of a Dataset, of four arrays, or of a mapping of them."""
+def as_dataset(data: Any, name: str = "data", *, source: str | None = None) -> Dataset:
+    """A Dataset of a Dataset, of four arrays, or of a mapping of them; `source` is for messages.
+
+    Raises:
+        ConfigError: it is none of these, or its arrays are wrong.
+    """
     if isinstance(data, Dataset):
         return data
     if isinstance(data, Mapping):
@@ -255,4 +290,4 @@ def as_dataset(data: Any, name: str = "data") -> Dataset:
         data = tuple(data[key] for key in ARRAYS)
     if not isinstance(data, tuple | list) or len(data) != 4:
         raise ConfigError(f"data.name: {name} gave a {type(data).__name__}, not the four arrays {', '.join(ARRAYS)}")
-    return make_dataset(*data, name=name)
+    return make_dataset(*data, name=name, source=source)

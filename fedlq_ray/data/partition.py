@@ -30,6 +30,11 @@ def _dirichlet(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes
 
 def _shards(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
     """Label-sorted samples in clients x classes_per_client pieces; each client gets some. McMahan et al. 2017."""
+    if clients * classes_per_client > len(labels):  # some pieces would be empty
+        raise ConfigError(
+            f"data.classes_per_client: {clients} clients (clients.count) of {classes_per_client} shards need "
+            f"{clients * classes_per_client} samples, and there are {len(labels)}"
+        )
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     pieces = np.array_split(order, clients * classes_per_client)
@@ -58,7 +63,7 @@ def partition(
 
     A client that got fewer than `min_samples` is filled up from the largest shards.
     Raises:
-        ConfigError: there are not enough samples for so many clients.
+        ConfigError: there are not enough samples for so many clients, or shards.
     """
     if clients * min_samples > len(labels):
         raise ConfigError(

@@ -6,13 +6,23 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedlq_ray.errors import ConfigError
+
 
 def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     """FLOPs of one sample's forward and backward pass; a multiplication and its addition count as two.
 
     Counted by PyTorch's own counter (matrix products and convolutions) on a batch of two, with a copy of the module.
+
+    Raises:
+        ConfigError: the model cannot take a training step (it gives no one tensor, say, or has nothing to train).
     """
     twin = copy.deepcopy(module).train()
-    with FlopCounterMode(display=False) as counter:
-        twin(torch.zeros(2, *input_shape)).sum().backward()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            twin(torch.zeros(2, *input_shape)).sum().backward()
+    except Exception as exc:  # a user's model may raise anything
+        raise ConfigError(
+            f"model.name: a training step fails on inputs of shape {input_shape}: {type(exc).__name__}: {exc}"
+        ) from exc
     return counter.get_total_flops() / 2

@@ -79,6 +79,10 @@ def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module | None
     if graph.state_dict().keys() != module.state_dict().keys():
         return None
     x = torch.ones(2, *input_shape)
-    with torch.no_grad():
-        same = torch.equal(graph.eval()(x), module.eval()(x))
+    try:
+        with torch.no_grad():
+            same = torch.equal(graph.eval()(x), module.eval()(x))
+    except Exception:  # the graph froze a training-mode branch or a size, or the input does not fit: not ours to judge
+        same = False
+    module.train()  # as it was built
     return graph.train() if same else None

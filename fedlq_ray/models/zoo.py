@@ -14,7 +14,7 @@ from fedlq_ray.models.torchvision_bridge import build_torchvision
 def _image(name: str, input_shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
     if len(input_shape) != 3 or min(input_shape[1:]) < least:
         raise ConfigError(f"model.name: {name} takes images of {least}x{least} or more, this data is {input_shape}")
-    return input_shape  # type: ignore[return-value]
+    return input_shape
 
 
 def mlp(input_shape: tuple[int, ...], num_classes: int, hidden: Sequence[int] = (200,)) -> nn.Module:
@@ -123,6 +123,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 _AUTO: dict[tuple[int, ...], str] = {(1, 28, 28): "cnn", (3, 32, 32): "resnet8_gn"}
 
 
+def resolve_name(name: str, input_shape: tuple[int, ...]) -> str:
+    """What `auto` picks for this shape; any other name is itself."""
+    return _AUTO.get(input_shape, "mlp") if name == "auto" else name
+
+
 def build(
     name: str | Callable[..., nn.Module], input_shape: tuple[int, ...], num_classes: int, args: dict[str, Any]
 ) -> nn.Module:
@@ -131,8 +136,8 @@ def build(
     Raises:
         ConfigError: no such model, or it does not fit the data.
     """
-    if name == "auto":
-        name = _AUTO.get(input_shape, "mlp")
+    if isinstance(name, str):
+        name = resolve_name(name, input_shape)
     if isinstance(name, str) and name.startswith("torchvision:"):
         module: Any = build_torchvision(name.removeprefix("torchvision:"), input_shape, num_classes, args)
     else:

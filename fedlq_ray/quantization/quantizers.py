@@ -100,10 +100,9 @@ class MinMax:
     def encode(self, x: Tensor, bits: int, rng: Generator) -> bytes:
         top = 2**bits - 1
         low, high = (float(v) for v in x.double().aminmax())
-        step = np.float32((high - low) / top)
-        if not step > 0 or not np.isfinite(step):  # a constant layer decodes exactly, whatever its codes
+        step = np.float32(min((high - low) / top, float(np.finfo(np.float32).max)))
+        if step == 0:  # a constant layer decodes exactly, whatever its codes
             codes = torch.zeros_like(x)
-            step = np.float32(0.0 if np.isfinite(step) else np.finfo(np.float32).max)
         else:
             noise = torch.rand(x.shape, generator=rng)
             # float32 may round 255 + 0.9999999 up to 256, which uint8 would wrap to 0.

@@ -1,9 +1,12 @@
 import gzip
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from fedlq_ray.data import as_dataset, inputs, load
+from fedlq_ray.data import as_dataset, datasets, inputs, load
 from fedlq_ray.errors import ConfigError
 
 
@@ -21,33 +24,80 @@ def arrays(**changes):
 def test_digits_keep_a_stratified_fifth_for_testing():
     data = load("digits")
     assert data.input_shape == (1, 8, 8) and len(data.y_test) == 360 and len(data.y_train) == 1437
-    assert np.bincount(data.y_test).min() >= 34
-    assert np.array_equal(data.x_test, load("digits").x_test)
+    # A fifth of each class, to rounding: the classes have 174 to 183 samples.
+    both = np.bincount(data.y_train) + np.bincount(data.y_test)
+    assert abs(np.bincount(data.y_test) - both / 5).max() < 1
+
+
+def test_the_split_of_digits_depends_on_no_seed():
+    np.random.seed(1)
+    first = load("digits")
+    np.random.seed(2)
+    assert np.array_equal(first.x_test, load("digits").x_test)
+    assert np.array_equal(first.y_train, load("digits").y_train)
 
 
 def test_inputs_are_normalised_and_channels_last():
     data = as_dataset(arrays(x_train=np.full((40, 5, 6, 2), 7, np.uint8), x_test=np.zeros((8, 5, 6, 2), np.uint8)))
     x = inputs(data.x_test, data.mean, data.std)
     assert data.input_shape == (2, 5, 6) == x.shape[1:]
-    assert x.permute(0, 2, 3, 1).is_contiguous()
+    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
     assert (x == -7).all()  # a constant channel has mean 7 and is divided by 1
     flat = as_dataset(arrays())
     z = inputs(flat.x_train, flat.mean, flat.std)
     assert z.mean(0).abs().max() < 1e-5 and (z.std(0, unbiased=False) - 1).abs().max() < 1e-5
 
 
-BAD = np.ones((8, 3), np.float32)
-BAD[5, 1] = np.nan
+def test_moments_are_those_of_numpy_in_float64():
+    x = np.random.default_rng(0).integers(0, 256, (5000, 3, 4, 2), np.uint8)  # more than one chunk
+    data = as_dataset((x, np.arange(5000) % 2, x[:9], np.arange(9) % 2))
+    np.testing.assert_allclose(data.mean, x.mean((0, 1, 2), np.float64), rtol=1e-6)
+    np.testing.assert_allclose(data.std, x.std((0, 1, 2), np.float64), rtol=1e-6)
+
+
+def test_features_in_small_units_are_normalised_too():
+    data = as_dataset(arrays(x_train=np.random.default_rng(0).random((40, 3)) * 1e-7))
+    z = inputs(data.x_train, data.mean, data.std)
+    assert (z.std(0, unbiased=False) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float16, np.float64])
+def test_images_without_a_channel_get_one_and_bytes_stay_bytes(dtype):
+    data = as_dataset(arrays(x_train=np.ones((40, 5, 6), dtype), x_test=np.ones((8, 5, 6), dtype)))
+    assert data.x_train.shape == (40, 5, 6, 1) and data.input_shape == (1, 5, 6)
+    assert data.x_train.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
+    assert data.y_train.dtype == np.int64
+
+
+def test_a_dataset_four_arrays_and_a_mapping_are_alike():
+    made = as_dataset(arrays())
+    assert as_dataset(made) is made
+    assert np.array_equal(as_dataset(tuple(arrays().values())).x_test, made.x_test)
+    with pytest.raises(ConfigError, match="gave no x_test"):
+        as_dataset({k: v for k, v in arrays().items() if k != "x_test"})
+    with pytest.raises(ConfigError, match="gave a int, not the four arrays"):
+        as_dataset(3)
+
+
+def with_value(value):
+    x = np.ones((8, 3))
+    x[5, 1] = value
+    return x
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_test": BAD}, r"x_test\[5\] holds a NaN"),
+        ({"x_test": with_value(np.nan)}, r"x_test\[5\] holds a NaN"),
+        ({"x_test": with_value(-np.inf)}, r"x_test\[5\] holds .*infinity"),
+        ({"x_test": with_value(1e300)}, r"x_test\[5\] holds .*float32 cannot hold"),
         ({"y_test": np.full(8, 9)}, r"y_test\[0\] is 9.*end at 3"),
         ({"y_train": np.full(40, -1)}, r"y_train\[0\] is -1.*out of range"),
         ({"y_train": np.zeros(40)}, "y_train must be one whole number"),
         ({"y_train": np.zeros(39, int)}, "40 samples in x_train, 39 in y_train"),
+        ({"y_train": np.full(40, 3)}, "y_train has one class only"),
+        ({"x_train": np.ones((0, 3)), "y_train": np.ones(0, int)}, r"x_train has shape \(0, 3\)"),
+        ({"x_train": np.ones((40, 3, 9, 9))}, r"x_train has shape \(40, 3, 9, 9\); channels go last"),
         ({"x_test": np.ones((8, 4))}, r"\(3,\), of x_test \(4,\)"),
         ({"x_train": np.array([["a"] * 3] * 40)}, "not numbers"),
     ],
@@ -56,13 +106,20 @@ def test_wrong_arrays_are_named(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         as_dataset(arrays(**changes))
     np.savez(tmp_path / "d.npz", **arrays(**changes))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"data\.path: .*d\.npz: .*{message}"):
         load("npz", str(tmp_path / "d.npz"))
+
+
+def test_lists_of_unequal_lengths_are_refused():
+    with pytest.raises(ConfigError, match="x_train cannot be made a NumPy array"):
+        as_dataset(arrays(x_train=[[1, 2], [3]]))
 
 
 def test_npz_faults_name_the_file_and_what_is_missing(tmp_path):
     file = tmp_path / "d.npz"
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"data\.path: data\.name=npz needs"):
+        load("npz")
+    with pytest.raises(ConfigError, match=r"data\.path: .*no such file"):
         load("npz", str(file))
     np.savez(file, x_train=1, y_train=1, x_test=1)
     with pytest.raises(ConfigError, match=r"d\.npz: has no y_test; it has x_train"):
@@ -72,6 +129,12 @@ def test_npz_faults_name_the_file_and_what_is_missing(tmp_path):
         load("npz", str(file))
     file.write_bytes(b"no zip")
     with pytest.raises(ConfigError, match="cannot be read"):
+        load("npz", str(file))
+    np.savez_compressed(file, **arrays())
+    data = bytearray(file.read_bytes())
+    data[60:75] = b"\xff" * 15  # inside the first array's compressed bytes
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"data\.path: .*d\.npz: cannot be read"):
         load("npz", str(file))
 
 
@@ -91,8 +154,63 @@ def test_idx_files_are_read_and_a_truncated_one_is_refused(tmp_path):
     file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
     with pytest.raises(ConfigError, match=r"t10k-images.*header claims"):
         load("mnist", str(tmp_path))
-    with pytest.raises(ConfigError, match="holds no mnist"):
+    with pytest.raises(ConfigError, match=r"data\.path: .*holds no mnist"):
         load("mnist", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x1f\x8b\x08 no gzip", gzip.compress(bytes(range(200)))[:-20], gzip.compress(b"GIF89a"), gzip.compress(b"")],
+)
+def test_a_damaged_idx_file_is_named(content, tmp_path):
+    file = tmp_path / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"data\.path: .*t10k-images-idx3-ubyte\.gz: "):
+        datasets.read_idx(file)
+
+
+def test_an_idx_file_may_be_plain(tmp_path):
+    (tmp_path / "a-ubyte").write_bytes(b"\x00\x00\x08\x02\x00\x00\x00\x02\x00\x00\x00\x03" + bytes(range(6)))
+    assert datasets.read_idx(tmp_path / "a-ubyte").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_without_files_and_network_one_error_says_the_places_and_the_remedy(name, tmp_path, monkeypatch):
+    timeouts = []
+
+    def no_network(*_args, **_settings):
+        timeouts.append(socket.getdefaulttimeout())
+        raise OSError("no route to host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "_torchvision_arrays", no_network)
+    before = socket.getdefaulttimeout()
+    with pytest.raises(ConfigError, match=rf"{name} was not found in .*cache.*no route to host.*data\.path"):
+        load(name)
+    assert timeouts == [20] and socket.getdefaulttimeout() == before
+
+
+def test_a_damaged_folder_of_cifar10_is_named(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ConfigError, match=r"data\.path: .*cifar-10-batches-py: is incomplete or damaged"):
+        load("cifar10", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.path: .*neither an \.npz nor a folder"):
+        load("cifar10", str(tmp_path / "nowhere"))
+
+
+def test_cifar10_may_be_an_npz(tmp_path):
+    np.savez(tmp_path / "c.npz", **arrays(x_train=np.ones((40, 5, 5, 3)), x_test=np.ones((8, 5, 5, 3))))
+    assert load("cifar10", str(tmp_path / "c.npz")).input_shape == (3, 5, 5)
+
+
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
+)
+def test_debian_s_fashion_mnist_is_found():
+    data = load("fashion-mnist")
+    assert data.x_train.shape == (60_000, 28, 28, 1) and data.x_train.dtype == np.uint8
+    assert np.bincount(data.y_test).tolist() == [1000] * 10
 
 
 def test_an_own_function_by_import_path(tmp_path, monkeypatch):

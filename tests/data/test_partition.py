@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ def test_every_sample_goes_to_one_client_and_none_is_too_small(how, clients, see
     shards = split(how, LABELS[:300], clients, seed, min_samples=least)
     assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(300))
     assert len(shards) == clients and min(map(len, shards)) >= least
+    assert all(s.dtype == np.int64 and (np.diff(s) > 0).all() for s in shards)  # sorted, none twice
 
 
 @pytest.mark.parametrize("how", PARTITIONS)
@@ -28,11 +31,35 @@ def test_the_seed_decides(how):
     assert not all(map(np.array_equal, split(how), split(how, seed=1)))
 
 
+def test_iid_sizes_differ_by_one_at_most():
+    assert sorted({len(s) for s in split("iid", clients=30)}) == [66, 67]
+
+
 def test_a_small_alpha_is_more_uneven_than_a_large_one():
     def spread(alpha):
         return label_counts(LABELS, split("dirichlet", alpha=alpha), 10).std()
 
     assert spread(0.1) > 1.5 * spread(1.0) > 2 * spread(1000.0)
+
+
+def test_quantity_skews_sizes_and_keeps_labels_alike():
+    sizes = {alpha: [len(s) for s in split("quantity", alpha=alpha)] for alpha in (0.3, 1000.0)}
+    assert np.std(sizes[0.3]) > 5 * np.std(sizes[1000.0])
+
+    def skew(how):  # of the largest client's labels, whose share would be 0.1 each
+        counts = label_counts(LABELS, split(how), 10)
+        largest = counts[counts.sum(axis=1).argmax()]
+        return (largest / largest.sum()).max()
+
+    assert skew("quantity") < 0.2 < skew("dirichlet")
+
+
+def test_ten_thousand_clients_take_seconds():
+    labels = np.arange(60_000) % 10
+    start = time.process_time()
+    for how in PARTITIONS:
+        assert min(map(len, split(how, labels, 10_000, alpha=0.01, min_samples=5))) >= 5
+    assert time.process_time() - start < 10  # all four take about 1 s
 
 
 def test_shards_bound_the_classes_of_a_client():
@@ -43,6 +70,8 @@ def test_shards_bound_the_classes_of_a_client():
 def test_too_many_clients_are_refused():
     with pytest.raises(ConfigError, match=r"data.min_samples.*clients.count.*2000"):
         split("iid", clients=300, min_samples=8)
+    with pytest.raises(ConfigError, match=r"data.classes_per_client.*clients.count.*2000"):
+        split("shards", clients=300, classes_per_client=7)
 
 
 def test_the_hold_out_is_disjoint_and_leaves_a_sample():
@@ -51,3 +80,14 @@ def test_the_hold_out_is_disjoint_and_leaves_a_sample():
     assert [len(h) for h in held] == [2, 0, 25]
     for shard, k, h in zip(shards, kept, held, strict=True):
         assert np.array_equal(np.sort(np.concatenate([k, h])), shard)
+        assert (np.diff(k) > 0).all() and (np.diff(h) > 0).all()
+    assert [len(k) for k in hold_out(shards, 1.0, seed=0)[0]] == [1, 1, 1]
+    alike = hold_out([np.arange(100)] * 2, 0.25, seed=0)[1]
+    assert not np.array_equal(*alike)  # each client draws its own
+    assert np.array_equal(held[2], hold_out(shards, 0.25, seed=0)[1][2])
+    assert not np.array_equal(held[2], hold_out(shards, 0.25, seed=1)[1][2])
+
+
+def test_label_counts_by_hand():
+    counts = label_counts(np.array([0, 2, 2, 0, 1]), [np.array([0, 1, 2]), np.array([3, 4])], 4)
+    assert counts.tolist() == [[1, 0, 2, 0], [1, 1, 0, 0]] and counts.dtype == np.int64

@@ -1,0 +1,111 @@
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model, save_file
+from torch import nn
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.models import FlatModel, Layer, build
+
+
+def _step(model: FlatModel, x: torch.Tensor) -> None:
+    model.module.train()
+    model.module(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["cnn", "resnet8_gn"])
+def test_gradients_stay_views_of_the_flat_gradient_over_backward_passes(name, memory_format):
+    model = FlatModel(build(name, (3, 32, 32), 10, {}))
+    before = {key: (id(p.grad), p.grad.data_ptr()) for key, p in model.module.named_parameters()}
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=memory_format)
+    _step(model, x)
+    once = model.grad.clone()
+    _step(model, x)  # a second pass accumulates: twice the first
+    torch.testing.assert_close(model.grad, 2 * once, rtol=1e-4, atol=1e-4)
+    assert {key: (id(p.grad), p.grad.data_ptr()) for key, p in model.module.named_parameters()} == before
+    model.grad.zero_()
+    assert all(not p.grad.any() for p in model.module.parameters())
+
+
+def test_flattening_does_not_change_the_values_and_covers_the_vector_once():
+    plain = build("resnet8_gn", (3, 32, 32), 10, {})
+    model = FlatModel(copy.deepcopy(plain))
+    for (key, old), new in zip(plain.state_dict().items(), model.module.state_dict().values(), strict=True):
+        assert torch.equal(old, new), key
+    assert model.layers[0].start == 0 and model.layers[-1].stop == len(model.vector)
+    assert all(a.stop == b.start for a, b in zip(model.layers, model.layers[1:], strict=False))
+
+
+def test_convolutions_lie_in_channels_last_order():
+    model = FlatModel(nn.Conv2d(2, 1, 2, bias=False))
+    with torch.no_grad():
+        model.module.weight.copy_(torch.arange(8.0).view(1, 2, 2, 2))  # channel 0 holds 0..3, channel 1 holds 4..7
+    assert model.layers == (Layer("(root)", 0, 8),)
+    assert model.vector.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_frozen_parameters_are_in_the_vector_and_their_gradient_stays_zero():
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    module[0].requires_grad_(False)
+    model = FlatModel(module)
+    _step(model, torch.ones(4, 3))
+    assert model.num_parameters == 8 + 3
+    assert not model.grad[:8].any() and model.grad[8:].any()
+
+
+def test_batch_norm_counts_are_left_out_and_kept_in_the_state_dict():
+    model = FlatModel(nn.BatchNorm1d(4))
+    assert [(la.name, la.size, la.buffer) for la in model.layers] == [
+        ("(root)", 8, False),
+        ("(root).buffers", 8, True),
+    ]
+    model.module(torch.randn(5, 4))
+    assert model.state_dict()["num_batches_tracked"].item() == 1
+    assert torch.equal(model.vector[8:12], model.module.running_mean)
+
+
+def test_load_copies_in_and_refuses_another_length_or_type():
+    model = FlatModel(nn.Linear(3, 2))
+    given = torch.arange(8.0)
+    model.load(given)
+    assert model.module.bias.tolist() == [6, 7]
+    model.vector.zero_()
+    assert given.sum() == 28  # the vector that was loaded is not shared
+    with pytest.raises(ValueError, match=r"\(7,\)"):
+        model.load(torch.zeros(7))
+    with pytest.raises(ValueError, match="float64"):
+        model.load(torch.zeros(8, dtype=torch.float64))
+
+
+def test_a_state_dict_goes_through_safetensors_into_a_fresh_module(tmp_path):
+    model = FlatModel(build("cnn", (1, 28, 28), 10, {}))
+    state = model.state_dict()
+    assert all(t.is_contiguous() for t in state.values())
+    save_file(state, tmp_path / "m.safetensors")
+    fresh = build("cnn", (1, 28, 28), 10, {})
+    fresh.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    assert torch.equal(FlatModel(fresh).vector, model.vector)
+
+
+def test_tied_weights_go_through_safetensors_once(tmp_path):
+    def tied():
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        module[1].weight = module[0].weight
+        return module
+
+    model = FlatModel(tied())
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    fresh = tied()
+    load_model(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(FlatModel(fresh).vector, model.vector)
+
+
+def test_models_that_cannot_be_flat_are_refused_by_parameter_name():
+    with pytest.raises(ConfigError, match="no parameters"):
+        FlatModel(nn.Flatten())
+    with pytest.raises(ConfigError, match=r"1\.weight is torch.float16"):
+        FlatModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half()))
+    with pytest.raises(ConfigError, match="on meta"):
+        FlatModel(nn.Linear(2, 2, device="meta"))

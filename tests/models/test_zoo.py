@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.models import MODELS, build, check_output, resolve_name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("mlp", (1, 28, 28), 784 * 200 + 200 + 2010),
+        ("lenet5", (1, 28, 28), 156 + 2416 + 256 * 120 + 120 + 10164 + 850),
+        # conv1, three blocks (two convolutions each, shortcuts 16x32 and 32x64), norms (2 a channel), fc
+        ("resnet8_gn", (3, 32, 32), 432 + 4608 + 13824 + 55296 + 512 + 2048 + 2 * (16 + 32 + 64 + 128) + 650),
+        ("vgg9", (3, 32, 32), 896 + 18496 + 73856 + 147584 + 295168 + 590080 + 4096 * 512 + 512 + 262656 + 5130),
+    ],
+)
+def test_models_have_the_parameters_of_hand_arithmetic(name, shape, parameters):
+    assert sum(p.numel() for p in build(name, shape, 10, {}).parameters()) == parameters
+
+
+def test_the_cnn_pools_before_relu_which_is_the_same_function():
+    torch.manual_seed(0)
+    model, x = build("cnn", (3, 17, 20), 7, {}), torch.randn(2, 3, 17, 20)
+    assert [name for name, _ in model.named_children() if name != "pool"] == ["conv1", "conv2", "fc1", "fc2"]
+    y = nn.functional.max_pool2d(model.conv1(x).relu(), 2)
+    y = nn.functional.max_pool2d(model.conv2(y).relu(), 2).flatten(1)
+    assert torch.equal(model(x), model.fc2(model.fc1(y).relu()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_global_seed_builds_the_same_model(name):
+    def weights(seed):
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(build(name, (3, 32, 32), 10, {}).parameters())
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+def test_auto_picks_by_shape_and_other_names_are_themselves():
+    chosen = [resolve_name("auto", shape) for shape in ((1, 28, 28), (3, 32, 32), (64,), (1, 32, 32))]
+    assert chosen == ["cnn", "resnet8_gn", "mlp", "mlp"]
+    assert resolve_name("vgg9", (1, 28, 28)) == "vgg9"
+
+
+def test_a_users_factory_need_not_take_the_shape():
+    assert isinstance(build(lambda: nn.Linear(4, 3), (4,), 3, {}), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "args", "message"),
+    [
+        ("cnn", (1, 8, 8), {}, "16x16 or more"),
+        ("vgg9", (3, 4, 4), {}, "8x8 or more"),
+        ("mlp", (4,), {"hiden": [3]}, "takes no 'hiden'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_configuration_key(name, shape, args, message):
+    with pytest.raises(ConfigError, match=f"model.name.*{message}"):
+        build(name, shape, 10, args)
+
+
+def test_a_failing_forward_pass_names_the_shape_and_leaves_the_mode():
+    model = nn.Linear(4, 3).train()
+    with pytest.raises(ConfigError, match=r"inputs of shape \(5,\)"):
+        check_output(model, (5,), 3)
+    assert model.training

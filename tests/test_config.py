@@ -1,0 +1,52 @@
+import pytest
+
+from fedlq_ray import Config, ConfigError
+from fedlq_ray.config import digest, keys, load, to_yaml
+
+
+def test_what_is_written_reads_back_the_same(tmp_path):
+    config = load(None, ["rounds=3", "rounds=4", "name=12", "strategy.levels=[1,2,8]", "train.lr=1e-2"])
+    assert (config.rounds, config.name, config.strategy.levels, config.train.lr) == (4, "12", (1, 2, 8), 0.01)
+    for commented in (False, True):
+        (tmp_path / "c.yaml").write_text(to_yaml(config, commented=commented))
+        assert load(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "train.lrr: unknown key; did you mean train.lr?"),
+        ("cohort=3", "cohort: unknown key; did you mean clients.cohort?"),
+        ("rounds=many", "rounds: .*integer.*many"),
+        ("rounds=true", "rounds: .*integer"),
+        ("train.lr=-1", "train.lr: .*greater than 0.*-1"),
+        ("train.lr=.nan", "train.lr: .*finite"),
+        ("train.lr=.inf", "train.lr: .*finite"),
+        ("clients.cohort=51", r"clients.cohort \(51\).*clients.count \(50\)"),
+        ("strategy.budget=deadline", "deadline_s"),
+        ("strategy.levels=[3,1]", "rise"),
+        ("rounds", "neither a file nor key=value|no such file"),
+        ("name=../x", "name: "),
+    ],
+)
+def test_each_fault_is_told_with_its_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])
+
+
+def test_all_faults_come_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load(None, ["rounds=0", "train.lr=0", "sed=1"])
+    assert all(word in str(caught.value) for word in ("rounds:", "train.lr:", "seed"))
+
+
+def test_the_digest_covers_what_can_change_a_result():
+    base = digest(Config())
+    for same in ("name=x", "out=y", "tracking.uri=null", "clients.hosting=serial", "clients.actors=2"):
+        assert digest(load(None, [same])) == base
+    for other in ("seed=1", "train.lr=0.2", "strategy.bits=3", "clients.dropout=0.1"):
+        assert digest(load(None, [other])) != base
+
+
+def test_every_key_has_a_meaning():
+    assert all(field.description for _, field, _ in keys()) and len(list(keys())) > 40

@@ -1,0 +1,145 @@
+"""Whole runs without Ray: what a record holds, what seeds decide, and that bytes and clock are right."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fedlq_ray import ClientError, ConfigError, simulate
+from fedlq_ray.config import load
+from fedlq_ray.strategies import STRATEGIES, Strategy
+
+QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*overrides, **parts):
+    return simulate(load(None, [*QUICK, *overrides]), **parts)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("payload", ["update", "model"])
+def test_every_strategy_runs_and_its_bytes_add_up(name, payload):
+    result = run(f"strategy.name={name}", f"strategy.payload={payload}", "strategy.bits=2.5")
+    lines = [json.loads(line) for line in (result.path / "rounds.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in lines] == [0, 1, 2] and len(result.history) == 3
+    assert all(sum(r["client_uplink_bytes"]) == r["uplink_bytes"] for r in lines)
+    assert result.summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in lines)
+    times = [0.0, *(r["sim_time_s"] for r in lines)]
+    for before, after, record in zip(times, times[1:], lines, strict=False):
+        slowest = max(c + u for c, u in zip(record["client_compute_s"], record["client_upload_s"], strict=True))
+        assert after - before == pytest.approx(slowest)
+    assert {"config.yaml", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors"} <= {
+        f.name for f in result.path.iterdir()
+    }
+
+
+def test_the_seed_decides_and_nothing_else_does():
+    first, again, other = run(), run("name=x", "out=elsewhere"), run("seed=1")
+    for file in ("rounds.jsonl", "summary.json"):
+        assert (first.path / file).read_bytes() == (again.path / file).read_bytes()
+    assert first.summary["weights_sha256"] != other.summary["weights_sha256"]
+    repeated = simulate(load(first.path / "config.yaml"))
+    assert repeated.summary == first.summary and repeated.path != first.path
+
+
+def test_fractional_bits_hold_on_average():
+    result = run("strategy.name=uniform", "strategy.bits=1.25", "rounds=8")
+    floor, ceiling = run("strategy.name=uniform", "strategy.bits=1"), run("strategy.name=uniform", "strategy.bits=2")
+    one, two = (r.history["uplink_bytes"].mean() for r in (floor, ceiling))
+    assert result.history["uplink_bytes"].mean() == pytest.approx(0.75 * one + 0.25 * two)
+
+
+def test_fedlq_keeps_its_budgets_and_gives_layers_different_levels():
+    result = run("strategy.budget=bits", "strategy.bits=2", "strategy.payload=model", "rounds=4")
+    bits = result.history["bits_per_parameter"].iloc[-1]
+    uniform = run("strategy.name=uniform", "strategy.bits=2", "rounds=4")
+    assert result.summary["uplink_bytes"] <= uniform.summary["uplink_bytes"]
+    assert bits["fc2"] > 1.5 * bits["fc1"]
+
+
+def test_stopping_at_the_target_discards_what_began_beyond_it():
+    whole = run("rounds=12", "target_accuracy=0.5")
+    stopped = run("rounds=12", "target_accuracy=0.5", "stop_at_target=true")
+    n = stopped.summary["rounds"]
+    assert 0 < n < 12 and stopped.summary["final_accuracy"] >= 0.5
+    assert (whole.path / "rounds.jsonl").read_text().splitlines()[:n] == (
+        stopped.path / "rounds.jsonl"
+    ).read_text().splitlines()
+    assert stopped.summary["time_to_target_s"] == whole.summary["time_to_target_s"]
+    shorter = run(f"rounds={n}", "target_accuracy=0.5")
+    assert shorter.summary["weights_sha256"] == stopped.summary["weights_sha256"]
+
+
+def test_dropped_clients_send_nothing_and_the_run_goes_on():
+    result = run("clients.dropout=0.5", "rounds=6")
+    missing = sum(len(c) - len(a) for c, a in zip(result.history["cohort"], result.history["answered"], strict=True))
+    assert 0 < missing < 24
+    assert run("clients.dropout=1.0").summary["uplink_bytes"] == 0
+
+
+def test_the_clock_bills_downloads_only_when_told_and_uploads_unless_free():
+    upload, both, free = run(), run("network.bill=both"), run("network.uplink_free=true", "strategy.name=fedavg")
+    assert sum(upload.history["client_download_s"].sum()) == 0 < sum(both.history["client_download_s"].sum())
+    assert sum(free.history["client_upload_s"].sum()) == 0 < free.summary["sim_time_s"]
+
+
+def test_divergence_names_round_client_and_layer_and_keeps_what_was_done():
+    with pytest.raises(ClientError, match=r"round \d+, client \d+: training diverged: layer \w+"):
+        run("train.lr=1000", "rounds=20", "out=here")
+    from pathlib import Path
+
+    assert not Path("here/summary.json").exists() and Path("here/config.yaml").exists()
+
+
+class EightBits(Strategy):
+    def __init__(self, setting):
+        self.setting = setting
+
+    def plan(self, round, cohort, evaluation=None):
+        return {m.client: self.setting.plan([8] * len(self.setting.quantized)) for m in cohort}
+
+
+class Signs:
+    """One bit an element, and a scale: a user's quantizer, with no base class."""
+
+    def encode(self, x, bits, rng):
+        return x.abs().mean().numpy().tobytes() + (x > 0).numpy().tobytes()
+
+    def decode(self, body, count):
+        signs = torch.frombuffer(bytearray(body[4:]), dtype=torch.uint8).float() * 2 - 1
+        return signs * torch.frombuffer(bytearray(body[:4]), dtype=torch.float32)
+
+    def size(self, count, bits):
+        return 4 + count
+
+
+def test_own_parts_go_in_as_objects():
+    x, y = torch.randn(200, 6).numpy(), (torch.arange(200) % 3).numpy()
+    result = run(
+        "data.min_samples=2",
+        model=lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
+        data=(x, y, x, y),
+        strategy=EightBits,
+        quantizer=Signs(),
+    )
+    assert result.summary["uplink_bytes"] == 3 * 4 * (18 + 2 * 9 + 2 * 4 + 35 + 18)
+
+
+def test_error_feedback_sends_later_what_was_lost():
+    plain = run("strategy.name=uniform", "strategy.bits=4", "rounds=20")
+    fed = run("strategy.name=uniform", "strategy.bits=4", "rounds=20", "strategy.error_feedback=true")
+    assert fed.summary["weights_sha256"] != plain.summary["weights_sha256"]
+    assert fed.summary["uplink_bytes"] == plain.summary["uplink_bytes"]
+    assert fed.summary["final_accuracy"] > 0.7
+
+
+def test_a_finished_folder_is_not_written_over():
+    run("out=here")
+    with pytest.raises(ConfigError, match="finished run"):
+        run("out=here")
