@@ -23,7 +23,7 @@ class Layer:
 
 
 def _storage_view(segment: Tensor, shape: torch.Size) -> Tensor:
-    """A segment seen in a parameter's shape; convolutions lie in channels_last order, which trains faster."""
+    """A segment seen in a parameter's shape; convolutions lie in channels_last order, as their inputs do."""
     if len(shape) == 4:
         out, channels, height, width = shape
         return segment.view(out, height, width, channels).permute(0, 3, 1, 2)

@@ -105,14 +105,14 @@ class MinMax:
             codes = torch.zeros_like(x)
         else:
             noise = torch.rand(x.shape, generator=rng)
-            # float32 may round 255 + 0.9999999 up to 256, which uint8 would wrap to 0.
-            codes = ((x - low) / float(step) + noise).floor().clamp_(0, top)
+            # A float32 step may be short of the range by a rounding: 256 would wrap to 0 in uint8.
+            codes = ((x.double() - low) / float(step) + noise).floor().clamp_(0, top)
         return self.HEADER.pack(bits, low, step) + pack(codes.to(torch.uint8).numpy(), bits)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         bits, (low, step) = _scalars(body, self.HEADER)
-        codes = torch.from_numpy(unpack(body[self.HEADER.size :], count, bits).astype(np.float32))
-        return _finite(codes * step + low)
+        codes = torch.from_numpy(unpack(body[self.HEADER.size :], count, bits).astype(np.float64))
+        return _finite((codes * step + low).float())  # in float64, where no product overflows
 
     def size(self, count: int, bits: int) -> int:
         return self.HEADER.size + packed_size(count, bits)
