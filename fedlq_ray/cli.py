@@ -84,7 +84,12 @@ def show_config(arguments: tuple[str, ...], schema: bool) -> None:
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--out", default=None, help="Folder of the runs; finished ones in it are not run again.")
 def sweep(file: str, overrides: tuple[str, ...], out: str | None) -> None:
-    """Run several experiments and compare them: FILE has `base` settings, `runs` of overrides, and `seeds`."""
+    """Run several experiments and compare them.
+
+    FILE has `base` settings, `runs` (a name and a list of key=value each), `seeds`, and perhaps `tune`: values to try
+    for a setting, such as `train.lr: [0.03, 0.1]`, of which each run gets those that do best for it on held-out
+    training samples. A run that fails is told, and the others go on.
+    """
     _sweep(Path(file), overrides, Path(out or f"runs/{Path(file).stem}"))
 
 
@@ -102,25 +107,29 @@ def demo(overrides: tuple[str, ...], out: str | None) -> None:
 
 def _sweep(file: Path, overrides: tuple[str, ...], out: Path) -> None:
     from fedlq_ray import sweep as sweeps
+    from fedlq_ray.analysis import compare
     from fedlq_ray.progress import watch
     from fedlq_ray.simulation import simulate
 
     comparison = sweeps.load(file, overrides)
     console = Console(stderr=True)
 
-    def start(label: str, config: Config, parent: str) -> None:
+    def start(config: Config, parent: str) -> None:
         with watch(config, console, False) as report:
             simulate(config, watch=report, parent=parent)
 
-    results = sweeps.run(comparison, out, start)
-    table = sweeps.rows(results)
-    first = next(iter(results.values()))[0][0]
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    sweeps.plot(results, out / "accuracy.png")
-    Console().print(sweeps.render(table, first.target_accuracy, first.network.bill))
+    outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False))
+    table = compare.rows(outcome)
+    first = next(iter(outcome.runs.values()))[0].config
+    command = " ".join(["fedlq", *sys.argv[1:]])
+    compare.save(table, file.read_text(), command, out / "table.json")
+    compare.plot(outcome, out / "accuracy.png")
+    Console().print(compare.render(table, first.target_accuracy, first.network.bill))
     click.echo(f"plot: {out}/accuracy.png, table: {out}/table.json")
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
+    if outcome.failed:
+        raise FedLQError(f"{outcome.failed} runs of the sweep; the same command tries them again")
 
 
 @cli.command()

@@ -134,7 +134,10 @@ class Config(Section):
     seed: int = key(0, "what all randomness comes from", ge=0, lt=2**63)
     rounds: int = key(60, "rounds of training", ge=1)
     target_accuracy: float | None = key(0.93, "test accuracy to reach, a fraction", gt=0, le=1)
-    evaluate_every: int = key(1, "rounds between evaluations on the test set; the last is always evaluated", ge=1)
+    evaluate_every: int = key(1, "rounds between evaluations; the last is always evaluated", ge=1)
+    evaluate_on: Literal["test", "holdout"] = key(
+        "test", "whose accuracy counts: the test set's, or, to choose settings by, that of the samples in data.holdout"
+    )
     stop_at_target: bool = key(False, "end the run when the target is reached")
     out: Text | None = key(None, "the run's folder; null: runs/NAME-SEED, then -2, -3 where taken")
     data: DataConfig = DataConfig()
@@ -153,6 +156,8 @@ class Config(Section):
             )
         if self.stop_at_target and self.target_accuracy is None:
             raise ValueError("stop_at_target needs a target_accuracy")
+        if self.evaluate_on == "holdout" and not self.data.holdout:
+            raise ValueError("evaluate_on=holdout needs a data.holdout above 0")
         return self
 
 

@@ -4,14 +4,11 @@ import copy
 import json
 import logging
 import os
-import platform
 import signal
-import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray import rundir, tracking
+from fedlq_ray import provenance, rundir, tracking
 from fedlq_ray.config import Config
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.models import FlatModel
@@ -136,17 +133,10 @@ def _mark(folder: Path, track: Any, config: Config, records: list[Any], status: 
 
 
 def _tags() -> dict[str, str]:
-    """What made a result: the checkout's commit and the versions."""
-    names = ("fedlq-ray", "torch", "numpy", "ray", "mlflow")
-    tags = {f"version.{name}": version(name) for name in names} | {"version.python": platform.python_version()}
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        tags["mlflow.source.git.commit"] = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass  # not in a checkout
-    return tags
+    """What made a result, for MLflow."""
+    tags = {f"version.{name}": found for name, found in provenance.versions().items()}
+    commit = provenance.commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 def _serial(task: Task, strategy: Any, track: Any) -> Iterator[Event]:

@@ -85,7 +85,7 @@ class Workplace:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.model = FlatModel(copy.deepcopy(task.module))
-        self._test: tuple[Tensor, Tensor] | None = None
+        self._evaluated_on: tuple[Tensor, Tensor] | None = None
 
     @property
     def setting(self) -> Setting:
@@ -117,19 +117,24 @@ class Workplace:
         )
 
     def evaluate(self, weights: Tensor) -> Evaluation:
-        """On the test set."""
-        if self._test is None:
+        """On the test set, or on what clients hold out (`evaluate_on`)."""
+        if self._evaluated_on is None:
             data = self.task.data
-            self._test = self.normalise(data.x_test), torch.from_numpy(data.y_test.copy())
-        return evaluate(self.model, weights, *self._test)
+            if self.task.config.evaluate_on == "test":
+                self._evaluated_on = self.normalise(data.x_test), torch.from_numpy(data.y_test.copy())
+            else:
+                self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
+        return evaluate(self.model, weights, *self._evaluated_on)
+
+    def _training_samples(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self.normalise(self.task.data.x_train[chosen]), torch.from_numpy(self.task.data.y_train[chosen])
 
     def probe_data(self, samples: int) -> tuple[Tensor, Tensor]:
         """Samples held out from clients' shards, drawn once: the server's proxy."""
         pool = np.concatenate(self.task.held)
         if not len(pool):  # nothing held out: the probe then sees training data
             pool = np.concatenate(self.task.shards)
-        chosen = numpy_rng(self.task.config.seed, "proxy").permutation(pool)[:samples]
-        return self.normalise(self.task.data.x_train[chosen]), torch.from_numpy(self.task.data.y_train[chosen])
+        return self._training_samples(numpy_rng(self.task.config.seed, "proxy").permutation(pool)[:samples])
 
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
         setting = self.setting

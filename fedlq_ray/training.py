@@ -66,10 +66,11 @@ def train_locally(model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *,
         rng: source of the order of samples.
     """
     model.module.train()
-    trained = torch.nn.Parameter(model.vector[: model.num_parameters])
-    trained.grad = model.grad
+    trained = [torch.nn.Parameter(model.vector[start:stop]) for start, stop in model.trained]
+    for parameter, (start, stop) in zip(trained, model.trained, strict=True):
+        parameter.grad = model.grad[start:stop]
     optimizer = torch.optim.SGD(
-        [trained], lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, foreach=False
+        trained, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, foreach=False
     )
     total, seen = torch.zeros((), dtype=torch.float64), 0
     for _ in range(train.local_epochs):

@@ -10,18 +10,21 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
+Records = Sequence[Mapping[str, Any]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
-def accuracy(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: float | None, bill: str, file: Path) -> None:
-    """Accuracy against simulated time and against megabytes sent, a line a run."""
+def accuracy(runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, file: Path) -> None:
+    """Accuracy against simulated time and against megabytes sent: a colour a run, a line a seed."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for (name, records), colour in zip(runs.items(), COLOURS * 100, strict=False):
-        sent = np.cumsum([r["uplink_bytes"] for r in records]) / 1e6
-        seen = [i for i, r in enumerate(records) if r["accuracy"] is not None]
-        values = [records[i]["accuracy"] for i in seen]
-        axes[0].plot([records[i]["sim_time_s"] for i in seen], values, color=colour, label=name)
-        axes[1].plot(sent[seen], values, color=colour, label=name)
+    for (name, seeds), colour in zip(runs.items(), COLOURS * 100, strict=False):
+        for index, records in enumerate(seeds):
+            sent = np.cumsum([r["uplink_bytes"] for r in records]) / 1e6
+            seen = [i for i, r in enumerate(records) if r["accuracy"] is not None]
+            values = [records[i]["accuracy"] for i in seen]
+            style: dict[str, Any] = {"color": colour, "label": None if index else name, "alpha": 0.4 if index else 1}
+            axes[0].plot([records[i]["sim_time_s"] for i in seen], values, **style)
+            axes[1].plot(sent[seen], values, **style)
     billed = "uploads billed" if bill == "upload" else "uploads and downloads billed"
     axes[0].set(xlabel=f"simulated time, s ({billed})", ylabel="test accuracy", xscale="log")
     axes[1].set(xlabel="uplink traffic, MB (all clients)", xscale="log")

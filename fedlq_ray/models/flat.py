@@ -37,6 +37,7 @@ class FlatModel:
         module: the module; training it changes `vector`.
         vector: (d,) float32; parameters first, `num_parameters` of them, then float buffers (batch-norm statistics).
         grad: (num_parameters,) float32; every parameter's gradient is a view of it, so it is zeroed, never replaced.
+        trained: the (start, stop) runs of the vector that training may move: all parameters that are not frozen.
         layers: the segments, in order. Integer buffers are in none: they stay where they are.
     Raises:
         ConfigError: a parameter is not float32 on the CPU, or there is none.
@@ -69,15 +70,19 @@ class FlatModel:
         self.vector = torch.zeros(total)
         self.grad = torch.zeros(self.num_parameters)
         layers, at = [], 0
+        trained: list[tuple[int, int]] = []
         for name, parameters in owned:
             start = at
             for parameter in parameters:
                 view = _storage_view(self.vector[at : at + parameter.numel()], parameter.shape)
                 view.copy_(parameter.data)
                 parameter.data = view
+                end = at + parameter.numel()
                 if parameter.requires_grad:
-                    parameter.grad = _storage_view(self.grad[at : at + parameter.numel()], parameter.shape)
-                at += parameter.numel()
+                    parameter.grad = _storage_view(self.grad[at:end], parameter.shape)
+                    joins = trained and trained[-1][1] == at
+                    trained.append((trained.pop()[0] if joins else at, end))
+                at = end
             layers.append(Layer(name, start, at))
         for name, group in buffers:
             start = at
@@ -87,7 +92,7 @@ class FlatModel:
                 part._buffers[buffer_name] = view
                 at += value.numel()
             layers.append(Layer(name, start, at, buffer=True))
-        self.layers = tuple(layers)
+        self.layers, self.trained = tuple(layers), tuple(trained)
 
     def load(self, vector: Tensor) -> None:
         """Copy a flat vector (d,) float32 in."""
@@ -96,15 +101,8 @@ class FlatModel:
         self.vector.copy_(vector)
 
     def state_dict(self, vector: Tensor | None = None) -> dict[str, Tensor]:
-        """An ordinary state_dict of contiguous copies, of `vector` (d,) where given; shared parameters once."""
+        """An ordinary state_dict of contiguous copies, of `vector` (d,) where given."""
         if vector is not None:
             self.load(vector)
-        shared: set[tuple[int, torch.Size]] = set()
-        state = {}
-        for name, tensor in self.module.state_dict().items():
-            place = (tensor.data_ptr(), tensor.shape)
-            if tensor.numel() and place in shared:
-                continue
-            shared.add(place)
-            state[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        return state
+        state = self.module.state_dict()
+        return {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}

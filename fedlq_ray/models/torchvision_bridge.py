@@ -81,7 +81,8 @@ def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module | None
     x = torch.ones(2, *input_shape)
     try:
         with torch.no_grad():
-            same = torch.equal(graph.eval()(x), module.eval()(x))
+            # Kernels may round differently where parameters lie at other addresses.
+            same = torch.allclose(graph.eval()(x), module.eval()(x), rtol=1e-4, atol=1e-5)
     except Exception:  # the graph froze a training-mode branch or a size, or the input does not fit: not ours to judge
         same = False
     module.train()  # as it was built

@@ -1,0 +1,36 @@
+"""What made a result: the checkout's commit, the versions, the machine."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("fedlq-ray", "torch", "numpy", "ray", "mlflow")
+
+
+def versions() -> dict[str, str]:
+    """The version of each package that a result may depend on, and of Python."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the working directory lies in, `-dirty` behind it where files differ."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None  # not in a checkout
+    return done.stdout.strip()
+
+
+def machine() -> str:
+    """The processor's name, and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor that tells no name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
