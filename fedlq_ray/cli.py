@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 from importlib.resources import files
@@ -129,7 +128,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path) -> None:
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
     if outcome.failed:
-        raise FedLQError(f"{outcome.failed} runs of the sweep; the same command tries them again")
+        raise FedLQError(f"{outcome.failed} of the sweep's runs; the same command tries them again")
 
 
 @cli.command()
@@ -165,13 +164,40 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
 
 
 @cli.command()
-@click.argument("uri", default="sqlite:///mlflow.db")
+@click.argument("where", required=False, metavar="[RUN_DIR | STORE]")
 @click.option("--port", default=5000, show_default=True)
-def ui(uri: str, port: int) -> None:
-    """Open MLflow's UI on the store that the runs used (a server's address: open that instead)."""
-    click.echo(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
-    sys.exit(subprocess.call(command))
+def ui(where: str | None, port: int) -> None:
+    """Open MLflow's UI on the store that the runs used.
+
+    The store is that of RUN_DIR, or the one named (such as sqlite:///mlflow.db); by default that of the newest run in
+    runs/, else mlflow.db in this folder.
+    """
+    store = _store(where)
+    if store.startswith("http"):
+        click.echo(f"the runs are on {store}")
+        return
+    click.echo(f"MLflow on http://127.0.0.1:{port} with {store} (Ctrl-C ends it)")
+    server = ["server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server])  # so that signals reach the server itself
+
+
+def _store(where: str | None) -> str:
+    """The MLflow store of a run's folder, of an address, or of the newest run here."""
+    from fedlq_ray import rundir
+
+    if where and "://" in where:
+        store = where
+    else:
+        newest = max(Path("runs").rglob("tracking.json"), key=lambda file: file.stat().st_mtime, default=None)
+        folder = Path(where) if where else newest.parent if newest else None
+        tracking = rundir.read(folder).tracking if folder else None
+        if where and tracking is None:
+            raise ConfigError(f"{where}: was run without tracking (tracking.uri=null)")
+        store = tracking.uri if tracking else Config().tracking.uri or ""
+    file = Path(store.removeprefix("sqlite:///"))
+    if store.startswith("sqlite:///") and not file.is_file():
+        raise ConfigError(f"{file}: no such MLflow store; a run with tracking makes one, or name it: fedlq ui STORE")
+    return store
 
 
 @cli.command()
@@ -180,16 +206,15 @@ def sync(folder: str) -> None:
     """Log a run's folder to MLflow, where its server was down; twice adds nothing."""
     from fedlq_ray import rundir, tracking
 
-    config, records, summary, where = rundir.read(folder)
+    found = rundir.read(folder)
+    where = found.tracking
     if where is None:
         raise ConfigError(f"{folder}: was run without tracking (tracking.uri=null)")
-    status = "FINISHED" if summary else "FAILED"
-    kept = [p for p in (Path(folder) / "summary.json", Path(folder) / "rounds.jsonl") if p.exists()]
     try:
-        run_id = tracking.sync(where, config, records, status, kept)
+        run_id = tracking.sync(where, found.config, found.records, found.status, Path(folder))
     except Exception as exc:  # MLflow raises many kinds
         raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
-    click.echo(f"{len(records)} rounds of {folder} are in {where.uri}, run {run_id}")
+    click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from fedlq_ray.config import ClientsConfig
 from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.strategies import Probe
-from fedlq_ray.task import Job, Task, Workplace
-from fedlq_ray.training import Evaluation, Reply
+from fedlq_ray.task import Job, Task, Timed, Workplace, timed
+from fedlq_ray.training import Reply
 
 ACTOR_BYTES = 300e6  # private memory of an actor that has imported torch, measured (ARCHITECTURE.md)
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
@@ -45,11 +45,11 @@ class ClientActor:
         reply, kept = self.place.train(job, _tensor(weights), None if memory is None else _tensor(memory))
         return reply, None if kept is None else kept.numpy()
 
-    def evaluate(self, weights: NDArray[np.float32]) -> Evaluation:
-        return self.place.evaluate(_tensor(weights))
+    def evaluate(self, weights: NDArray[np.float32]) -> Timed:
+        return timed(self.place.evaluate, _tensor(weights))
 
-    def probe(self, probe: Probe, base: NDArray[np.float32], sent: NDArray[np.float32], round: int) -> Any:
-        return self.place.probe(probe, _tensor(base), _tensor(sent), round)
+    def probe(self, probe: Probe, base: NDArray[np.float32], sent: NDArray[np.float32], round: int) -> Timed:
+        return timed(self.place.probe, probe, _tensor(base), _tensor(sent), round)
 
 
 @dataclass(frozen=True)

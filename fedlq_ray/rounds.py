@@ -32,7 +32,10 @@ class Future(Protocol):
 
 
 class Host(Protocol):
-    """Where clients live. `publish` makes weights known to all; the others take what it gave."""
+    """Where clients live. `publish` makes weights known to all; the others take what it gave.
+
+    The futures of `evaluate` and `probe` give a `Timed`.
+    """
 
     def publish(self, weights: Tensor) -> Any: ...
 
@@ -43,16 +46,29 @@ class Host(Protocol):
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Future: ...
 
 
+Record = dict[str, Any]
+TIMINGS = ("round_s", "encode_s", "decode_s", "evaluation_s", "probe_s")
+
+
 @dataclass
 class Outcome:
-    """What the rounds leave: weights (d,) after `rounds` rounds; whether all that was asked for was done."""
+    """What the rounds leave.
+
+    Attributes:
+        weights: (d,) float32, after the last record's round.
+        update: (d,) float32, that round's mean update.
+        completed: all that was asked for was done.
+        timing: wall seconds. round_s: of each round from first dispatch to last payload folded; encode_s, decode_s: of
+            its clients' codec, all clients together; evaluation_s, probe_s: of each evaluation and probe, as they run.
+    """
 
     weights: Tensor
+    update: Tensor = field(init=False)
     completed: bool = False
-    timing: dict[str, list[float]] = field(default_factory=lambda: {"round_s": [], "evaluation_s": [], "decode_s": []})
+    timing: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TIMINGS})
 
-
-Record = dict[str, Any]
+    def __post_init__(self) -> None:
+        self.update = torch.zeros_like(self.weights)
 
 
 class _Reached(Exception):
@@ -72,7 +88,6 @@ def run(
     broadcast_bytes = place.broadcast_size()
     sim_time_s = 0.0
     pending: tuple[Record, Future | None] | None = None
-    last_update, before = torch.zeros_like(outcome.weights), torch.zeros_like(outcome.weights)
 
     def finished(wait: bool) -> Iterator[Record]:
         """The record that waits for its evaluation, if it can be had."""
@@ -83,9 +98,8 @@ def run(
         pending = None
         evaluation: Evaluation | None = None
         if future is not None:
-            started = time.perf_counter()
-            evaluation = future.result()
-            outcome.timing["evaluation_s"].append(time.perf_counter() - started)
+            evaluation, wall_s = future.result()
+            outcome.timing["evaluation_s"].append(wall_s)
         record["accuracy"] = evaluation.accuracy if evaluation else None
         record["test_loss"] = evaluation.loss if evaluation and math.isfinite(evaluation.loss) else None
         yield record
@@ -106,9 +120,8 @@ def run(
             answering = [m for m in members if not _drops_out(task, round, m.client)]
             jobs = [Job(round, m.client, plans[m.client]) for m in answering]
             wanted = strategy.probe(round)
-            base = torch.zeros_like(before) if config.strategy.payload == "model" else before
-            sent = outcome.weights if config.strategy.payload == "model" else last_update
-            probing = host.probe(wanted, base, sent, round) if wanted else None
+            sent = outcome.weights if config.strategy.payload == "model" else outcome.update
+            probing = host.probe(wanted, outcome.weights - sent, sent, round) if wanted else None
 
             started, decode_s = time.perf_counter(), 0.0
             fold = _Fold(place, outcome.weights, jobs, strategy.weights(answering) if answering else [])
@@ -117,20 +130,24 @@ def run(
                 fold.take(client, reply)
                 decode_s += time.perf_counter() - clock
                 if stopped():
-                    return
+                    break
                 yield from finished(wait=False)
+            if stopped():  # this round is not counted; the one before it is
+                break
             outcome.timing["round_s"].append(time.perf_counter() - started)
+            outcome.timing["encode_s"].append(sum(reply.encode_s for reply in fold.replies))
             outcome.timing["decode_s"].append(decode_s)
             yield from finished(wait=True)
-            if stopped():
-                return
 
-            measurement: Measurement | None = probing.result() if probing else None
-            last_update, before = fold.update.float(), outcome.weights
-            outcome.weights = before + last_update
+            measurement: Measurement | None = None
+            if probing:
+                measurement, wall_s = probing.result()
+                outcome.timing["probe_s"].append(wall_s)
+            outcome.update = fold.update.float()
+            outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
-            strategy.learn(round, measurement, last_update)
+            strategy.learn(round, measurement, outcome.update)
             record = _record(task, place, round, members, fold, broadcast_bytes)
             sim_time_s += record.pop("round_time_s")
             record["sim_time_s"] = sim_time_s
@@ -138,8 +155,9 @@ def run(
             weights = host.publish(outcome.weights)
             due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds
             pending = (record, host.evaluate(weights) if due else None)
+        else:
+            outcome.completed = True
         yield from finished(wait=True)
-        outcome.completed = True
     except _Reached:
         outcome.completed = True
 

@@ -1,23 +1,28 @@
 """A run's folder: config.yaml first, rounds.jsonl as rounds end, the rest at the end, whole or not at all."""
 
+import csv
 import hashlib
 import json
 import os
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from fedlq_ray.config import Config, digest, load, to_yaml
+from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel
+from fedlq_ray.profiles import Profile
+from fedlq_ray.task import Task
 from fedlq_ray.tracking import Tracking, now_ms
 
 Record = dict[str, Any]
+PROFILE_COLUMNS = [field.name for field in fields(Profile)]
 
 
 def create(config: Config) -> Path:
@@ -62,14 +67,27 @@ def write_whole(file: Path, text: str) -> None:
     part.replace(file)
 
 
-def track(folder: Path, config: Config, parent: str | None, tags: dict[str, str]) -> Tracking | None:
+def describe_clients(folder: Path, task: Task) -> None:
+    """clients.csv: what each client has, a row each: its profile, its samples, and how many of each label."""
+    counts = label_counts(task.data.y_train, task.shards, task.data.num_classes)
+    labels = [f"label_{label}" for label in range(task.data.num_classes)]
+    with (folder / "clients.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["client", *PROFILE_COLUMNS, "samples", "held_out", *labels])
+        for client, (profile, shard, held) in enumerate(zip(task.profiles, task.shards, task.held, strict=True)):
+            table.writerow([client, *astuple(profile), len(shard), len(held), *counts[client].tolist()])
+
+
+def track(
+    folder: Path, config: Config, parent: str | None, tags: dict[str, str], dataset: dict[str, str]
+) -> Tracking | None:
     """Where this run is tracked, kept in tracking.json; None where tracking is off."""
     uri = config.tracking.uri
     if uri is None:
         return None
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    tracking = Tracking(uri, config.tracking.experiment, uuid.uuid4().hex, now_ms(), parent, tuple(tags.items()))
+    tracking = Tracking(uri, config.tracking.experiment, uuid.uuid4().hex, now_ms(), parent, tags, dataset)
     write_whole(folder / "tracking.json", json.dumps(asdict(tracking), indent=1))
     return tracking
 
@@ -103,8 +121,18 @@ def save_model(folder: Path, model: FlatModel) -> None:
     part.replace(folder / "model.safetensors")
 
 
-def read(folder: str | Path) -> tuple[Config, list[Record], dict[str, Any] | None, Tracking | None]:
-    """A run's configuration, records, summary (None where unfinished) and tracking.
+class Run(NamedTuple):
+    """What a run's folder holds: summary is None where it did not finish, tracking where it was off."""
+
+    config: Config
+    records: list[Record]
+    summary: dict[str, Any] | None
+    tracking: Tracking | None
+    status: str
+
+
+def read(folder: str | Path) -> Run:
+    """A run as its folder has it; `status` is MLflow's word for how it ended.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -112,18 +140,20 @@ def read(folder: str | Path) -> tuple[Config, list[Record], dict[str, Any] | Non
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: holds no run (no config.yaml)")
+
+    def parsed(name: str) -> Any:
+        return json.loads((folder / name).read_text()) if (folder / name).exists() else None
+
     try:
         lines = (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
-        summary = folder / "summary.json"
-        tracking = folder / "tracking.json"
-        fields = json.loads(tracking.read_text()) if tracking.exists() else None
-        if fields:
-            fields["tags"] = tuple(tuple(tag) for tag in fields["tags"])
-        return (
+        summary, tracking, timing = parsed("summary.json"), parsed("tracking.json"), parsed("timing.json")
+        return Run(
             load(folder / "config.yaml"),
             [json.loads(line) for line in lines],
-            json.loads(summary.read_text()) if summary.exists() else None,
-            Tracking(**fields) if fields else None,
+            summary,
+            Tracking(**tracking) if tracking else None,
+            # A run that was killed outright had no time to write how it ended.
+            "FINISHED" if summary else (timing or {}).get("status", "FAILED"),
         )
     except (OSError, ValueError, TypeError, KeyError) as exc:
         raise ConfigError(f"{folder}: is damaged: {exc}") from exc

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlq_ray.strategies import Probe
-from fedlq_ray.task import Job, Task, Workplace
+from fedlq_ray.task import Job, Task, Workplace, timed
 from fedlq_ray.training import Reply
 
 
@@ -40,7 +40,7 @@ class SerialHost:
             yield job.client, reply
 
     def evaluate(self, weights: Tensor) -> Done:
-        return Done(self.place.evaluate(weights))
+        return Done(timed(self.place.evaluate, weights))
 
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Done:
-        return Done(self.place.probe(probe, base, sent, round))
+        return Done(timed(self.place.probe, probe, base, sent, round))

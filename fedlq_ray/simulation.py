@@ -1,6 +1,7 @@
 """From a Config to a Result: wires the parts, owns no logic."""
 
 import copy
+import getpass
 import json
 import logging
 import os
@@ -78,7 +79,8 @@ def simulate(
     place = Workplace(task)
     make(place.setting, strategy)  # a wrong strategy is told before anything is written
     folder = rundir.create(config)
-    track = rundir.track(folder, config, parent, _tags())
+    rundir.describe_clients(folder, task)
+    track = rundir.track(folder, config, parent, _tags(), _dataset(task))
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {}
@@ -104,7 +106,7 @@ def simulate(
     finally:
         if not last:
             _mark(folder, track, config, records, status)
-        timing |= last.get("timing", {})
+        timing |= last.get("timing", {}) | {"status": status}
         rundir.write_whole(folder / "timing.json", json.dumps(timing, indent=1))
     weights = np.array(last["weights"])
     flat = FlatModel(copy.deepcopy(task.module))
@@ -119,6 +121,8 @@ def simulate(
         raise KeyboardInterrupt
     summary = rundir.summarise(config, records, weights)
     rundir.write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    if track and not last["tracked"]:
+        _attach(folder, track, config, records)
     return Result(pd.DataFrame(records), summary, weights, folder)
 
 
@@ -127,14 +131,42 @@ def _mark(folder: Path, track: Any, config: Config, records: list[Any], status: 
     if track is None:
         return
     try:
-        tracking.sync(track, config, records, status, [])
+        tracking.sync(track, config, records, status, None)
     except Exception as exc:  # telemetry: the run's own error is what the user must see
         warnings.warn(f"MLflow has no status of this run ({exc}); fedlq sync {folder} sets it", stacklevel=2)
+
+
+def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any]) -> None:
+    """Put the run's files into MLflow."""
+    try:
+        tracking.attach(track, config, records, folder)
+    except Exception as exc:  # telemetry: the run itself is done and kept
+        warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
+
+
+def _dataset(task: Task) -> dict[str, str]:
+    """The data, as MLflow describes a run's input."""
+    data, config = task.data, task.config.data
+    profile = {
+        "num_train": len(data.y_train),
+        "num_test": len(data.y_test),
+        "num_classes": data.num_classes,
+        "input_shape": list(data.input_shape),
+        "partition": config.partition,
+    }
+    return {
+        "name": data.name,
+        "digest": data.digest(),
+        "source_type": "local",
+        "source": config.path or data.name,
+        "profile": json.dumps(profile),
+    }
 
 
 def _tags() -> dict[str, str]:
     """What made a result, for MLflow."""
     tags = {f"version.{name}": found for name, found in provenance.versions().items()}
+    tags |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
     commit = provenance.commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
@@ -145,7 +177,8 @@ def _serial(task: Task, strategy: Any, track: Any) -> Iterator[Event]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield from drive_serially(task, strategy, track)
+        with _sigterm_interrupts():
+            yield from drive_serially(task, strategy, track)
     finally:
         torch.set_num_threads(threads)
 

@@ -131,10 +131,10 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
 def _once(config: Config, folder: Path, start: Start, parent: str, tell: Callable[[str], None]) -> Finished:
     """A run's result, from its folder where it is finished there."""
     if (folder / "summary.json").exists():
-        was, records, summary, _ = rundir.read(folder)
-        if digest(was) != digest(config):
+        found = rundir.read(folder)
+        if digest(found.config) != digest(config):
             raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
-        return Finished(config, records, summary)
+        return Finished(config, found.records, found.summary)
     if folder.exists():  # cut short before: kept aside, and run anew
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
     try:
@@ -143,8 +143,8 @@ def _once(config: Config, folder: Path, start: Start, parent: str, tell: Callabl
         raise
     except FedLQError as exc:
         tell(f"{folder}: failed: {exc}")
-    _, records, summary, _ = rundir.read(folder)
-    return Finished(config, records, summary)
+    found = rundir.read(folder)
+    return Finished(config, found.records, found.summary)
 
 
 def _merit(run: Finished) -> tuple[float, ...]:

@@ -1,8 +1,10 @@
 """What an experiment works on, made and checked from a configuration before anything is written or started."""
 
 import copy
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +70,20 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
     flops = training_flops(module, dataset.input_shape)
     name, own = quantizer_of(config.strategy, quantizer)
     return Task(config, dataset, kept, held, profiles, module, flops, name, own)
+
+
+class Timed(NamedTuple):
+    """A result, and the wall seconds that it took, which go to timing.json alone."""
+
+    value: Any
+    wall_s: float
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
+    """Call a function, and time it."""
+    started = time.perf_counter()
+    value = function(*arguments)
+    return Timed(value, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ A metric's timestamp is the run's start plus the simulated time: the UI's relati
 and logging the same record again adds nothing. A run is found again by its tag `fedlq.run_key`.
 """
 
+import csv
 import os
 import queue
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,20 @@ _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a run is tracked, and as what: all that `fedlq sync` needs to go on."""
+    """Where a run is tracked, and as what: all that `fedlq sync` needs to go on.
+
+    Attributes:
+        parent: the comparison that the run belongs to.
+        dataset: the fields of MLflow's dataset: name, digest, source_type, source, profile.
+    """
 
     uri: str
     experiment: str
     run_key: str
     started_ms: int
     parent: str | None = None
-    tags: tuple[tuple[str, str], ...] = ()
+    tags: dict[str, str] = field(default_factory=dict)
+    dataset: dict[str, str] = field(default_factory=dict)
 
 
 def _client(uri: str) -> Any:
@@ -50,8 +58,13 @@ def find_or_create(
     """The id of the run with this key: made where there is none, so that logging twice makes one run."""
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
+        where = tracking.uri.removeprefix("sqlite:///")
+        # Else MLflow would put artifacts under the working directory of whatever process makes the experiment.
+        artifacts = None if where == tracking.uri else (Path(where).parent / "mlruns").as_uri()
         try:
-            experiment_id = client.create_experiment(tracking.experiment)
+            # The kind makes MLflow's UI open on runs and their charts, not on traces of language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            experiment_id = client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
         except Exception:  # another run made it in the meantime, or the store is down: then the next line tells
             experiment_id = client.get_experiment_by_name(tracking.experiment).experiment_id
     else:
@@ -64,13 +77,15 @@ def find_or_create(
 
 
 def open_run(client: Any, tracking: Tracking, config: Config) -> str:
-    """The run's id in MLflow, with its settings logged."""
-    tags = dict(tracking.tags) | {"fedlq.config_sha256": digest(config), "fedlq.strategy": config.strategy.name}
+    """The run's id in MLflow, with its settings and its dataset logged."""
+    tags = tracking.tags | {"fedlq.config_sha256": digest(config), "fedlq.strategy": config.strategy.name}
     if tracking.parent:
         name = tracking.parent.rsplit("/", 1)[-1]
-        tags["mlflow.parentRunId"] = find_or_create(client, tracking, tracking.parent, name, {}, tracking.started_ms)
+        parent = find_or_create(client, tracking, tracking.parent, name, {}, tracking.started_ms)
+        client.set_terminated(parent)  # it only holds its children together
+        tags["mlflow.parentRunId"] = parent
     run_id = find_or_create(client, tracking, tracking.run_key, config.name, tags, tracking.started_ms)
-    from mlflow.entities import Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     settings = config.model_dump(mode="json")
     params = []
@@ -82,6 +97,9 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
             params.append(Param(path, str(value)))
     client.log_batch(run_id, params=params)
     client.log_text(run_id, to_yaml(config), "config.yaml")
+    if tracking.dataset:
+        context = [InputTag("mlflow.data.context", "training")]
+        client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**tracking.dataset), context)])
     return run_id
 
 
@@ -142,17 +160,42 @@ class Tracker:
             self.failure = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"[:300]
 
 
-def sync(tracking: Tracking, config: Config, records: list[dict[str, Any]], status: str, files: list[Path]) -> str:
-    """Log a whole run, with its files; what is there already is not logged twice. Gives the run's id."""
+def sync(
+    tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], status: str, folder: Path | None
+) -> str:
+    """Log a whole run, and its folder's files; what is there already is not logged twice. Gives the run's id."""
     client = _client(tracking.uri)
     run_id = open_run(client, tracking, config)
     totals: dict[str, int] = {}
     for record in records:
         log_record(client, run_id, tracking, record, totals)
-    for file in files:
-        client.log_artifact(run_id, str(file))
+    if folder is not None:
+        _log_files(client, run_id, config, records, folder)
     client.set_terminated(run_id, status)
     return run_id
+
+
+def attach(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Add a finished run's files and pictures to what its driver has logged."""
+    client = _client(tracking.uri)
+    _log_files(client, open_run(client, tracking, config), config, records, folder)
+
+
+def _log_files(client: Any, run_id: str, config: Config, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """A run's files as artifacts, and two pictures: accuracy against time and bytes, labels by client."""
+    from fedlq_ray.analysis import plots
+
+    for name in ("clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors"):
+        if (folder / name).exists():
+            client.log_artifact(run_id, str(folder / name))
+    with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="") as table:
+        counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
+        plots.labels(counts, Path(made) / "labels.png")
+        plots.accuracy(
+            {config.name: [records]}, config.target_accuracy, config.network.bill, Path(made) / "accuracy.png"
+        )
+        for picture in sorted(Path(made).iterdir()):
+            client.log_artifact(run_id, str(picture))
 
 
 def now_ms() -> int:

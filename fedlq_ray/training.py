@@ -1,5 +1,6 @@
 """A client's round and the evaluation, as pure functions: no clock, no Ray, no state of their own."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +38,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a client's round: the payload's bytes, the mean training loss, and samples processed."""
+    """What came of a client's round: the payload's bytes, the mean training loss, samples processed, and the wall
+    seconds of quantizing, which go to timing.json alone."""
 
     payload: bytes
     train_loss: float
     samples: int
+    encode_s: float
 
 
 def samples_of(shard: int, train: TrainConfig) -> int:
@@ -121,6 +124,7 @@ def client_round(
             rng = numpy_rng(seed, "batches", round, client)
             loss = train_locally(model, normalise(x), torch.from_numpy(y.copy()), train, rng=rng)
         _require_finite(model.vector, model.layers, round, client)
+        started = time.perf_counter()
         sent = model.vector - weights if plan.payload == "update" else model.vector.clone()
         if plan.error_feedback and memory is not None:
             sent += memory
@@ -130,13 +134,14 @@ def client_round(
         if plan.error_feedback:
             sizes = [s.stop - s.start for s in plan.segments]
             memory = sent - decode(payload, sizes, custom=custom, **where).vector  # type: ignore[arg-type]
+        encode_s = time.perf_counter() - started
     except ClientError:
         raise
     except PayloadError as exc:
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, train.local_epochs * samples_of(len(y), train))
+    reply = Reply(payload, loss, train.local_epochs * samples_of(len(y), train), encode_s)
     return reply, memory if plan.error_feedback else None
 
 

@@ -63,7 +63,9 @@ def render(table: Sequence[dict[str, Any]], target: float | None, bill: str) -> 
     goal = "no target" if target is None else f"target {target:.1%}"
     seeds = max(row["seeds"] for row in table)
     shown = Table(title=f"{goal}; the clock bills {billed}; {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}")
-    for heading in ("run", "final accuracy", "s to target", "MB to target", "speed-up", "MB in all"):
+    failures = any(row["failed"] for row in table)
+    headings = ["run", "final accuracy", "s to target", "MB to target", "speed-up", "MB in all"]
+    for heading in headings + ["failed"] * failures:
         shown.add_column(heading, justify="left" if heading == "run" else "right")
 
     def cell(value: float | None, form: str) -> str:
@@ -73,12 +75,13 @@ def render(table: Sequence[dict[str, Any]], target: float | None, bill: str) -> 
         spread = f" ± {100 * row['final_accuracy_sd']:.2f}" if row["final_accuracy_sd"] is not None else ""
         accuracy = "–" if row["final_accuracy"] is None else f"{100 * row['final_accuracy']:.2f}{spread} %"
         shown.add_row(
-            row["run"] + (f" ({row['failed']} of {row['seeds']} failed)" if row["failed"] else ""),
+            row["run"],
             accuracy,
             cell(row["time_to_target_s"], ".2f"),
             cell(row["uplink_mb_to_target"], ".2f"),
             "–" if row["speed_up"] is None else f"{row['speed_up']:.2f} x",
             "–" if row["uplink_mb"] is None else f"{row['uplink_mb']:.2f}",
+            *[f"{row['failed']} of {row['seeds']}"] * failures,
         )
     return shown
 

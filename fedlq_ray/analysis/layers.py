@@ -42,26 +42,14 @@ def analyse(config: Config) -> LayerAnalysis:
         host: Any = SerialHost(task)
         place: Workplace = host.place
         outcome = Outcome(place.model.vector.clone())
-        before = outcome.weights
         for _ in run(task, make(place.setting), host, outcome):
-            before = outcome.weights
+            pass
         levels = tuple(level for level in config.strategy.levels if level < 32)
-        if config.strategy.payload == "model":
-            base, sent = torch.zeros_like(before), outcome.weights
-        else:
-            base, sent = last_update(task, host, outcome.weights, config.rounds)
+        sent = outcome.weights if config.strategy.payload == "model" else outcome.update
+        base = outcome.weights - sent
         measurement = place.probe(Probe(levels, config.strategy.probe_samples), base, sent, config.rounds)
     finally:
         torch.set_num_threads(threads)
     quantized = place.setting.quantized
     saving = memory_saving([layer.size for layer in quantized], levels)
     return LayerAnalysis(tuple(layer.name for layer in quantized), levels, saving, measurement)
-
-
-def last_update(task: Any, host: Any, weights: torch.Tensor, round: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One more round of training: the weights that enter it, and its mean update."""
-    longer = task.config.model_copy(update={"rounds": 1, "seed": task.config.seed + round})
-    once = Outcome(weights.clone())
-    for _ in run(type(task)(**{**task.__dict__, "config": longer}), make(host.place.setting), host, once):
-        pass
-    return weights, once.weights - weights

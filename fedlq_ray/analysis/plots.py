@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 Records = Sequence[Mapping[str, Any]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -41,11 +42,12 @@ def accuracy(runs: Mapping[str, Sequence[Records]], target: float | None, bill: 
     plt.close(figure)
 
 
-def labels(counts: np.ndarray[Any, Any], file: Path) -> None:
-    """How many samples of each class each client has."""
+def labels(counts: Sequence[Sequence[int]], file: Path) -> None:
+    """How many samples of each class each client has: (clients, classes)."""
     figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
-    image = axis.imshow(counts.T, aspect="auto", cmap="viridis", interpolation="nearest")
-    axis.set(xlabel="client", ylabel="class", title="samples by client and class")
+    image = axis.imshow(np.array(counts).T, aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.set(xlabel="client", ylabel="class", title="training samples by client and class")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, label="samples")
     figure.savefig(file, dpi=100)
     plt.close(figure)

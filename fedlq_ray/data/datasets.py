@@ -1,6 +1,7 @@
 """Datasets by name, by import path or as arrays; checked once, here."""
 
 import gzip
+import hashlib
 import socket
 import zipfile
 import zlib
@@ -46,6 +47,14 @@ class Dataset:
         """What a model takes, without the batch: (channels, height, width) or (f,)."""
         shape = self.x_train.shape[1:]
         return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
+
+    def digest(self) -> str:
+        """32 hex digits that change with any of the arrays."""
+        whole = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            whole.update(f"{array.dtype} {array.shape}".encode())
+            whole.update(np.ascontiguousarray(array).data)
+        return whole.hexdigest()[:32]
 
 
 def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32]) -> Tensor:

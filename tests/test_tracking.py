@@ -1,0 +1,100 @@
+"""MLflow: a server that is down or hangs costs no result, and what it missed can be logged later."""
+
+import json
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedlq_ray import ClientError, simulate
+from fedlq_ray.config import load
+
+FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
+QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*overrides):
+    return simulate(load(None, [*QUICK, *overrides]))
+
+
+def rows(query):
+    return sqlite3.connect("mlflow.db").execute(query).fetchall()
+
+
+def test_a_run_is_there_with_its_files_its_pictures_and_its_data():
+    result = run()
+    ((run_id, where),) = rows("select run_uuid, artifact_uri from runs")
+    folder = Path(where.removeprefix("file://"))
+    assert folder.is_relative_to(Path.cwd() / "mlruns")
+    assert {f.name for f in folder.iterdir()} == {
+        *("clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors", "config.yaml"),
+        *("labels.png", "accuracy.png"),
+    }
+    assert (folder / "model.safetensors").read_bytes() == (result.path / "model.safetensors").read_bytes()
+    assert rows("select name from datasets") == [("digits",)]
+    tags = dict(rows("select key, value from tags"))
+    assert {"version.ray", "fedlq.config_sha256", "fedlq.run_key"} <= set(tags)
+    keys = {key for (key,) in rows("select distinct key from metrics")}
+    assert {"accuracy", "sim_time_s", "uplink_mb", "downlink_mb", "bits_per_parameter/fc1"} <= keys
+
+
+def test_runs_of_one_comparison_are_children_of_one_parent():
+    for seed in (0, 1):
+        simulate(load(None, [*QUICK, f"seed={seed}"]), parent="somewhere/cmp")
+    parents = rows("select value from tags where key = 'mlflow.parentRunId'")
+    assert len(parents) == 2 and len(set(parents)) == 1
+    assert rows(f"select name, status from runs where run_uuid = '{parents[0][0]}'") == [("cmp", "FINISHED")]
+
+
+def test_a_failed_run_is_marked_and_keeps_its_records():
+    with pytest.raises(ClientError, match="training diverged"):
+        run("train.lr=1000", "rounds=20", "out=here")
+    assert rows("select status from runs") == [("FAILED",)]
+    assert json.loads(Path("here/timing.json").read_text())["status"] == "FAILED"
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["down", "hangs"])
+def test_a_server_that_does_not_answer_costs_seconds_and_no_result(hangs):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if hangs:
+            server.listen()
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.warns(UserWarning, match="fedlq sync"):
+            result = run(f"tracking.uri={uri}")
+        assert time.monotonic() - start < 60
+    plain = run("tracking.uri=null")
+    for name in ("rounds.jsonl", "summary.json"):
+        assert (result.path / name).read_bytes() == (plain.path / name).read_bytes()
+    tracking = json.loads((result.path / "tracking.json").read_text())
+    (result.path / "tracking.json").write_text(json.dumps(tracking | {"uri": f"sqlite:///{Path.cwd()}/mlflow.db"}))
+    counts = []
+    for _ in range(2):
+        subprocess.run([*FEDLQ, "sync", str(result.path)], check=True, capture_output=True)
+        counts.append([rows(f"select count(*) from {table}") for table in ("runs", "metrics", "inputs", "params")])
+    assert counts[0] == counts[1] and counts[0][0] == [(1,)] and counts[0][1][0][0] > 20
+    assert rows("select status from runs") == [("FINISHED",)]
+
+
+def test_ui_finds_the_store_of_the_runs():
+    from fedlq_ray.cli import _store
+    from fedlq_ray.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"mlflow\.db: no such MLflow store"):
+        _store(None)
+    run(f"tracking.uri=sqlite:///{Path.cwd()}/elsewhere.db")
+    assert _store(None) == _store("runs/demo-0") == f"sqlite:///{Path.cwd()}/elsewhere.db"
+    assert _store("http://localhost:5000") == "http://localhost:5000"
+    run("tracking.uri=null", "out=apart")
+    with pytest.raises(ConfigError, match="without tracking"):
+        _store("apart")
