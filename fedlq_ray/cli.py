@@ -237,7 +237,8 @@ def main() -> None:
         code = 1
     except (KeyboardInterrupt, click.Abort) as exc:
         click.echo("interrupted; results so far are kept", err=True)
-        code = 143 if type(exc).__name__ == "Terminated" else 130
+        cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps what it meets
+        code = 143 if type(cause).__name__ == "Terminated" else 130
     sys.exit(code)
 
 

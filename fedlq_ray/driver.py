@@ -66,7 +66,7 @@ class Driver:
         self.stopping = True
 
 
-def drive_serially(task: Task, given: Any, tracking: Tracking | None) -> Iterator[Event]:
+def drive_serially(task: Task, given: Any, tracking: Tracking | None, stopped: Any) -> Iterator[Event]:
     """The same without Ray."""
     yield {"hosting": "serial", "why": "as configured", "actors": 0, "startup_s": 0.0}
-    yield from drive(task, given, SerialHost(task), tracking, lambda: False)
+    yield from drive(task, given, SerialHost(task), tracking, stopped)

@@ -62,7 +62,10 @@ class RayFuture:
         return bool(ray.wait([self.ref], timeout=0)[0])
 
     def result(self) -> Any:
-        return _get(self.ref)
+        try:
+            return _get(self.ref)
+        except RayActorError as exc:
+            raise FedLQError(f"the actor that evaluates died ({type(exc).__name__}); too little memory?") from None
 
 
 def _get(ref: Any) -> Any:

@@ -36,6 +36,8 @@ def watch(config: Config, console: Console, as_json: bool) -> Iterator[Callable[
         if "hosting" in event:
             actors = f", {event['actors']} actors" if event["actors"] else ""
             console.print(f"{config.name}: hosting {event['hosting']}{actors} ({event['why']})", highlight=False)
+        if "stopping" in event:
+            console.print(f"{config.name}: stopping; interrupt again to end at once", highlight=False)
         if "record" not in event:
             return
         record = event["record"]

@@ -68,7 +68,7 @@ def simulate(
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, or a factory that may take `setting`.
         quantizer: an object with the methods of `Quantizer`.
-        watch: called with each event: {"hosting", ...}, {"record": ...}, {"weights": ...}.
+        watch: called with each event: {"hosting", ...}, {"record": ...}, {"stopping": True}, {"weights": ...}.
         parent: a comparison that this run belongs to, for MLflow.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
@@ -85,17 +85,18 @@ def simulate(
     last: Event = {}
     timing: Event = {}
     status = "FAILED"
-    events = _serial(task, strategy, track) if config.clients.hosting == "serial" else _on_ray(task, strategy, track)
+    interrupts = Interrupts()
+    host = _serial if config.clients.hosting == "serial" else _on_ray
     try:
         with (folder / "rounds.jsonl").open("w") as journal:
-            for event in events:
+            for event in host(task, strategy, track, interrupts):
                 if "record" in event:
                     records.append(event["record"])
                     journal.write(json.dumps(event["record"], allow_nan=False) + "\n")
                     journal.flush()
                 elif "weights" in event:
                     last = event
-                else:
+                elif "hosting" in event:
                     timing |= event
                 if watch:
                     watch(event)
@@ -118,7 +119,7 @@ def simulate(
             stacklevel=2,
         )
     if status == "KILLED":
-        raise KeyboardInterrupt
+        raise Terminated if interrupts.received == signal.SIGTERM else KeyboardInterrupt
     summary = rundir.summarise(config, records, weights)
     rundir.write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     if track and not last["tracked"]:
@@ -171,14 +172,38 @@ def _tags() -> dict[str, str]:
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
-def _serial(task: Task, strategy: Any, track: Any) -> Iterator[Event]:
+class Interrupts:
+    """SIGINT and SIGTERM as a wish: the first is only noted, and the run ends at the next payload; a second ends all.
+
+    To be entered after ray.init, which sets handlers of its own; without effect outside of the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts) -> Iterator[Event]:
     from fedlq_ray.driver import drive_serially
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _sigterm_interrupts():
-            yield from drive_serially(task, strategy, track)
+        with interrupts:
+            yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None)
     finally:
         torch.set_num_threads(threads)
 
@@ -194,30 +219,28 @@ def start_ray() -> None:
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
 
 
-def _on_ray(task: Task, strategy: Any, track: Any) -> Iterator[Event]:
+def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts) -> Iterator[Event]:
     import ray
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
     from fedlq_ray.driver import Driver
 
     start_ray()
-    with _sigterm_interrupts():
+    with interrupts:
         driver = Driver.options(max_concurrency=2).remote(os.getcwd())  # type: ignore[attr-defined]
         stream = driver.run.options(num_returns="streaming").remote(ray.put(task), strategy, track)
-        interrupt: KeyboardInterrupt | None = None
+        told = False
         try:
             while True:
-                try:
-                    yield ray.get(next(stream))
-                except StopIteration:
-                    break
-                except KeyboardInterrupt as exc:
-                    if interrupt is not None:
-                        raise
-                    interrupt = exc
+                if interrupts.received is not None and not told:
+                    told = True
                     driver.stop.remote()
-            if isinstance(interrupt, Terminated):
-                raise interrupt
+                    yield {"stopping": True}
+                if ray.wait([stream], timeout=0.2)[0]:
+                    try:
+                        yield ray.get(next(stream))
+                    except StopIteration:
+                        return
         except RayTaskError as exc:
             cause = exc.cause
             raise (cause if isinstance(cause, FedLQError) else FedLQError(f"the driver failed: {cause!r}")) from None
@@ -227,19 +250,3 @@ def _on_ray(task: Task, strategy: Any, track: Any) -> Iterator[Event]:
             raise FedLQError(f"Ray: {str(exc).splitlines()[0]}") from exc
         finally:
             ray.kill(driver)
-
-
-class _sigterm_interrupts:
-    """SIGTERM as an interrupt; set after ray.init, which sets a handler of its own."""
-
-    def __enter__(self) -> None:
-        self.before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._raise)
-
-    def _raise(self, number: int, frame: Any) -> None:
-        raise Terminated
-
-    def __exit__(self, *exc: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)

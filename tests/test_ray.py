@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,17 +74,139 @@ def test_divergence_is_told_without_a_traceback():
         run("clients.hosting=packed", "train.lr=1000", "rounds=20", "tracking.uri=null")
 
 
-def test_an_interrupt_keeps_what_was_done():
+def start(out, *overrides):
+    """A long run in a process and a Ray of its own, as soon as its first round is done."""
     environment = {**os.environ, "RAY_ADDRESS": ""}
-    command = [*FEDLQ, "run", "rounds=5000", "out=cut", "clients.hosting=packed", "clients.actors=1"]
+    command = [*FEDLQ, "run", "rounds=5000", f"out={out}", "clients.hosting=packed", "clients.actors=1", *overrides]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    journal = Path("cut/rounds.jsonl")
-    end = time.monotonic() + 90
+    journal, end = Path(out) / "rounds.jsonl", time.monotonic() + 90
     while time.monotonic() < end and (not journal.exists() or journal.stat().st_size == 0):
         time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    return process
+
+
+def ended(process):
+    """Its exit code and what it said, once it has ended by itself."""
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors[-600:]
-    assert "Traceback" not in errors and "interrupted" in errors
-    assert all(json.loads(line) for line in journal.read_text().splitlines())
-    assert Path("cut/model.safetensors").exists() and not Path("cut/summary.json").exists()
+    assert "Traceback" not in errors, errors[-2000:]
+    return process.returncode, errors
+
+
+def records(out):
+    return [json.loads(line) for line in (Path(out) / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_keeps_what_was_done(number, code):
+    from safetensors.torch import load_file
+
+    out = f"cut-{code}"
+    process = start(out, f"tracking.experiment={out}")
+    process.send_signal(number)
+    returned, errors = ended(process)
+    assert returned == code and "interrupted" in errors
+    assert [r["round"] for r in records(out)] == list(range(len(records(out))))
+    assert len(load_file(f"{out}/model.safetensors")) == 4 and not Path(out, "summary.json").exists()
+    assert status_in_mlflow(out) == "KILLED"
+
+
+def status_in_mlflow(experiment):
+    from mlflow import MlflowClient
+
+    client = MlflowClient("sqlite:///mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return found.info.status
+
+
+def worker(process, name):
+    """The process of a Ray actor that this run has started: the raylet's child, and the raylet is the run's."""
+
+    def parent(pid):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+    end = time.monotonic() + 30
+    while time.monotonic() < end:  # an actor is called by its method while that runs
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                named = (folder / "cmdline").read_text().startswith(f"ray::{name}")
+                if named and parent(parent(folder.name)) == process.pid:
+                    return int(folder.name)
+            except OSError:
+                pass  # it has ended in the meantime
+    raise AssertionError(f"no {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Driver", "the driver actor died"),
+        ("ClientActor.train", r"client \d+: its actor died"),
+        ("ClientActor.evaluate", "the actor that evaluates died"),
+    ],
+)
+def test_an_actor_that_is_killed_is_told_and_the_run_is_marked(name, message):
+    out = f"killed-{name}"
+    process = start(out, f"tracking.experiment={out}")
+    os.kill(worker(process, name), signal.SIGKILL)
+    returned, errors = ended(process)
+    assert returned == 1 and re.search(message, errors), errors[-2000:]
+    assert records(out) and not Path(out, "summary.json").exists()
+    assert status_in_mlflow(out) == "FAILED"
+
+
+OWN = """
+import numpy as np
+import torch
+from torch import nn
+from fedlq_ray import Config, simulate
+from fedlq_ray.quantization import MinMax
+from fedlq_ray.strategies import Strategy
+
+class Five(Strategy):
+    def __init__(self, setting):
+        self.setting = setting
+    def plan(self, round, cohort, evaluation=None):
+        return {m.client: self.setting.plan([5] * len(self.setting.quantized)) for m in cohort}
+
+def data():
+    x = np.random.default_rng(0).standard_normal((300, 6))
+    return x, np.arange(300) % 3, x, np.arange(300) % 3
+
+def model(input_shape, num_classes):
+    return nn.Sequential(nn.Linear(input_shape[0], 5), nn.ReLU(), nn.Linear(5, num_classes))
+"""
+SCRIPT = """
+clients = {"count": 5, "cohort": 3, "hosting": "packed", "actors": 1}
+config = Config.model_validate({"rounds": 2, "clients": clients, "tracking": {"uri": None}})
+result = simulate(config, model=model, data=data(), strategy=Five, quantizer=MinMax())
+print(result.summary["weights_sha256"])
+"""
+
+
+def test_own_parts_reach_the_actors_by_import_path_and_as_objects_of_a_script():
+    Path("own_parts.py").write_text(OWN)
+    Path("script.py").write_text(OWN + SCRIPT)
+    environment = {**os.environ, "RAY_ADDRESS": ""}
+
+    def output(*command):
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    parts = ("data.name=own_parts:data", "model.name=own_parts:model", "strategy.name=own_parts:Five")
+    hosting = ("clients.hosting=packed", "clients.actors=1", "clients.count=5", "clients.cohort=3")
+    run = ("rounds=2", "tracking.uri=null", "strategy.quantizer=fedlq_ray.quantization:MinMax")
+    by_path = output("-m", "fedlq_ray.cli", "run", "--json", *parts, *hosting, *run)
+    summary = json.loads(by_path.splitlines()[-1])["summary"]
+    assert output("script.py").strip() == summary["weights_sha256"]
+
+
+def test_ray_address_is_joined_and_its_ray_goes_on_afterwards():
+    import ray
+
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [*FEDLQ, "run", "rounds=2", "out=joined", "clients.hosting=packed", "tracking.uri=null"]
+    before = len([n for n in ray.nodes() if n["Alive"]])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "2 actors" in done.stderr, done.stderr[-2000:]
+    assert len([n for n in ray.nodes() if n["Alive"]]) == before == 1

@@ -58,31 +58,37 @@ def rows(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def render(table: Sequence[dict[str, Any]], target: float | None, bill: str) -> Table:
-    """The rows as a table for a terminal."""
-    billed = "uploads" if bill == "upload" else "uploads and downloads"
-    goal = "no target" if target is None else f"target {target:.1%}"
+    """The rows as a table for a terminal; columns that would say nothing are left out."""
     seeds = max(row["seeds"] for row in table)
-    shown = Table(title=f"{goal}; the clock bills {billed}; {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}")
-    failures = any(row["failed"] for row in table)
-    headings = ["run", "final accuracy", "s to target", "MB to target", "speed-up", "MB in all"]
-    for heading in headings + ["failed"] * failures:
-        shown.add_column(heading, justify="left" if heading == "run" else "right")
+    billed = "uploads" if bill == "upload" else "uploads and downloads"
+    shown = Table(
+        title=f"the clock bills {billed}; {f'mean ± deviation of {seeds} seeds' if seeds > 1 else 'one seed'}"
+    )
 
-    def cell(value: float | None, form: str) -> str:
-        return "not reached" if value is None else format(value, form)
+    def column(heading: str, cells: list[str], justify: Any = "right") -> None:
+        shown.add_column(heading, justify=justify, no_wrap=True)
+        columns.append(cells)
 
-    for row in table:
-        spread = f" ± {100 * row['final_accuracy_sd']:.2f}" if row["final_accuracy_sd"] is not None else ""
-        accuracy = "–" if row["final_accuracy"] is None else f"{100 * row['final_accuracy']:.2f}{spread} %"
-        shown.add_row(
-            row["run"],
-            accuracy,
-            cell(row["time_to_target_s"], ".2f"),
-            cell(row["uplink_mb_to_target"], ".2f"),
-            "–" if row["speed_up"] is None else f"{row['speed_up']:.2f} x",
-            "–" if row["uplink_mb"] is None else f"{row['uplink_mb']:.2f}",
-            *[f"{row['failed']} of {row['seeds']}"] * failures,
-        )
+    def figures(key: str, form: str, scale: float = 1, missing: str = "–") -> list[str]:
+        texts = []
+        for row in table:
+            spread = row.get(f"{key}_sd")
+            text = missing if row[key] is None else format(scale * row[key], form)
+            texts.append(text if spread is None else f"{text} ± {scale * spread:{form}}")
+        return texts
+
+    columns: list[list[str]] = []
+    column("run", [row["run"] for row in table], "left")
+    column("accuracy, %", figures("final_accuracy", ".2f", 100))
+    if target is not None:
+        column(f"s to {target:.4g}", figures("time_to_target_s", ".2f", missing="not reached"))
+        column(f"MB to {target:.4g}", figures("uplink_mb_to_target", ".2f", missing="not reached"))
+        column("speed-up", figures("speed_up", ".2f"))
+    column("MB in all", figures("uplink_mb", ".2f"))
+    if any(row["failed"] for row in table):
+        column("failed", [f"{row['failed']} of {row['seeds']}" for row in table])
+    for cells in zip(*columns, strict=True):
+        shown.add_row(*cells)
     return shown
 
 

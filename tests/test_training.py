@@ -1,0 +1,110 @@
+"""A client's round: what training moves, what it leaves alone, and what its reply is a function of."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlq_ray.config import TrainConfig
+from fedlq_ray.models import FlatModel
+from fedlq_ray.quantization import decode
+from fedlq_ray.quantization.wire import Segment
+from fedlq_ray.training import Plan, client_round, evaluate, train_locally
+
+X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+Y = (X[:, 0] > 0).astype(np.int64)
+
+
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def trained(model, **settings):
+    flat = FlatModel(model)
+    train = TrainConfig(batch_size=8, local_epochs=2, **settings)
+    train_locally(flat, torch.from_numpy(X), torch.from_numpy(Y), train, rng=np.random.default_rng(1))
+    return flat
+
+
+def test_training_is_pytorchs_own_sgd():
+    flat = trained(module(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    plain, rng = module(), np.random.default_rng(1)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(2):
+        order = rng.permutation(40)
+        for start in range(0, 40, 8):
+            batch = order[start : start + 8]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(torch.from_numpy(X[batch])), torch.from_numpy(Y[batch])).backward()
+            optimizer.step()
+    torch.testing.assert_close(flat.vector, FlatModel(plain).vector)
+
+
+def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
+    model = module()
+    model[0].bias.requires_grad_(False)
+    before = copy.deepcopy(model)
+    flat = trained(model, lr=0.1, momentum=0.9, weight_decay=0.5)
+    assert flat.trained == ((0, 48), (56, 74))
+    assert torch.equal(model[0].bias, before[0].bias)
+    assert not torch.equal(model[0].weight, before[0].weight) and not torch.equal(model[2].bias, before[2].bias)
+
+
+def round_of(flat, weights, memory=None, *, payload="update", feedback=False, client=3):
+    plan = Plan(payload, (Segment("minmax", 2, 0, len(weights)),), feedback)
+    return client_round(
+        flat,
+        X,
+        Y,
+        normalise=torch.from_numpy,
+        weights=weights,
+        memory=memory,
+        plan=plan,
+        train=TrainConfig(batch_size=8),
+        seed=0,
+        round=5,
+        client=client,
+    )
+
+
+def received(reply, weights, kind="update"):
+    return decode(reply.payload, [len(weights)], kind=kind, round=5, client=3).vector
+
+
+def test_a_round_is_a_function_of_its_arguments():
+    flat = FlatModel(module())
+    weights = flat.vector.clone()
+    first, _ = round_of(flat, weights)
+    flat.vector.normal_()  # scratch space: what it holds does not matter
+    again, _ = round_of(flat, weights)
+    assert first.payload == again.payload and torch.equal(weights, FlatModel(module()).vector)
+    assert round_of(flat, weights, client=4)[0].payload != first.payload
+
+
+def test_error_feedback_keeps_exactly_what_was_lost():
+    flat = FlatModel(module())
+    weights, memory = flat.vector.clone(), torch.full_like(flat.vector, 0.25)
+    reply, kept = round_of(flat, weights, memory, feedback=True)
+    update = flat.vector - weights
+    torch.testing.assert_close(received(reply, weights) + kept, update + memory)
+    assert round_of(flat, weights)[1] is None
+
+
+def test_payload_model_sends_the_model():
+    flat = FlatModel(module())
+    weights = flat.vector.clone()
+    reply, _ = round_of(flat, weights, payload="model")
+    step = (flat.vector.max() - flat.vector.min()) / 3
+    assert (received(reply, weights, "model") - flat.vector).abs().max() <= 1.001 * step
+
+
+def test_evaluation_counts_what_is_right():
+    flat = FlatModel(nn.Sequential(nn.Linear(1, 2)))
+    # Logits (x, -x): class 0 where x > 0.
+    weights = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    found = evaluate(flat, weights, torch.tensor([[2.0], [1.0], [-1.0], [-3.0]]), torch.tensor([0, 1, 1, 1]))
+    assert found.accuracy == 0.75
+    expected = np.mean([np.log1p(np.exp(-2 * m)) for m in (2, -1, 1, 3)])
+    assert abs(found.loss - expected) < 1e-6
