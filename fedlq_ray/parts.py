@@ -44,6 +44,14 @@ def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
     return part
 
 
+def takes(factory: Callable[..., Any], name: str) -> bool:
+    """Whether a factory has a parameter of this name."""
+    try:
+        return name in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
     """Call a part's factory with `args`, and with those of the `offered` values that its parameters name.
 

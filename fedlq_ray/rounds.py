@@ -15,10 +15,12 @@ from torch import Tensor
 
 from fedlq_ray.clock import client_time, conditions, round_time
 from fedlq_ray.errors import ClientError, FedLQError, PayloadError
+from fedlq_ray.models import Layer
 from fedlq_ray.quantization import decode
+from fedlq_ray.quantization.wire import Sent
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.significance import Measurement
-from fedlq_ray.strategies import Member, Probe, Strategy
+from fedlq_ray.strategies import Member, News, Probe, Strategy
 from fedlq_ray.task import Job, Task, Workplace
 from fedlq_ray.training import Evaluation, Reply, samples_of
 
@@ -147,10 +149,11 @@ def run(
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
-            strategy.learn(round, measurement, outcome.update)
             record = _record(task, place, round, members, fold, broadcast_bytes)
-            sim_time_s += record.pop("round_time_s")
+            round_time_s = record.pop("round_time_s")
+            sim_time_s += round_time_s
             record["sim_time_s"] = sim_time_s
+            strategy.learn(round, News(measurement, outcome.update, record["train_loss"], round_time_s))
             record.update(strategy.report())
             weights = host.publish(outcome.weights)
             due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds
@@ -200,24 +203,21 @@ class _Fold:
         self.update = torch.zeros(len(weights), dtype=torch.float64)
         self.waiting: dict[int, Reply] = {}
         self.replies: list[Reply] = []
-        self.segment_bytes: list[tuple[int, ...]] = []
+        self.sent: list[tuple[Sent, ...]] = []
 
     def take(self, client: int, reply: Reply) -> None:
         self.waiting[client] = reply
         while len(self.replies) < len(self.jobs) and self.jobs[len(self.replies)].client in self.waiting:
             job = self.jobs[len(self.replies)]
             reply = self.waiting.pop(job.client)
-            sizes = [segment.stop - segment.start for segment in job.plan.segments]
-            kind = job.plan.payload
+            kind, where = job.plan.payload, {"round": job.round, "client": job.client}
             try:
-                payload = decode(
-                    reply.payload, sizes, kind=kind, round=job.round, client=job.client, custom=self.custom
-                )
+                payload = decode(reply.payload, len(self.update), kind=kind, custom=self.custom, **where)
             except PayloadError as exc:
-                raise ClientError(f"its payload is refused: {exc}", round=job.round, client=job.client) from exc
+                raise ClientError(f"its payload is refused: {exc}", **where) from exc
             value = payload.vector.double()
             self.update += self.shares[len(self.replies)] * (value - self.global_weights if kind == "model" else value)
-            self.segment_bytes.append(payload.segment_bytes)
+            self.sent.append(payload.segments)
             self.replies.append(reply)
 
 
@@ -225,24 +225,22 @@ def _record(
     task: Task, place: Workplace, round: int, members: Sequence[Member], fold: _Fold, broadcast_bytes: int
 ) -> Record:
     config = task.config
-    sent = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
+    replies = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
     times = [
         client_time(
             conditions(task.profiles[m.client], seed=config.seed, round=round, client=m.client),
             flops=task.flops * m.samples * config.train.local_epochs,
-            uplink_bytes=len(sent[m.client].payload) if m.client in sent else 0,
+            uplink_bytes=len(replies[m.client].payload) if m.client in replies else 0,
             downlink_bytes=broadcast_bytes,
             bill=config.network.bill,
             uplink_free=config.network.uplink_free,
         )
         for m in members
     ]
-    bits = {layer.name: 0.0 for layer in place.model.layers}
-    for job, lengths in zip(fold.jobs, fold.segment_bytes, strict=True):
-        for segment, length in zip(job.plan.segments, lengths, strict=True):
-            for layer in place.model.layers:
-                if segment.start <= layer.start and layer.stop <= segment.stop:
-                    bits[layer.name] += 8 * length / (segment.stop - segment.start) / len(fold.jobs)
+    bits = {
+        layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent))
+        for layer in place.model.layers
+    }
     losses = [share * reply.train_loss for share, reply in zip(fold.shares, fold.replies, strict=True)]
     return {
         "round": round,
@@ -253,8 +251,18 @@ def _record(
         "downlink_bytes": broadcast_bytes * len(members),
         "train_loss": sum(losses) if losses else None,
         "bits_per_parameter": bits,
-        "client_uplink_bytes": [len(sent[m.client].payload) if m.client in sent else 0 for m in members],
+        "client_uplink_bytes": [len(replies[m.client].payload) if m.client in replies else 0 for m in members],
         "client_download_s": [t.download_s for t in times],
         "client_compute_s": [t.compute_s for t in times],
         "client_upload_s": [t.upload_s for t in times],
     }
+
+
+def _bits(layer: Layer, sent: Sequence[Sent]) -> float:
+    """Bits a parameter that a payload spent on a layer, headers included; a piece's elements share its bytes evenly."""
+    total = 0.0
+    for start, stop, num_bytes in sent:
+        shared = min(stop, layer.stop) - max(start, layer.start)
+        if shared > 0:
+            total += 8 * num_bytes * shared / (stop - start)
+    return total / layer.size

@@ -15,10 +15,10 @@ from fedlq_ray.config import Config
 from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
 from fedlq_ray.models import FlatModel, build, training_flops
 from fedlq_ray.profiles import Profile, load_profiles
-from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Quantizer
+from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
 from fedlq_ray.seeding import numpy_rng, torch_seed
 from fedlq_ray.significance import Measurement, measure
-from fedlq_ray.strategies import Probe, Setting, quantizer_of
+from fedlq_ray.strategies import Probe, Setting
 from fedlq_ray.training import Evaluation, Plan, Reply, client_round, evaluate
 
 
@@ -38,8 +38,7 @@ class Task:
     profiles: list[Profile]
     module: nn.Module
     flops: float
-    quantizer_name: str
-    quantizer: Quantizer | None
+    quantizer: Family
 
 
 def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: Any = None) -> Task:
@@ -68,8 +67,8 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
         module = build(model or config.model.name, dataset.input_shape, dataset.num_classes, config.model.args)
     FlatModel(copy.deepcopy(module))  # refuses what cannot be flat, before anything starts
     flops = training_flops(module, dataset.input_shape)
-    name, own = quantizer_of(config.strategy, quantizer)
-    return Task(config, dataset, kept, held, profiles, module, flops, name, own)
+    quantizers = family(config.strategy.quantizer, quantizer)
+    return Task(config, dataset, kept, held, profiles, module, flops, quantizers)
 
 
 class Timed(NamedTuple):
@@ -106,7 +105,7 @@ class Workplace:
     @property
     def setting(self) -> Setting:
         task = self.task
-        return Setting(task.config.strategy, self.model.layers, task.config.seed, task.quantizer_name, task.quantizer)
+        return Setting(task.config.strategy, self.model.layers, task.config.seed, task.quantizer)
 
     def normalise(self, x: NDArray[Any]) -> Tensor:
         return inputs(x, self.task.data.mean, self.task.data.std)
@@ -154,7 +153,7 @@ class Workplace:
 
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
         setting = self.setting
-        quantizer = setting.quantizer_at(1)[1]
         x, y = self.probe_data(probe.samples)
         seed = self.task.config.seed
-        return measure(self.model, base, sent, setting.quantized, probe.levels, quantizer, x, y, seed=seed, round=round)
+        quantizers = [setting.quantizer_at(level) for level in probe.levels]
+        return measure(self.model, base, sent, setting.quantized, quantizers, x, y, seed=seed, round=round)

@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 from fedlq_ray.config import TrainConfig
 from fedlq_ray.errors import ClientError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
-from fedlq_ray.quantization import Quantizer, decode, encode
-from fedlq_ray.quantization.wire import Segment
+from fedlq_ray.quantization import Family, Segment, decode, encode
 from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
 
 EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same whoever evaluates
@@ -27,12 +26,13 @@ class Plan:
 
     Args:
         payload: "update" or "model".
-        segments: the pieces that cover the flat vector in order, each with its quantizer and level.
+        segments: the pieces that cover the flat vector in order, each with its quantizer; or, where the client chooses
+            by what it has to send, a function from that vector (d,) to them, which pickles.
         error_feedback: add what was lost in earlier rounds, and keep what is lost in this one.
     """
 
     payload: str
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...] | Callable[[Tensor], tuple[Segment, ...]]
     error_feedback: bool = False
 
 
@@ -102,7 +102,7 @@ def client_round(
     seed: int,
     round: int,
     client: int,
-    custom: Quantizer | None = None,
+    custom: Family | None = None,
 ) -> tuple[Reply, Tensor | None]:
     """One client's round: (weights, memory, plan, seed) to (payload, memory).
 
@@ -111,7 +111,7 @@ def client_round(
         x, y: the client's training shard, as stored.
         weights: the global flat vector (d,) float32; not changed.
         memory: error feedback's (d,) float32, or None for none yet.
-        custom: the user's quantizer, for segments called "custom".
+        custom: the user's quantizer by level, where there is one.
     Returns:
         The reply, and the new memory (None without error feedback).
     Raises:
@@ -128,12 +128,12 @@ def client_round(
         sent = model.vector - weights if plan.payload == "update" else model.vector.clone()
         if plan.error_feedback and memory is not None:
             sent += memory
-        where = {"kind": plan.payload, "round": round, "client": client}
+        segments = plan.segments(sent) if callable(plan.segments) else plan.segments
         noise = torch_rng(seed, "quantize", round, client)
-        payload = encode(sent, plan.segments, rng=noise, custom=custom, **where)  # type: ignore[arg-type]
+        payload = encode(sent, segments, kind=plan.payload, round=round, client=client, rng=noise)
         if plan.error_feedback:
-            sizes = [s.stop - s.start for s in plan.segments]
-            memory = sent - decode(payload, sizes, custom=custom, **where).vector  # type: ignore[arg-type]
+            received = decode(payload, len(sent), kind=plan.payload, round=round, client=client, custom=custom)
+            memory = sent - received.vector
         encode_s = time.perf_counter() - started
     except ClientError:
         raise

@@ -166,7 +166,7 @@ class Five(Strategy):
     def __init__(self, setting):
         self.setting = setting
     def plan(self, round, cohort, evaluation=None):
-        return {m.client: self.setting.plan([5] * len(self.setting.quantized)) for m in cohort}
+        return {m.client: self.setting.at_levels([5] * len(self.setting.quantized)) for m in cohort}
 
 def data():
     x = np.random.default_rng(0).standard_normal((300, 6))
@@ -178,7 +178,7 @@ def model(input_shape, num_classes):
 SCRIPT = """
 clients = {"count": 5, "cohort": 3, "hosting": "packed", "actors": 1}
 config = Config.model_validate({"rounds": 2, "clients": clients, "tracking": {"uri": None}})
-result = simulate(config, model=model, data=data(), strategy=Five, quantizer=MinMax())
+result = simulate(config, model=model, data=data(), strategy=Five, quantizer=MinMax)
 print(result.summary["weights_sha256"])
 """
 

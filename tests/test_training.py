@@ -8,8 +8,7 @@ from torch import nn
 
 from fedlq_ray.config import TrainConfig
 from fedlq_ray.models import FlatModel
-from fedlq_ray.quantization import decode
-from fedlq_ray.quantization.wire import Segment
+from fedlq_ray.quantization import MinMax, Segment, decode
 from fedlq_ray.training import Plan, client_round, evaluate, train_locally
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
@@ -53,7 +52,7 @@ def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
 
 
 def round_of(flat, weights, memory=None, *, payload="update", feedback=False, client=3):
-    plan = Plan(payload, (Segment("minmax", 2, 0, len(weights)),), feedback)
+    plan = Plan(payload, (Segment(MinMax(2), 0, len(weights)),), feedback)
     return client_round(
         flat,
         X,
@@ -70,7 +69,7 @@ def round_of(flat, weights, memory=None, *, payload="update", feedback=False, cl
 
 
 def received(reply, weights, kind="update"):
-    return decode(reply.payload, [len(weights)], kind=kind, round=5, client=3).vector
+    return decode(reply.payload, len(weights), kind=kind, round=5, client=3).vector
 
 
 def test_a_round_is_a_function_of_its_arguments():

@@ -1,19 +1,66 @@
-"""Quantizers, the wire format that carries what they make, and error feedback."""
+"""Quantizers, and the wire format that carries what they make."""
 
-from fedlq_ray.quantization.quantizers import QUANTIZERS, Float16, Float32, MinMax, Qsgd, Quantizer, resolve
-from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, decode, encode
+from collections.abc import Callable
+from typing import Any
+
+from fedlq_ray import parts
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization.base import Quantizer
+from fedlq_ray.quantization.qsgd import Qsgd
+from fedlq_ray.quantization.scalar import Float16, Float32, MinMax
+from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, Segment, decode, encode
+
+Family = Callable[[int], Quantizer]
+# By name: the quantizers that take a level of 1 to 8 bits.
+QUANTIZERS: dict[str, Family] = {"minmax": MinMax, "qsgd": Qsgd}
+
+
+class Always:
+    """A family in which every level is the same quantizer: a user's object."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+
+    def __call__(self, bits: int) -> Quantizer:
+        return self.quantizer
+
+
+def family(name: str, given: Any = None) -> Family:
+    """A quantizer for each level: a built-in by name, or a user's own by import path or as an object.
+
+    A user's own is an object with the methods of `Quantizer`, or a class or function that gives one, and that may take
+    `bits`.
+
+    Raises:
+        ConfigError: no such quantizer, or it lacks a method of `Quantizer`.
+    """
+    part = parts.find("strategy.quantizer", name, QUANTIZERS) if given is None else given
+    if any(part is builtin for builtin in QUANTIZERS.values()):
+        return part  # type: ignore[no-any-return]
+    made = parts.call("strategy.quantizer", part, {"bits": 1}, {}) if _is_factory(part) else part
+    missing = [method for method in ("encode", "decode", "size") if not callable(getattr(made, method, None))]
+    if missing:
+        raise ConfigError(f"strategy.quantizer: {type(made).__name__} has no method {', '.join(missing)}")
+    return part if _is_factory(part) and parts.takes(part, "bits") else Always(made)
+
+
+def _is_factory(part: Any) -> bool:
+    return isinstance(part, type) or (callable(part) and not isinstance(part, Quantizer))
+
 
 __all__ = [
     "LAYER_HEADER",
     "PAYLOAD_HEADER",
     "QUANTIZERS",
+    "Family",
     "Float16",
     "Float32",
     "MinMax",
     "Payload",
     "Qsgd",
     "Quantizer",
+    "Segment",
     "decode",
     "encode",
-    "resolve",
+    "family",
 ]

@@ -47,8 +47,7 @@ def measure(
     base: Tensor,
     sent: Tensor,
     layers: Sequence[Layer],
-    levels: Sequence[int],
-    quantizer: Quantizer,
+    quantizers: Sequence[Quantizer],
     x: Tensor,
     y: Tensor,
     *,
@@ -60,16 +59,17 @@ def measure(
     Args:
         base: flat vector (d,) that `sent` is added to: zeros for payload `model`, the old weights for `update`.
         sent: flat vector (d,): the weights, or the last cohort's mean update.
+        quantizers: that of each level.
         x, y: normalised inputs and labels; the more, the less noise.
     """
     reference = base + sent
     losses, right = sample_losses(model, reference, x, y)
-    shape = (len(layers), len(levels))
+    shape = (len(layers), len(quantizers))
     tables = [np.zeros(shape) for _ in range(5)]
     for row, layer in enumerate(layers):
-        for column, bits in enumerate(levels):
+        for column, quantizer in enumerate(quantizers):
             piece = sent[layer.start : layer.stop]
-            body = quantizer.encode(piece, bits, torch_rng(seed, "probe", round, row, bits))
+            body = quantizer.encode(piece, torch_rng(seed, "probe", round, row, column))
             quantized = quantizer.decode(memoryview(body), layer.size)
             changed = reference.clone()
             changed[layer.start : layer.stop] = base[layer.start : layer.stop] + quantized

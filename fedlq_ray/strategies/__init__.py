@@ -4,11 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fedlq_ray import parts
-from fedlq_ray.config import StrategyConfig
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.quantization import Quantizer
-from fedlq_ray.quantization.quantizers import checked, resolve
-from fedlq_ray.strategies.base import Member, Probe, Setting, Strategy
+from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.fedavg import FedAvg
 from fedlq_ray.strategies.fedlq import FedLQ
 from fedlq_ray.strategies.uniform import Uniform
@@ -30,13 +27,4 @@ def make(setting: Setting, given: Any = None) -> Strategy:
     return factory  # type: ignore[no-any-return]
 
 
-def quantizer_of(config: StrategyConfig, given: Any = None) -> tuple[str, Quantizer | None]:
-    """The name on the wire, and the user's own quantizer where it is not built in."""
-    from fedlq_ray.quantization import QUANTIZERS
-
-    if given is None and config.quantizer in QUANTIZERS:
-        return config.quantizer, None
-    return "custom", checked(given) if given is not None else resolve(config.quantizer)
-
-
-__all__ = ["STRATEGIES", "FedAvg", "FedLQ", "Member", "Probe", "Setting", "Strategy", "Uniform", "make", "quantizer_of"]
+__all__ = ["STRATEGIES", "FedAvg", "FedLQ", "Member", "News", "Probe", "Setting", "Strategy", "Uniform", "make"]

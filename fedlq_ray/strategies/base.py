@@ -7,9 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from fedlq_ray.config import StrategyConfig
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
-from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, QUANTIZERS, Quantizer
-from fedlq_ray.quantization.wire import Segment
+from fedlq_ray.quantization import (
+    LAYER_HEADER,
+    PAYLOAD_HEADER,
+    Family,
+    Float16,
+    Float32,
+    MinMax,
+    Quantizer,
+    Segment,
+)
 from fedlq_ray.significance import Measurement
 from fedlq_ray.training import Plan
 
@@ -37,22 +46,28 @@ class Setting:
     config: StrategyConfig
     layers: tuple[Layer, ...]
     seed: int
-    quantizer_name: str = "minmax"
-    quantizer: Quantizer | None = None
+    quantizer: Family = MinMax
 
-    def quantizer_at(self, bits: int) -> tuple[str, Quantizer]:
+    def quantizer_at(self, bits: int) -> Quantizer:
         """The quantizer of a level: 32 and 16 are float32 and float16."""
-        name = {32: "float32", 16: "float16"}.get(bits, self.quantizer_name)
-        return name, QUANTIZERS[name] if name != "custom" else self.quantizer  # type: ignore[return-value]
+        if bits == 32:
+            return Float32()
+        return Float16() if bits == 16 else self.quantizer(bits)
 
-    def plan(self, levels: Sequence[int]) -> Plan:
-        """A plan with one level for each layer that is not a buffer; buffers go as float32."""
-        chosen = iter(levels)
-        segments = []
-        for layer in self.layers:
-            bits = 32 if layer.buffer else next(chosen)
-            segments.append(Segment(self.quantizer_at(bits)[0], bits, layer.start, layer.stop))
-        return Plan(self.config.payload, tuple(segments), self.config.error_feedback)
+    def plan(self, quantizers: Sequence[Quantizer]) -> Plan:
+        """A plan with one quantizer for each layer that is not a buffer; buffers go as float32."""
+        return Plan(self.config.payload, self.segments(quantizers), self.config.error_feedback)
+
+    def segments(self, quantizers: Sequence[Quantizer]) -> tuple[Segment, ...]:
+        """The pieces of a plan: a segment a layer."""
+        chosen = iter(quantizers)
+        return tuple(
+            Segment(Float32() if layer.buffer else next(chosen), layer.start, layer.stop) for layer in self.layers
+        )
+
+    def at_levels(self, levels: Sequence[int]) -> Plan:
+        """A plan with one level for each layer that is not a buffer."""
+        return self.plan([self.quantizer_at(bits) for bits in levels])
 
     @property
     def quantized(self) -> tuple[Layer, ...]:
@@ -60,8 +75,15 @@ class Setting:
         return tuple(layer for layer in self.layers if not layer.buffer)
 
     def size(self, layer: Layer, bits: int) -> int:
-        """Bytes of a layer on the wire at a level, its header included."""
-        return LAYER_HEADER + self.quantizer_at(bits)[1].size(layer.size, bits)
+        """Bytes of a layer on the wire at a level, its header included.
+
+        Raises:
+            ConfigError: the quantizer's bytes depend on what it quantizes.
+        """
+        size = self.quantizer_at(bits).size(layer.size)
+        if size is None:
+            raise ConfigError(f"strategy.quantizer: {self.config.name} plans bytes, and those of this one vary")
+        return LAYER_HEADER + size
 
     @property
     def fixed_size(self) -> int:
@@ -78,6 +100,23 @@ class Probe:
 
     levels: tuple[int, ...]
     samples: int
+
+
+@dataclass(frozen=True)
+class News:
+    """What came of a round, for a strategy to learn from.
+
+    Args:
+        measurement: what `probe` asked for, if anything.
+        update: the cohort's mean update (d,) float32.
+        train_loss: the mean of the clients' training losses; None where none answered.
+        round_time_s: simulated seconds that the round took.
+    """
+
+    measurement: Measurement | None
+    update: Tensor
+    train_loss: float | None
+    round_time_s: float
 
 
 class Strategy:
@@ -101,8 +140,8 @@ class Strategy:
         """What to measure while this round trains."""
         return None
 
-    def learn(self, round: int, measurement: Measurement | None, update: Tensor) -> None:
-        """What came of the round: the measurement that was asked for, and the cohort's mean update (d,)."""
+    def learn(self, round: int, news: News) -> None:
+        """Hear what came of the round."""
 
     def report(self) -> dict[str, Any]:
         """What to log with a round, such as significance by layer; plain numbers."""

@@ -14,7 +14,7 @@ class FedAvg(Strategy):
     """Everything at full precision."""
 
     def __init__(self, setting: Setting) -> None:
-        self._plan = setting.plan([32] * len(setting.quantized))
+        self._plan = setting.at_levels([32] * len(setting.quantized))
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

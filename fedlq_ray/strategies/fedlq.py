@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-
-from fedlq_ray.errors import ConfigError
-from fedlq_ray.significance import Allocation, Drops, Measurement, exact, greedy, memory_saving
-from fedlq_ray.strategies.base import Member, Probe, Setting, Strategy
+from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_saving
+from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.training import Plan
 
 
@@ -24,8 +21,6 @@ class FedLQ(Strategy):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         config = setting.config
-        if setting.quantizer_name == "float32":
-            raise ConfigError("strategy.quantizer: fedlq needs a quantizer with levels, such as minmax")
         self.sizes = np.array([[setting.size(layer, b) for b in config.levels] for layer in setting.quantized])
         self.counts = [layer.size for layer in setting.quantized]
         self.drops = Drops(config.probe_decay, config.metric)
@@ -36,7 +31,7 @@ class FedLQ(Strategy):
         for budget in budgets:
             if budget not in made:
                 levels = [self.setting.config.levels[c] for c in self.allocate(budget).choice]
-                made[budget] = self.setting.plan(levels)
+                made[budget] = self.setting.at_levels(levels)
         return {member.client: made[budget] for member, budget in zip(cohort, budgets, strict=True)}
 
     def budgets(self, cohort: Sequence[Member]) -> list[float]:
@@ -83,9 +78,9 @@ class FedLQ(Strategy):
             return None
         return Probe(config.levels, config.probe_samples)
 
-    def learn(self, round: int, measurement: Measurement | None, update: Tensor) -> None:
-        if measurement is not None:
-            self.drops.add(measurement)
+    def learn(self, round: int, news: News) -> None:
+        if news.measurement is not None:
+            self.drops.add(news.measurement)
 
     def report(self) -> dict[str, Any]:
         """Significance A/M of each layer at the lowest level, and the noise of A there."""

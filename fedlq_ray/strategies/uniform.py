@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.quantization.wire import Segment
+from fedlq_ray.quantization import Segment
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.strategies.base import Member, Setting, Strategy
 from fedlq_ray.training import Plan
@@ -38,9 +38,8 @@ class Uniform(Strategy):
         return {m.client: self._at(self.above if m.client in lucky else self.below) for m in cohort}
 
     def _at(self, bits: int) -> Plan:
-        layers = self.setting.quantized
-        if self.setting.config.scope == "layer":
-            return self.setting.plan([bits] * len(layers))
-        plan = self.setting.plan([bits] * len(layers))
-        whole = Segment(self.setting.quantizer_at(bits)[0], bits, layers[0].start, layers[-1].stop)
-        return Plan(plan.payload, (whole, *plan.segments[len(layers) :]), plan.error_feedback)
+        quantizer, layers = self.setting.quantizer_at(bits), self.setting.quantized
+        segments = self.setting.segments([quantizer] * len(layers))
+        if self.setting.config.scope == "model":
+            segments = (Segment(quantizer, layers[0].start, layers[-1].stop), *segments[len(layers) :])
+        return Plan(self.setting.config.payload, segments, self.setting.config.error_feedback)

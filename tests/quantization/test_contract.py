@@ -1,0 +1,92 @@
+"""The contract that every quantizer keeps: one table, one row a quantizer and setting."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from fedlq_ray.errors import PayloadError
+from fedlq_ray.quantization import Float16, Float32, MinMax, Qsgd
+from fedlq_ray.quantization.wire import NUMBERS
+
+
+class Row(NamedTuple):
+    """A quantizer, and what its paper or its format promises.
+
+    fixed_bytes, bits: bytes that do not depend on the elements, and bits a parameter; None where sizes vary.
+    unbiased: the mean over draws is what was sent.
+    """
+
+    quantizer: object
+    fixed_bytes: int | None = None
+    bits: float | None = None
+    unbiased: bool = False
+
+
+TABLE = [
+    Row(Float32(), 0, 32),
+    Row(Float16(), 0, 16),
+    *[Row(MinMax(b), 9, b, unbiased=True) for b in range(1, 9)],
+    *[Row(Qsgd(b), 5, b, unbiased=True) for b in range(1, 9)],
+]
+rows = pytest.mark.parametrize("row", TABLE, ids=[str(row.quantizer) for row in TABLE])
+unbiased = [row for row in TABLE if row.unbiased]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def roundtrip(quantizer, x, seed=0):
+    return quantizer.decode(memoryview(quantizer.encode(x, rng(seed))), len(x))
+
+
+def test_the_table_has_every_quantizer_of_the_wire():
+    assert {type(row.quantizer) for row in TABLE} == set(NUMBERS)
+    assert len(set(NUMBERS.values())) == len(NUMBERS)
+
+
+@rows
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 1000, 1001])
+def test_bytes_are_what_they_claim_and_the_shape_comes_back(row, n):
+    x = torch.randn(n, generator=rng(n))
+    before, quantizer = x.clone(), row.quantizer
+    body = quantizer.encode(x, rng())
+    assert torch.equal(x, before) and body == quantizer.encode(x, rng())
+    if row.bits is None:
+        assert quantizer.size(n) is None
+    else:
+        assert len(body) == row.fixed_bytes + int(np.ceil(n * row.bits / 8)) == quantizer.size(n)
+    back = roundtrip(quantizer, x)
+    assert back.shape == x.shape and back.dtype == torch.float32 and torch.isfinite(back).all()
+
+
+@rows
+def test_zero_constant_and_extreme_layers_are_safe(row):
+    zero = roundtrip(row.quantizer, torch.zeros(9))
+    assert torch.equal(zero, torch.zeros(9))
+    for x in (torch.full((9,), 3.0), torch.tensor([-3e38, 0.0, 3e38]), torch.full((5,), 1e-40)):
+        assert torch.isfinite(roundtrip(row.quantizer, x)).all()
+
+
+@pytest.mark.parametrize("row", unbiased, ids=[str(row.quantizer) for row in unbiased])
+def test_rounding_has_no_bias(row):
+    x, draws = torch.tensor([-1.0, -0.3, 0.0, 0.21, 0.8]), 4000
+    seen = torch.stack([roundtrip(row.quantizer, x, seed) for seed in range(draws)])
+    # Six standard errors, as the draws themselves show them; an element that never varies must be right.
+    bound = 6 * seen.std(0) / draws**0.5 + 1e-5
+    assert ((seen.mean(0) - x).abs() <= bound).all()
+
+
+@rows
+def test_nonsense_is_refused_or_sound(row):
+    rubbish = np.random.default_rng(0)
+    for length in [*range(30)] * 20:
+        try:
+            back = row.quantizer.decode(memoryview(rubbish.bytes(length)), 9)
+        except PayloadError:
+            continue
+        assert back.shape == (9,) and torch.isfinite(back).all()
+    with pytest.raises(PayloadError):
+        row.quantizer.decode(memoryview(b""), 9)
