@@ -83,19 +83,22 @@ class StrategyConfig(Section):
     quantizer: Text = key("minmax", "minmax, qsgd, or your own as module:attribute")
     payload: Literal["update", "model"] = key("update", "what a client sends: its update, or its whole model")
     bits: float = key(
-        4.0, "uniform: the level, fractions mix two levels over clients; fedlq with budget=bits: the budget",
-        unit="bits a parameter", ge=1, le=32,
+        4.0, "rate of a client's payload; uniform: the level, of which fractions mix two levels over clients",
+        unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
     scope: Literal["layer", "model"] = key("layer", "uniform: a range for each layer, or one for the whole model")
-    error_feedback: bool = key(False, "clients add what quantization lost in a round to what they send in the next")
+    error_feedback: bool | None = key(
+        None,
+        "clients add what quantization lost in a round to what they send in the next; null: as the strategy has it",
+    )
     levels: tuple[Level, ...] = key((1, 2, 3, 4, 6, 8), "fedlq: the levels to choose from", unit="bits a parameter")
     budget: Literal["bits", "deadline", "cohort"] = key(
         "cohort",
         "fedlq: bytes for each client from `bits`, from a fixed deadline_s, or from the cohort: the slowest member at "
         "floor_bits sets the time that the others may fill",
     )
-    floor_bits: float = key(2.0, "fedlq, budget=cohort: rate of the slowest", unit="bits a parameter", ge=1, le=32)
-    cap_bits: float = key(8.0, "fedlq: rate beyond which bits buy nothing", unit="bits a parameter", ge=1, le=32)
+    floor_bits: float = key(2.0, "budget=cohort: rate of the slowest", unit="bits a parameter", gt=0, le=32)
+    cap_bits: float = key(8.0, "rate beyond which bits buy nothing", unit="bits a parameter", gt=0, le=32)
     deadline_s: Positive | None = key(None, "fedlq, budget=deadline: simulated length of a round", unit="s")
     allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
     significance: Literal["ratio", "sum"] = key("ratio", "fedlq: accuracy drop per memory saved, or a weighted sum")

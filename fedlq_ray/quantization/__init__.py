@@ -6,6 +6,7 @@ from typing import Any
 from fedlq_ray import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization.base import Quantizer
+from fedlq_ray.quantization.ecsq import Ecsq
 from fedlq_ray.quantization.qsgd import Qsgd
 from fedlq_ray.quantization.scalar import Float16, Float32, MinMax
 from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, Segment, decode, encode
@@ -52,6 +53,7 @@ __all__ = [
     "LAYER_HEADER",
     "PAYLOAD_HEADER",
     "QUANTIZERS",
+    "Ecsq",
     "Family",
     "Float16",
     "Float32",

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import Quantizer
+from fedlq_ray.quantization.ecsq import Ecsq
 from fedlq_ray.quantization.qsgd import Qsgd
 from fedlq_ray.quantization.scalar import Float16, Float32, MinMax
 
@@ -27,10 +28,10 @@ _SEGMENT = struct.Struct("<BII")
 PAYLOAD_HEADER, LAYER_HEADER = _HEADER.size, _SEGMENT.size
 KINDS = ("update", "model")
 # Numbers on the wire: never changed, only added to.
-NUMBERS: dict[type, int] = {Float32: 0, Float16: 1, MinMax: 2, Qsgd: 3}
-CUSTOM = 255  # a user's own quantizer, which both sides hold
 # What decodes each number: a body says all that is needed, so the settings here do not matter.
-_DECODERS: dict[int, Quantizer] = {0: Float32(), 1: Float16(), 2: MinMax(8), 3: Qsgd(8)}
+DECODERS: dict[int, Quantizer] = {0: Float32(), 1: Float16(), 2: MinMax(8), 3: Qsgd(8), 10: Ecsq(1.0)}
+NUMBERS: dict[type, int] = {type(quantizer): number for number, quantizer in DECODERS.items()}
+CUSTOM = 255  # a user's own quantizer, which both sides hold
 
 
 class Segment(NamedTuple):
@@ -111,7 +112,7 @@ def decode(
     found = _segments(view, pieces, count)
     vectors, sent, start = [], [], 0
     for index, (number, elements, body) in enumerate(found):
-        quantizer = custom(1) if number == CUSTOM and custom else _DECODERS.get(number)
+        quantizer = custom(1) if number == CUSTOM and custom else DECODERS.get(number)
         if quantizer is None:
             raise PayloadError(f"segment {index} names quantizer {number}, which is not known")
         try:

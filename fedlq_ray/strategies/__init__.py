@@ -1,16 +1,25 @@
 """Strategies by name: each a plan of what every client sends, short enough to be read next to its paper."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fedlq_ray import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
+from fedlq_ray.strategies.ecsq import EcsqFixed
 from fedlq_ray.strategies.fedavg import FedAvg
 from fedlq_ray.strategies.fedlq import FedLQ
+from fedlq_ray.strategies.fedlq_rd import FedLQRD
 from fedlq_ray.strategies.uniform import Uniform
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"fedavg": FedAvg, "uniform": Uniform, "fedlq": FedLQ}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "fedavg": FedAvg,
+    "uniform": Uniform,
+    "ecsq": EcsqFixed,
+    "fedlq": FedLQ,
+    "fedlq_rd": FedLQRD,
+}
 
 
 def make(setting: Setting, given: Any = None) -> Strategy:
@@ -21,6 +30,9 @@ def make(setting: Setting, given: Any = None) -> Strategy:
     """
     factory = parts.find("strategy.name", setting.config.name, STRATEGIES) if given is None else given
     if isinstance(factory, type) or not hasattr(factory, "plan"):
+        feedback = setting.config.error_feedback
+        own = bool(getattr(factory, "error_feedback", False))
+        setting = replace(setting, error_feedback=own if feedback is None else feedback)
         factory = parts.call("strategy.name", factory, {"setting": setting}, setting.config.args)
     if not callable(getattr(factory, "plan", None)):
         raise ConfigError(f"strategy.name: {type(factory).__name__} has no method plan")

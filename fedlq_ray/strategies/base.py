@@ -41,12 +41,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a strategy is made from: its configuration, the layers of the flat vector, the quantizer, the seed."""
+    """What a strategy is made from: its configuration, the layers of the flat vector, the seed, the quantizer by level,
+    and whether clients keep what quantization loses."""
 
     config: StrategyConfig
     layers: tuple[Layer, ...]
     seed: int
     quantizer: Family = MinMax
+    error_feedback: bool = False
 
     def quantizer_at(self, bits: int) -> Quantizer:
         """The quantizer of a level: 32 and 16 are float32 and float16."""
@@ -56,7 +58,7 @@ class Setting:
 
     def plan(self, quantizers: Sequence[Quantizer]) -> Plan:
         """A plan with one quantizer for each layer that is not a buffer; buffers go as float32."""
-        return Plan(self.config.payload, self.segments(quantizers), self.config.error_feedback)
+        return Plan(self.config.payload, self.segments(quantizers), self.error_feedback)
 
     def segments(self, quantizers: Sequence[Quantizer]) -> tuple[Segment, ...]:
         """The pieces of a plan: a segment a layer."""
@@ -125,6 +127,7 @@ class Strategy:
     All that changes from round to round is in attributes, which pickle.
     """
 
+    error_feedback = False  # what `strategy.error_feedback=null` means
     needs_evaluation = False  # plans from `evaluation`: the driver then waits for it before each plan
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:

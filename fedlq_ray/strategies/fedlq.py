@@ -7,12 +7,14 @@ compute; under that budget levels by the greedy significance-aware algorithm, or
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_saving
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
+from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
 from fedlq_ray.training import Plan
 
 
@@ -36,24 +38,8 @@ class FedLQ(Strategy):
         return {member.client: made[budget] for member, budget in zip(cohort, budgets, strict=True)}
 
     def budgets(self, cohort: Sequence[Member]) -> list[float]:
-        """B_n, bytes of a payload: (tau - fixed_n) R_n, from the cheapest payload to the cap."""
-        config = self.setting.config
-        if config.budget == "bits":
-            return [self._bytes_at(config.bits)] * len(cohort)
-        if config.budget == "deadline":
-            tau = float(config.deadline_s)  # type: ignore[arg-type]
-        else:
-            floor = self._bytes_at(config.floor_bits)
-            tau = max(m.fixed_s + floor / m.uplink_bytes_per_s for m in cohort)
-        cap = self._bytes_at(config.cap_bits)
-        rates = [(tau - m.fixed_s) * m.uplink_bytes_per_s if m.fixed_s < tau else 0.0 for m in cohort]
-        return [float(min(cap, rate)) for rate in rates]
-
-    def _bytes_at(self, bits: float) -> float:
-        """Bytes of a payload in which every layer has `bits`: fractions lie between the levels around them."""
-        below = max((b for b in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32) if b <= bits), default=1)
-        rest = self.setting.fixed_size + sum(self.setting.size(layer, below) for layer in self.setting.quantized)
-        return rest + (bits - below) * sum(self.counts) / 8
+        """B_n, bytes of a payload: (tau - fixed_n) R_n, at most those of the cap."""
+        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting))
 
     def allocate(self, budget: float) -> Allocation:
         """Levels under a payload's bytes."""

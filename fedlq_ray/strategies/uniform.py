@@ -12,9 +12,8 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import Segment
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.strategies.budgets import LEVELS
 from fedlq_ray.training import Plan
-
-LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 
 
 class Uniform(Strategy):
@@ -23,6 +22,8 @@ class Uniform(Strategy):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         bits = setting.config.bits
+        if bits < 1:
+            raise ConfigError(f"strategy.bits: uniform needs at least 1, got {bits:g}")
         self.below = max(level for level in LEVELS if level <= bits)
         self.above = min(level for level in LEVELS if level >= bits)
         if setting.config.scope == "model" and bits > 8:
@@ -42,4 +43,4 @@ class Uniform(Strategy):
         segments = self.setting.segments([quantizer] * len(layers))
         if self.setting.config.scope == "model":
             segments = (Segment(quantizer, layers[0].start, layers[-1].stop), *segments[len(layers) :])
-        return Plan(self.setting.config.payload, segments, self.setting.config.error_feedback)
+        return Plan(self.setting.config.payload, segments, self.setting.error_feedback)

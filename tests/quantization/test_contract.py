@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization import Float16, Float32, MinMax, Qsgd
+from fedlq_ray.quantization import Ecsq, Float16, Float32, MinMax, Qsgd
 from fedlq_ray.quantization.wire import NUMBERS
 
 
@@ -29,6 +29,7 @@ TABLE = [
     Row(Float16(), 0, 16),
     *[Row(MinMax(b), 9, b, unbiased=True) for b in range(1, 9)],
     *[Row(Qsgd(b), 5, b, unbiased=True) for b in range(1, 9)],
+    *[Row(Ecsq(step)) for step in (0.01, 0.5, 2.0, 100.0)],
 ]
 rows = pytest.mark.parametrize("row", TABLE, ids=[str(row.quantizer) for row in TABLE])
 unbiased = [row for row in TABLE if row.unbiased]

@@ -13,6 +13,7 @@ from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization import (
     LAYER_HEADER,
     PAYLOAD_HEADER,
+    Ecsq,
     Float16,
     Float32,
     MinMax,
@@ -37,7 +38,10 @@ def payload(plan, seed=0):
 
 
 QUANTIZERS = st.one_of(
-    st.sampled_from([Float32(), Float16()]), st.builds(MinMax, st.integers(1, 8)), st.builds(Qsgd, st.integers(1, 8))
+    st.sampled_from([Float32(), Float16()]),
+    st.builds(MinMax, st.integers(1, 8)),
+    st.builds(Qsgd, st.integers(1, 8)),
+    st.builds(Ecsq, st.floats(0.01, 3)),
 )
 plans = st.lists(st.tuples(QUANTIZERS, st.integers(1, 40)), min_size=1, max_size=4)
 
