@@ -75,7 +75,16 @@ class TrainConfig(Section):
     weight_decay: float = key(0.0, "L2 penalty of the clients' SGD", ge=0, le=1)
     batch_size: int = key(16, "samples in a step", unit="samples", ge=1)
     local_epochs: int = key(2, "passes over the shard in a round", ge=1)
+    prox_mu: float = key(0.0, "FedProx's pull to the global weights (Li et al., MLSys 2020)", ge=0, le=1e3)
     max_samples: int | None = key(None, "samples of a pass at most, drawn anew each round", unit="samples", ge=1)
+
+
+class ServerConfig(Section):
+    optimizer: Literal["none", "momentum", "adam"] = key("none", "what the server steps along the mean update with")
+    lr: Positive = key(1.0, "factor of the server's step", le=1e3)
+    momentum: float = key(0.9, "momentum, or Adam's first decay", ge=0, lt=1)
+    beta2: float = key(0.99, "Adam's second decay", ge=0, lt=1)
+    tau: Positive = key(1e-3, "Adam's degree of adaptivity, added to the root", le=1e3)
 
 
 class StrategyConfig(Section):
@@ -147,6 +156,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     clients: ClientsConfig = ClientsConfig()
     train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
     strategy: StrategyConfig = StrategyConfig()
     network: NetworkConfig = NetworkConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -19,6 +19,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import decode
 from fedlq_ray.quantization.wire import Sent
 from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.server import ServerOptimizer
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import Member, News, Probe, Strategy
 from fedlq_ray.task import Job, Task, Workplace
@@ -58,7 +59,7 @@ class Outcome:
 
     Attributes:
         weights: (d,) float32, after the last record's round.
-        update: (d,) float32, that round's mean update.
+        update: (d,) float32, what that round added to them.
         completed: all that was asked for was done.
         timing: wall seconds. round_s: of each round from first dispatch to last payload folded; encode_s, decode_s: of
             its clients' codec, all clients together; evaluation_s, probe_s: of each evaluation and probe, as they run.
@@ -88,6 +89,7 @@ def run(
     """
     config, place = task.config, Workplace(task)
     broadcast_bytes = place.broadcast_size()
+    server = ServerOptimizer(config.server)
     sim_time_s = 0.0
     pending: tuple[Record, Future | None] | None = None
 
@@ -145,7 +147,7 @@ def run(
             if probing:
                 measurement, wall_s = probing.result()
                 outcome.timing["probe_s"].append(wall_s)
-            outcome.update = fold.update.float()
+            outcome.update = server.step(strategy.combine(fold.update.float()))
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")

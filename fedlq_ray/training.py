@@ -75,6 +75,7 @@ def train_locally(model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *,
     optimizer = torch.optim.SGD(
         trained, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, foreach=False
     )
+    anchor = model.vector[: model.num_parameters].clone() if train.prox_mu else None
     total, seen = torch.zeros((), dtype=torch.float64), 0
     for _ in range(train.local_epochs):
         order = rng.permutation(len(y))[: samples_of(len(y), train)]
@@ -83,6 +84,8 @@ def train_locally(model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *,
             model.grad.zero_()
             loss = cross_entropy(model.module(x[index]), y[index])
             loss.backward()
+            if anchor is not None:  # the gradient of mu / 2 |w - anchor|^2
+                model.grad.add_(model.vector[: model.num_parameters] - anchor, alpha=train.prox_mu)
             optimizer.step()
             total += loss.detach() * len(batch)
             seen += len(batch)

@@ -110,7 +110,7 @@ class News:
 
     Args:
         measurement: what `probe` asked for, if anything.
-        update: the cohort's mean update (d,) float32.
+        update: what the round added to the weights (d,) float32: the cohort's mean update, or the server's step.
         train_loss: the mean of the clients' training losses; None where none answered.
         round_time_s: simulated seconds that the round took.
     """
@@ -138,6 +138,10 @@ class Strategy:
         """The members' shares of the average: by samples, as FedAvg has it."""
         total = sum(member.samples for member in cohort)
         return [member.samples / total for member in cohort]
+
+    def combine(self, update: Tensor) -> Tensor:
+        """What the server takes for the cohort's mean update (d,): by default just that."""
+        return update
 
     def probe(self, round: int) -> Probe | None:
         """What to measure while this round trains."""
