@@ -1,0 +1,150 @@
+"""Quantizers that send few elements and where they are: top-k, and sparse ternary compression.
+
+Both choose the k = max(1, round(fraction * n)) elements of greatest magnitude, of equals the one of lower index, so
+that ties never send more than k. A chosen zero is not sent, as it decodes to zero anyway: fewer than k go where fewer
+are not zero, and none of a zero layer. Sizes depend on where the elements lie, so `size` knows none.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from fedlq_ray.errors import PayloadError
+from fedlq_ray.quantization import golomb
+from fedlq_ray.quantization.base import as_float32, read_header, require_finite
+from fedlq_ray.quantization.packing import pack, packed_size, unpack
+
+GOLOMB, BITMAP = 0, 1  # how positions are sent: by Golomb codes, or a bit for each element where that is shorter
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The elements of greatest magnitude as float32, all others as zero.
+
+    Source: Stich et al., NeurIPS 2018, arXiv:1809.07599, top_k: |Q(x) - x|^2 <= (1 - k/n) |x|^2. Biased: use it with
+    error feedback, as they do.
+    Departs from it: k of each layer; positions by Golomb's code.
+    Body: GOLOMB or BITMAP (1 byte), elements sent (4 bytes), their values (float32 each), their positions.
+    """
+
+    fraction: float  # of a layer's elements, above 0 and up to 1
+    HEADER = struct.Struct("<BI")
+
+    def __post_init__(self) -> None:
+        _require_fraction(self.fraction)
+
+    def encode(self, x: Tensor, rng: Generator) -> bytes:
+        values = x.numpy()
+        positions = _largest(values, self.fraction)
+        way, where = _write_positions(positions, len(values))
+        return self.HEADER.pack(way, len(positions)) + values[positions].astype("<f4").tobytes() + where
+
+    def decode(self, body: memoryview, count: int) -> Tensor:
+        way, chosen = (int(v) for v in read_header(body, self.HEADER))
+        start, stop = self.HEADER.size, self.HEADER.size + 4 * chosen
+        if len(body) < stop:
+            raise PayloadError(f"{len(body)} bytes where {chosen} values alone take {stop}")
+        values = require_finite(torch.from_numpy(np.frombuffer(body[start:stop], "<f4").astype(np.float32)))
+        if bool((values == 0).any()):
+            raise PayloadError("sends a zero")
+        return _scatter(values, _read_positions(way, body[stop:], chosen, count), count)
+
+    def size(self, count: int) -> None:
+        """None for any count: the bytes depend on where the elements lie."""
+        return None
+
+
+@dataclass(frozen=True)
+class Stc:
+    """The elements of greatest magnitude as their sign times their mean magnitude mu, all others as zero.
+
+    Source: sparse ternary compression. Sattler et al., IEEE TNNLS 2019, arXiv:1903.02891, Algorithm 1. Biased: use it
+    with error feedback, as they do. Bits an element sent: a sign, and b* + 1 / (1 - (1 - p)^(2^b*)) for the position.
+    Departs from it: k of each layer, not of the whole update; mu is the mean of what is sent, which leaves chosen
+    zeros out.
+    Body: GOLOMB or BITMAP (1 byte), elements sent (4 bytes), mu (float32), signs (1 bit each; 1 is minus), positions.
+    """
+
+    fraction: float  # of a layer's elements, above 0 and up to 1
+    HEADER = struct.Struct("<BIf")
+
+    def __post_init__(self) -> None:
+        _require_fraction(self.fraction)
+
+    def encode(self, x: Tensor, rng: Generator) -> bytes:
+        values = x.numpy()
+        positions = _largest(values, self.fraction)
+        sent = values[positions].astype(np.float64)  # a sum of float32 may overflow
+        mu = as_float32(float(np.abs(sent).mean())) if len(sent) else 0.0
+        way, where = _write_positions(positions, len(values))
+        return self.HEADER.pack(way, len(sent), mu) + pack((sent < 0).astype(np.uint8), 1) + where
+
+    def decode(self, body: memoryview, count: int) -> Tensor:
+        way, chosen, mu = read_header(body, self.HEADER)
+        way, chosen = int(way), int(chosen)
+        # What is sent is not zero, so neither is its mean; of nothing the mean is 0.0, and str tells that from -0.0.
+        sound = mu > 0 if chosen else str(mu) == "0.0"
+        if not sound:
+            raise PayloadError(f"a mean magnitude of {mu:g} of {chosen} elements")
+        start, stop = self.HEADER.size, self.HEADER.size + packed_size(chosen, 1)
+        if len(body) < stop:
+            raise PayloadError(f"{len(body)} bytes where {chosen} signs alone take {stop}")
+        minus = torch.from_numpy(unpack(body[start:stop], chosen, 1).astype(np.float32))
+        return _scatter(mu * (1 - 2 * minus), _read_positions(way, body[stop:], chosen, count), count)
+
+    def size(self, count: int) -> None:
+        """None for any count: the bytes depend on where the elements lie."""
+        return None
+
+
+def _require_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and up to 1, got {fraction!r}")
+
+
+def _largest(values: NDArray[np.float32], fraction: float) -> NDArray[np.int64]:
+    """Sorted positions of the k of greatest magnitude that are not zero; of equals the lower."""
+    count = len(values)
+    k = max(1, round(fraction * count))
+    magnitude = np.abs(values)
+    threshold = np.partition(magnitude, count - k)[count - k]
+    chosen = magnitude > threshold
+    ties = np.flatnonzero(magnitude == threshold)
+    chosen[ties[: k - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen & (magnitude > 0))
+
+
+def _write_positions(positions: NDArray[np.int64], count: int) -> tuple[int, bytes]:
+    """How the positions are sent, and their bytes: the shorter way, Golomb's code where both are as long."""
+    coded = golomb.encode(positions, count)
+    if len(coded) <= packed_size(count, 1):
+        return GOLOMB, coded
+    mask = np.zeros(count, np.uint8)
+    mask[positions] = 1
+    return BITMAP, pack(mask, 1)
+
+
+def _read_positions(way: int, data: memoryview, chosen: int, count: int) -> NDArray[np.int64]:
+    if way == GOLOMB:
+        if len(data) > packed_size(count, 1):
+            raise PayloadError(f"{len(data)} bytes of positions where a bitmap takes {packed_size(count, 1)}")
+        return golomb.decode(data, chosen, count)
+    if way != BITMAP:
+        raise PayloadError(f"positions sent in way {way}, where {GOLOMB} and {BITMAP} are known")
+    positions = np.flatnonzero(unpack(data, count, 1))
+    if len(positions) != chosen:
+        raise PayloadError(f"{len(positions)} positions where {chosen} were due")
+    if _write_positions(positions, count)[0] != BITMAP:
+        raise PayloadError("a bitmap where Golomb's code is as short")
+    return positions
+
+
+def _scatter(values: Tensor, positions: NDArray[np.int64], count: int) -> Tensor:
+    """Zeros (count,) but for `values` at `positions`."""
+    dense = torch.zeros(count)
+    dense[torch.from_numpy(positions)] = values
+    return dense

@@ -1,0 +1,185 @@
+"""The convergence bound of docs/theory.md, as numbers: what a plan of levels costs, in gradient norm.
+
+Theorem 1 is for full participation and unbiased quantizers, whose noise is independent between clients. With sampled
+clients, or with a biased quantizer and error feedback, what comes out ranks plans and bounds nothing.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+# Mean squared error of the Lloyd-Max quantizer of a unit Gaussian: Max, "Quantizing for minimum distortion", IRE
+# Transactions on Information Theory 6, 1960, table I, for 2, 4, 8 and 16 values.
+_LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the bound needs to know of the losses.
+
+    Args:
+        smoothness: L, of every client's loss.
+        noise: sigma^2, of a stochastic gradient.
+        heterogeneity: sigma_g^2 >= sum p_i |grad f_i - grad f|^2, everywhere.
+        gap: f(w_0) - f*.
+    """
+
+    smoothness: float
+    noise: float
+    heterogeneity: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Theorem 1's bound on the mean over rounds of E|grad f(w_t)|^2, by its causes."""
+
+    start: float
+    noise: float
+    drift: float
+    quantization: float
+
+    @property
+    def total(self) -> float:
+        return self.start + self.noise + self.drift + self.quantization
+
+
+def minmax_q(bits: ArrayLike, size: ArrayLike) -> Floats:
+    """q of stochastic min-max, size / (2 (2^bits - 1)^2), since max - min <= sqrt(2) |x|. 32 bits: float32, none.
+
+    Source: Suresh et al., ICML 2017, arXiv:1611.00429.
+    """
+    return minmax_error(bits, size, sqrt(2))
+
+
+def minmax_error(bits: ArrayLike, size: ArrayLike, span: ArrayLike) -> Floats:
+    """The most that E|Q(x) - x|^2 of stochastic min-max can be: size span^2 / (4 (2^bits - 1)^2), span = max - min.
+
+    Elements spread evenly within their steps give two thirds of it.
+    """
+    bits = _levels(bits)
+    return np.where(bits == 32, 0.0, np.asarray(size) * np.square(span) / (4 * (2.0**bits - 1) ** 2))
+
+
+def qsgd_q(bits: ArrayLike, size: ArrayLike) -> Floats:
+    """q of `Qsgd`, whose s is 2^(bits - 1) - 1: min(size / (4 s^2), sqrt(size) / s), and size - 1 at 1 bit.
+
+    Source: Alistarh et al., NeurIPS 2017, arXiv:1610.02132, lemma 3.1, whose size / s^2 is four times ours.
+    """
+    bits, size = _levels(bits), np.asarray(size, dtype=float)
+    s = np.maximum(2.0 ** (bits - 1) - 1, 1)
+    q = np.where(bits == 1, size - 1, np.minimum(size / (4 * s**2), np.sqrt(size) / s))
+    return np.where(bits == 32, 0.0, q)
+
+
+def lloyd_max_q(bits: int) -> float:
+    """q of a uniformly random rotation, Lloyd-Max centroids and the unbiased scale: D / (1 - D), for large layers.
+
+    Source: Vargaftik et al., EDEN, ICML 2022, arXiv:2108.08842. A limit, not a bound: small layers have a little
+    more, and randomised Hadamard rotations are only nearly unbiased.
+    """
+    if bits not in _LLOYD_MAX:
+        raise ValueError(f"bits must be 1 to 4, got {bits!r}")
+    return _LLOYD_MAX[bits] / (1 - _LLOYD_MAX[bits])
+
+
+def _levels(bits: ArrayLike) -> Floats:
+    """The levels as floats; ValueError unless each is 1 to 8, or 32."""
+    levels = np.asarray(bits, dtype=float)
+    if not (((levels >= 1) & (levels <= 8)) | (levels == 32)).all():
+        raise ValueError(f"bits must be 1 to 8, or 32, got {bits!r}")
+    return levels
+
+
+def mean_error(shares: ArrayLike, errors: ArrayLike) -> float:
+    """E|sum p_i (Q_i(x_i) - x_i)|^2 = sum p_i^2 sum_l errors, averaged over what axes come first.
+
+    Args:
+        shares: p_i (clients,).
+        errors: E|Q(x) - x|^2 (..., clients, layers): `minmax_error`, or q times the squared norms of what is sent
+            (the update; or the model, with payload `model`). Times L_l / L where layers' own smoothness is known.
+    """
+    return float(np.einsum("i,...il->...", np.square(_shares(shares)), np.asarray(errors)).mean())
+
+
+def convergence_bound(
+    problem: Problem, *, lr: float, local_steps: int, rounds: int, shares: ArrayLike, error: float
+) -> Bound:
+    """Theorem 1, with the constants of its proof for this step size.
+
+    Args:
+        lr: eta; eta L tau must be such that rho > 0, as it is up to 3/4.
+        local_steps: tau.
+        shares: p_i (clients,), which sum to 1.
+        error: what `mean_error` gives, averaged over rounds.
+    """
+    kappa, rho = _constants(problem, lr, local_steps)
+    x = lr * problem.smoothness * local_steps
+    spread = problem.noise / 2 + (2 * local_steps - 1) * problem.heterogeneity / 6
+    return Bound(
+        start=2 * problem.gap / (lr * local_steps * rounds) / rho,
+        noise=problem.smoothness * lr * problem.noise * float(np.square(_shares(shares)).sum()) / (1 - x) / rho,
+        drift=kappa * (lr * problem.smoothness) ** 2 * (local_steps - 1) * spread / rho,
+        quantization=problem.smoothness * error / (lr * local_steps) / rho,
+    )
+
+
+def worst_case_bound(
+    problem: Problem, *, lr: float, local_steps: int, rounds: int, shares: ArrayLike, q: ArrayLike
+) -> float:
+    """Corollary 2: the bound where no update has been seen yet, from q (clients, layers) alone; payload `update`.
+
+    Raises:
+        ValueError: the step is too long for so coarse a plan.
+    """
+    kappa, rho = _constants(problem, lr, local_steps)
+    worst = float(np.max(_shares(shares)[:, None] * np.asarray(q)))
+    left = rho - kappa * worst * lr * problem.smoothness * local_steps
+    if left <= 0:
+        raise ValueError(f"lr={lr:g} is too great for p q = {worst:g}; lower lr or raise bits")
+    exact = convergence_bound(problem, lr=lr, local_steps=local_steps, rounds=rounds, shares=shares, error=0.0)
+    sent = local_steps * problem.heterogeneity + problem.noise
+    return (exact.total * rho + kappa * worst * lr * problem.smoothness * sent) / left
+
+
+def fedpaq_bound(
+    problem: Problem, *, q: float, clients: int, participants: int, local_steps: int, iterations: int
+) -> float:
+    """FedPAQ's theorem 2: the mean over all T = rounds x tau iterations of E|grad f|^2 at the clients' mean weights.
+
+    Source: Reisizadeh et al., AISTATS 2020, arXiv:1909.13014. Its setting: clients draw from one distribution, equal
+    shares, lr 1 / (L sqrt(T)).
+    Departs from it: its condition on tau, which involves B_2 = q/n + 4 (n - r) (1 + q) / (r (n - 1)), is the caller's.
+    """
+    if problem.heterogeneity:
+        raise ValueError("FedPAQ's theorem 2 knows no heterogeneity")
+    n, r = clients, participants
+    sampling = n * (n - r) / (r * (n - 1)) if n > 1 else 0.0
+    first = (1 + q) * problem.noise / n * (1 + sampling)
+    second = problem.noise * (n + 1) / n
+    start = 2 * problem.smoothness * problem.gap
+    return (start + first) / sqrt(iterations) + second * (local_steps - 1) / iterations
+
+
+def _constants(problem: Problem, lr: float, local_steps: int) -> tuple[float, float]:
+    """kappa and rho of the drift lemma. Raises ValueError where the step is too long for the theorem."""
+    step = lr * problem.smoothness
+    root = 1 - step * sqrt(local_steps * (local_steps - 1) / 2)
+    kappa = root**-2 if root > 0 else float("inf")
+    rho = 1 - kappa * step**2 * (local_steps - 1) * (2 * local_steps - 1) / 6
+    if not (step * local_steps < 1 and rho > 0):
+        raise ValueError(f"lr x L x local_steps is {step * local_steps:g}; the theorem holds up to 0.75: lower lr")
+    return kappa, rho
+
+
+def _shares(shares: ArrayLike) -> Floats:
+    """p_i as an array; ValueError unless they are weights of a mean."""
+    p = np.asarray(shares, dtype=float)
+    if not (p >= 0).all() or abs(p.sum() - 1) > 1e-6:
+        raise ValueError(f"shares must be non-negative and sum to 1, got {shares!r}")
+    return p

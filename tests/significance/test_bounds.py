@@ -1,0 +1,341 @@
+"""The theorem of docs/theory.md against runs of quantized FedAvg whose L, sigma^2, sigma_g^2 and f* are known."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fedlq_ray.quantization import MinMax, Qsgd
+from fedlq_ray.significance.bounds import (
+    Problem,
+    convergence_bound,
+    fedpaq_bound,
+    lloyd_max_q,
+    mean_error,
+    minmax_error,
+    minmax_q,
+    qsgd_q,
+    worst_case_bound,
+)
+
+LAYERS = (3, 9, 28)  # of different sizes; small enough that QSGD at 1 bit, with q = 27, does not diverge
+EDGES = np.cumsum((0, *LAYERS))
+SIZE = int(EDGES[-1])
+SHARES = np.array([0.1, 0.15, 0.2, 0.25, 0.3])
+SEEDS, ROUNDS, STEPS, LEVELS = 10, 20, 4, range(1, 9)
+NEAR = 0.05  # runs start so close to the optimum that most of the gradient is what the levels put there
+HELPERS = {MinMax: minmax_q, Qsgd: qsgd_q}
+
+
+class Quadratics:
+    """f_i(w) = (w - a_i)' A (w - a_i) / 2, A diagonal from 0.05 to 1; Gaussian noise of variance sigma^2 in all."""
+
+    def __init__(self, spread=1.0, noise=1.0):
+        rng = np.random.default_rng(1)
+        self.curvature = np.geomspace(1.0, 0.05, SIZE)
+        self.targets = spread * rng.normal(size=(len(SHARES), SIZE))
+        self.deviation = np.sqrt(noise / SIZE)
+        centre = SHARES @ self.targets  # minimises f, since all share A
+        self.start = centre + NEAR
+        off = self.curvature * (self.targets - centre)  # grad f_i - grad f, which is the same everywhere
+        self.problem = Problem(
+            smoothness=1.0,
+            noise=noise,
+            heterogeneity=float(SHARES @ (off**2).sum(1)),
+            gap=float(self.curvature.sum() * NEAR**2 / 2),
+        )
+
+    def gradients(self, w):
+        """Of every client at its own weights, (seeds, clients, d)."""
+        return self.curvature * (w - self.targets)
+
+    def noisy(self, w, rng):
+        return self.gradients(w) + self.deviation * rng.normal(size=w.shape)
+
+
+class Logistic:
+    """log(1 + exp(-v_j'w)) + mu |w|^2 / 2, averaged over a client's m samples; a gradient draws one of them.
+
+    V_i holds the rows v_j. With s_j in (0, 1) the gradient is mu w - V's/m, so that for every w
+    L = lambda / 4 + mu; sigma^2 <= mean |v_j|^2; and, as |V's/m|^2 <= lambda |s|^2/m <= lambda,
+    sigma_g^2 <= sum p_i |V_i's/m|^2 <= sum p_i lambda_i, where lambda_i is the largest eigenvalue of V_i'V_i/m.
+    """
+
+    def __init__(self):
+        rng = np.random.default_rng(2)
+        clients, m, self.mu = len(SHARES), 30, 0.1
+        truth = rng.normal(size=SIZE)
+        x = rng.normal(size=(clients, m, SIZE)) / np.sqrt(SIZE) + 0.1 * rng.normal(size=(clients, 1, SIZE))
+        self.rows = x * np.where(x @ truth + 0.3 * rng.normal(size=(clients, m)) > 0, 1.0, -1.0)[..., None]
+        tops = np.array([np.linalg.eigvalsh(v.T @ v / m)[-1] for v in self.rows])
+        optimum = self.minimiser()
+        self.start = optimum + NEAR
+        self.problem = Problem(
+            smoothness=float(tops.max() / 4 + self.mu),
+            noise=float((self.rows**2).sum(2).mean(1).max()),
+            heterogeneity=float(SHARES @ tops),
+            gap=self.loss(self.start) - self.loss(optimum),
+        )
+
+    def loss(self, w):
+        return float(SHARES @ np.logaddexp(0, -self.rows @ w).mean(1) + self.mu * w @ w / 2)
+
+    def minimiser(self):
+        """By Newton's method, until the gradient is nothing."""
+        w = np.zeros(SIZE)
+        for _ in range(30):
+            s = 1 / (1 + np.exp(self.rows @ w))
+            weight = SHARES[:, None] * s * (1 - s) / s.shape[1]
+            hessian = np.einsum("im,imd,ime->de", weight, self.rows, self.rows) + self.mu * np.eye(SIZE)
+            w = w - np.linalg.solve(hessian, self.mean_gradient(w))
+        assert np.linalg.norm(self.mean_gradient(w)) < 1e-12
+        return w
+
+    def mean_gradient(self, w):
+        return SHARES @ self.gradients(np.broadcast_to(w, (1, len(SHARES), SIZE)))[0]
+
+    def gradients(self, w):
+        s = 1 / (1 + np.exp(np.einsum("imd,nid->nim", self.rows, w)))
+        return self.mu * w - np.einsum("nim,imd->nid", s, self.rows) / s.shape[2]
+
+    def noisy(self, w, rng):
+        v = self.rows[np.arange(len(SHARES)), rng.integers(self.rows.shape[1], size=w.shape[:2])]
+        s = 1 / (1 + np.exp((v * w).sum(2)))
+        return self.mu * w - s[..., None] * v
+
+
+@dataclass
+class Run:
+    """Squared gradient norms averaged over rounds (seeds,), and each round's squared norms and ranges (..., layers)."""
+
+    gradients: np.ndarray
+    norms: np.ndarray
+    spans: np.ndarray
+
+
+def fedavg(losses, quantizers, lr, *, payload="update", seed=0):
+    """FedAvg with all clients, in float64; quantizers (clients, layers) send each layer as their own bytes."""
+    rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    w = np.tile(losses.start, (SEEDS, 1))
+    gradients, norms, spans = [], [], []
+    for _ in range(ROUNDS):
+        local = np.repeat(w[:, None], len(SHARES), 1)
+        gradients.append((np.einsum("i,nid->nd", SHARES, losses.gradients(local)) ** 2).sum(1))
+        for _ in range(STEPS):
+            local = local - lr * losses.noisy(local, rng)
+        sent = local - w[:, None] if payload == "update" else local
+        pieces = np.split(sent, EDGES[1:-1], axis=2)
+        norms.append(np.stack([(p**2).sum(2) for p in pieces], 2))
+        spans.append(np.stack([np.ptp(p, 2) for p in pieces], 2))
+        received = np.einsum("i,nid->nd", SHARES, send(sent, quantizers, noise))
+        w = w + received if payload == "update" else received
+    return Run(np.mean(gradients, 0), np.array(norms), np.array(spans))
+
+
+def send(sent, quantizers, noise):
+    """What the server decodes of each client's layers."""
+    out = np.empty_like(sent)
+    for n, i in np.ndindex(sent.shape[:2]):
+        for layer, (start, stop) in enumerate(zip(EDGES, EDGES[1:], strict=False)):
+            quantizer = quantizers[i][layer]
+            body = quantizer.encode(torch.from_numpy(sent[n, i, start:stop]).float(), noise)
+            out[n, i, start:stop] = quantizer.decode(memoryview(body), int(stop - start)).numpy()
+    return out
+
+
+def uniform(kind, bits):
+    return [[kind(bits)] * len(LAYERS)] * len(SHARES)
+
+
+def step(losses):
+    return 1 / (8 * losses.problem.smoothness * STEPS)
+
+
+def bound(losses, lr, error):
+    return convergence_bound(losses.problem, lr=lr, local_steps=STEPS, rounds=ROUNDS, shares=SHARES, error=error).total
+
+
+@pytest.mark.parametrize("kind", [MinMax, Qsgd])
+@pytest.mark.parametrize("losses", [Quadratics(), Logistic()], ids=["quadratic", "logistic"])
+def test_the_bound_holds_at_every_level_and_ranks_levels_as_the_runs_do(losses, kind):
+    lr = step(losses)
+    runs = [fedavg(losses, uniform(kind, bits), lr) for bits in LEVELS]
+    bounds = [
+        bound(losses, lr, mean_error(SHARES, HELPERS[kind](bits, LAYERS) * run.norms))
+        for bits, run in zip(LEVELS, runs, strict=True)
+    ]
+    for bits, run, relative in zip(LEVELS, runs, bounds, strict=True):
+        assert run.gradients.mean() <= relative
+        if kind is MinMax:  # the ranges say more than the norms do
+            ranged = bound(losses, lr, mean_error(SHARES, minmax_error(bits, LAYERS, run.spans)))
+            assert run.gradients.mean() <= ranged <= relative
+    apart = 0
+    for i in range(len(runs)):
+        for j in range(i):
+            difference = runs[j].gradients - runs[i].gradients
+            # Six standard errors: with 9 degrees of freedom chance passes them once in 5000 pairs.
+            if abs(difference.mean()) > 6 * difference.std(ddof=1) / SEEDS**0.5:
+                apart += 1
+                assert (bounds[j] > bounds[i]) == (difference.mean() > 0)
+    assert apart >= 5  # 1 bit, at the least, is told from most of the others
+
+
+def test_the_bound_holds_for_mixed_levels_and_for_the_model_as_payload():
+    losses = Quadratics()
+    levels = np.array([[1, 2, 4], [8, 3, 2], [2, 2, 2], [6, 4, 3], [5, 1, 8]])
+    quantizers = [[MinMax(int(b)) for b in row] for row in levels]
+    for payload in ("update", "model"):
+        run = fedavg(losses, quantizers, step(losses), payload=payload)
+        error = mean_error(SHARES, minmax_error(levels, LAYERS, run.spans))
+        assert run.gradients.mean() <= bound(losses, step(losses), error)
+
+
+def test_the_bound_holds_where_drift_and_quantization_are_most_of_it():
+    losses = Quadratics(spread=4.0, noise=25.0)
+    for x in (1 / 8, 1 / 2, 3 / 4):
+        run = fedavg(losses, uniform(MinMax, 1), x / STEPS)
+        assert run.gradients.mean() <= bound(losses, x / STEPS, mean_error(SHARES, minmax_q(1, LAYERS) * run.norms))
+
+
+def test_the_worst_case_needs_no_norms_and_is_above_the_measured_bound():
+    losses = Quadratics()
+    lr = step(losses)
+    for bits in (3, 4, 8):
+        q = np.tile(minmax_q(bits, LAYERS), (len(SHARES), 1))
+        run = fedavg(losses, uniform(MinMax, bits), lr)
+        worst = worst_case_bound(losses.problem, lr=lr, local_steps=STEPS, rounds=ROUNDS, shares=SHARES, q=q)
+        assert run.gradients.mean() <= bound(losses, lr, mean_error(SHARES, q * run.norms)) <= worst
+    with pytest.raises(ValueError, match="lower lr or raise bits"):
+        q = np.full((len(SHARES), 1), 1e3)
+        worst_case_bound(losses.problem, lr=lr, local_steps=STEPS, rounds=ROUNDS, shares=SHARES, q=q)
+
+
+def test_the_terms_are_those_worked_out_by_hand():
+    # tau = 1: kappa = rho = 1, no drift. 2*3/(.25*10), .5*.25*2*4/(1-.125)... with L = .5, eta = .25, x = 1/8.
+    terms = convergence_bound(Problem(0.5, 4.0, 9.0, 3.0), lr=0.25, local_steps=1, rounds=10, shares=[0.5] * 2, error=7)
+    assert terms.start == pytest.approx(2.4) and terms.drift == 0
+    assert terms.noise == pytest.approx(0.5 * 0.25 * 4 * 0.5 * 8 / 7) and terms.quantization == pytest.approx(14)
+    # tau = 3, eta L = 1/24: y = sqrt(3)/24, kappa = 1/(1 - y)^2 = 1.161549, rho = 1 - kappa*10/(6*576) = 0.996639;
+    # drift = kappa*2*(4/2 + 5*9/6)/576/rho.
+    terms = convergence_bound(Problem(1.0, 4.0, 9.0, 3.0), lr=1 / 24, local_steps=3, rounds=10, shares=[1], error=0)
+    assert terms.drift == pytest.approx(0.0384441, rel=1e-4)
+    assert terms.start == pytest.approx(4.8 / 0.996639, rel=1e-5)
+    # Two clients of 1/4 and 3/4, two layers: (1 + 2)/16 + 9(3 + 4)/16.
+    assert mean_error([0.25, 0.75], [[1, 2], [3, 4]]) == pytest.approx(66 / 16)
+
+
+@pytest.mark.parametrize("curvature", [-2.0, 2.0])
+@pytest.mark.parametrize("x", [1 / 100, 1 / 8, 3 / 4])
+@pytest.mark.parametrize("steps", [2, 5, 40])
+def test_the_drift_is_bounded_where_it_is_known_in_closed_form(curvature, x, steps):
+    # Two clients, gradients c w + b and c w - b with noise, from w = 0, where grad f = 0 and sigma_g^2 = b^2.
+    lr, b, noise = x / (2.0 * steps), 3.0, 0.7
+    mean = variance = total = 0.0
+    for _ in range(steps):
+        total += mean**2 + variance  # E|w_k - w_0|^2, the same for both
+        mean, variance = (1 - lr * curvature) * mean - lr * b, (1 - lr * curvature) ** 2 * variance + lr**2 * noise
+    due = convergence_bound(Problem(2.0, noise, b**2, 0.0), lr=lr, local_steps=steps, rounds=1, shares=[1], error=0)
+    assert 2.0**2 * total / steps <= due.drift
+    if x == 1 / 100:  # where steps are short the lemma gives nothing away
+        assert 2.0**2 * total / steps >= 0.9 * due.drift
+
+
+def test_up_to_an_eighth_the_constants_are_those_of_the_corollary():
+    for steps in (1, 2, 5, 50):
+        for x in (0.01, 1 / 8):
+            lr = x / (2.0 * steps)
+            terms = convergence_bound(Problem(2.0, 3, 5, 7), lr=lr, local_steps=steps, rounds=9, shares=[1], error=11)
+            assert terms.start <= 2.02 * 7 / (lr * steps * 9)
+            assert terms.noise <= 1.16 * 2 * lr * 3
+            assert terms.drift <= (2 * lr) ** 2 * (steps - 1) * (0.61 * 3 + 0.41 * steps * 5)
+            assert terms.quantization <= 1.01 * 2 * 11 / (lr * steps)
+
+
+def test_steps_and_shares_outside_the_theorem_are_refused():
+    problem = Problem(1.0, 1.0, 1.0, 1.0)
+    for lr, steps in ((1.0, 1), (0.2, 5), (0.085, 10)):
+        with pytest.raises(ValueError, match="lower lr"):
+            convergence_bound(problem, lr=lr, local_steps=steps, rounds=1, shares=[1], error=0)
+    with pytest.raises(ValueError, match="shares"):
+        convergence_bound(problem, lr=0.01, local_steps=2, rounds=1, shares=[1, 1], error=0)
+    for bits in (0, 9, 16):
+        with pytest.raises(ValueError, match="bits"):
+            minmax_q(bits, 10)
+
+
+def vectors():
+    rng = np.random.default_rng(3)
+    spike = np.zeros(50)
+    spike[7] = 1.0
+    return {
+        "gaussian": rng.normal(size=40),
+        "heavy": rng.standard_t(2, size=200),
+        "flat": np.full(17, -0.3) + 1e-3 * rng.normal(size=17),
+        "spike": spike,
+        "worst for min-max": np.array([-1.0, 1.0, *([0.0] * 30)]),
+        "one": np.array([0.7]),
+    }
+
+
+@pytest.mark.parametrize("kind", [MinMax, Qsgd])
+@pytest.mark.parametrize("name", vectors())
+def test_q_bounds_the_error_that_is_measured(kind, name):
+    x = torch.from_numpy(vectors()[name]).float()
+    draws, norm = 300, float(x.double().square().sum())
+    for bits in LEVELS:
+        rng = torch.Generator().manual_seed(bits)
+        errors = torch.stack(
+            [
+                (kind(bits).decode(memoryview(kind(bits).encode(x, rng)), len(x)) - x).double().square().sum()
+                for _ in range(draws)
+            ]
+        )
+        # Six standard errors of the mean of the draws; 1e-12 is float32's rounding, squared and with room.
+        slack = 6 * float(errors.std()) / draws**0.5 + 1e-12 * norm
+        assert float(errors.mean()) <= float(HELPERS[kind](bits, len(x))) * norm + slack
+        if kind is MinMax:
+            assert float(errors.mean()) <= float(minmax_error(bits, len(x), float(x.max() - x.min()))) + slack
+
+
+def test_min_max_reaches_its_q_to_the_elements_that_hold_the_range():
+    # 1 bit, range [-1, 1], the rest at its middle: each of these errs by exactly 1. |x|^2 = 2, so q >= 30/2, of 32/2.
+    x = torch.from_numpy(vectors()["worst for min-max"]).float()
+    back = MinMax(1).decode(memoryview(MinMax(1).encode(x, torch.Generator().manual_seed(0))), 32)
+    assert float((back - x).square().sum()) == pytest.approx(30, abs=1e-5)
+    assert float(minmax_q(1, 32)) * 2 == pytest.approx(32)
+
+
+def test_lloyd_max_q_is_the_error_of_rotated_gaussians_with_the_unbiased_scale():
+    # A uniformly random rotation makes of x a Gaussian vector scaled to |x|; centroids by Lloyd's own iteration.
+    rng = np.random.default_rng(4)
+    grid = np.linspace(-7, 7, 28001)
+    weight = np.exp(-(grid**2) / 2)
+    for bits in (1, 2, 3, 4):
+        centroids = np.linspace(-2, 2, 2**bits)
+        for _ in range(400):
+            cell = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, grid)
+            centroids = np.bincount(cell, weight * grid) / np.bincount(cell, weight)
+        z = rng.normal(size=(400, 2000))
+        z *= np.sqrt(2000) / np.linalg.norm(z, axis=1, keepdims=True)
+        c = centroids[np.searchsorted((centroids[1:] + centroids[:-1]) / 2, z)]
+        scale = 2000 / (c * z).sum(1, keepdims=True)
+        error = ((scale * c - z) ** 2).sum(1) / 2000
+        # The mean of 400 draws has a standard error below 0.1 %, and 2000 elements are within 0.5 % of the limit.
+        assert error.mean() == pytest.approx(lloyd_max_q(bits), rel=0.01)
+
+
+def test_fedpaq_agrees_with_ours_where_both_apply():
+    # One distribution, all clients, q the same for all: FedPAQ's N_1 term is our noise and quantization together,
+    # L eta sigma^2 (1 + q) / n with eta = 1 / (L sqrt(T)); ours has 1 / (1 - x), kappa and rho on top.
+    problem, q, clients, steps, rounds = Problem(2.0, 3.0, 0.0, 5.0), 0.5, 10, 4, 10**7
+    lr = 1 / (2.0 * (steps * rounds) ** 0.5)
+    shares, qs = [1 / clients] * clients, [[q]] * clients
+    ours = worst_case_bound(problem, lr=lr, local_steps=steps, rounds=rounds, shares=shares, q=qs)
+    theirs = fedpaq_bound(
+        problem, q=q, clients=clients, participants=clients, local_steps=steps, iterations=steps * rounds
+    )
+    assert ours == pytest.approx(theirs, rel=0.01)
+    # r of n by hand: (2*2*5 + 1.5*3/10*(1 + 10*5/(5*9)))/sqrt(100) + 3*11/10*3/100.
+    half = fedpaq_bound(problem, q=q, clients=10, participants=5, local_steps=4, iterations=100)
+    assert half == pytest.approx((20 + 0.45 * (1 + 10 / 9)) / 10 + 0.099)
