@@ -1,5 +1,6 @@
 """What a client's payload may cost: a budget in bytes for each member of a cohort."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from fedlq_ray.config import StrategyConfig
@@ -27,8 +28,13 @@ def budgets(config: StrategyConfig, cohort: Sequence[Member], bytes_at: Callable
         # The slowest gets `least` by definition: (tau - fixed) R may come out below it by a rounding, or as 0 x inf.
         least = bytes_at(config.floor_bits)
         tau = max((m.fixed_s + least / m.uplink_bytes_per_s for m in cohort), default=0.0)
-    rates = [(tau - m.fixed_s) * m.uplink_bytes_per_s if m.fixed_s < tau else 0.0 for m in cohort]
-    return [float(max(least, min(cap, rate))) for rate in rates]
+
+    def rate(member: Member) -> float:
+        if math.isinf(member.uplink_bytes_per_s):
+            return cap  # bytes take no time
+        return max(0.0, tau - member.fixed_s) * member.uplink_bytes_per_s
+
+    return [float(max(least, min(cap, rate(member)))) for member in cohort]
 
 
 def bytes_at_levels(setting: Setting, bits: float) -> float:
