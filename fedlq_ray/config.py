@@ -88,14 +88,14 @@ class ServerConfig(Section):
 
 
 class StrategyConfig(Section):
-    name: Text = key("fedlq", "fedavg, uniform, fedlq, or your own as module:function")
+    name: Text = key("fedlq", "a scheme by name (README.md lists them), or your own as module:function")
     quantizer: Text = key("minmax", "minmax, qsgd, or your own as module:attribute")
     payload: Literal["update", "model"] = key("update", "what a client sends: its update, or its whole model")
     bits: float = key(
         4.0, "rate of a client's payload; uniform: the level, of which fractions mix two levels over clients",
         unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
-    scope: Literal["layer", "model"] = key("layer", "uniform: a range for each layer, or one for the whole model")
+    scope: Literal["layer", "model"] = key("layer", "schemes of one quantizer: it takes a layer, or the whole model")
     error_feedback: bool | None = key(
         None,
         "clients add what quantization lost in a round to what they send in the next; null: as the strategy has it",
@@ -116,7 +116,7 @@ class StrategyConfig(Section):
     probe_every: int = key(10, "fedlq: rounds between measurements of the drop", unit="rounds", ge=1)
     probe_samples: int = key(512, "fedlq: held-out samples to measure on", unit="samples", ge=8)
     probe_decay: float = key(0.5, "fedlq: weight of the past in the running average of drops", ge=0, lt=1)
-    args: Args = key({}, "arguments of your own strategy function")
+    args: Args = key({}, "the strategy's own arguments, such as {fraction: 0.01} for topk")
 
     @model_validator(mode="after")
     def _fits(self) -> "StrategyConfig":

@@ -22,9 +22,20 @@ def run(*overrides, **parts):
     return simulate(load(None, [*QUICK, *overrides]), **parts)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+UPDATES_ONLY = ("signsgd", "fedhq", "fedmpq", "lgreco")  # what they learn or vote on is an update
+
+
+@pytest.mark.parametrize("name", UPDATES_ONLY)
+def test_strategies_that_need_updates_refuse_models(name):
+    with pytest.raises(ConfigError, match=r"strategy.payload: .*update"):
+        run(f"strategy.name={name}", "strategy.payload=model")
+
+
 @pytest.mark.parametrize("payload", ["update", "model"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_runs_and_its_bytes_add_up(name, payload):
+    if payload == "model" and name in UPDATES_ONLY:
+        return
     result = run(f"strategy.name={name}", f"strategy.payload={payload}", "strategy.bits=2.5")
     lines = [json.loads(line) for line in (result.path / "rounds.jsonl").read_text().splitlines()]
     assert [r["round"] for r in lines] == [0, 1, 2] and len(result.history) == 3

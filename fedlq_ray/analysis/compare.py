@@ -1,11 +1,13 @@
 """What a sweep comes to: a table, a picture, and a small file that says how to make both again."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedlq_ray import provenance
@@ -61,30 +63,40 @@ def render(table: Sequence[dict[str, Any]], target: float | None, bill: str) -> 
     """The rows as a table for a terminal; columns that would say nothing are left out."""
     seeds = max(row["seeds"] for row in table)
     billed = "uploads" if bill == "upload" else "uploads and downloads"
+    averaged = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
     shown = Table(
-        title=f"the clock bills {billed}; {f'mean ± deviation of {seeds} seeds' if seeds > 1 else 'one seed'}"
+        title=f"the clock bills {billed}; {averaged}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title_justify="left",
     )
 
     def column(heading: str, cells: list[str], justify: Any = "right") -> None:
         shown.add_column(heading, justify=justify, no_wrap=True)
         columns.append(cells)
 
-    def figures(key: str, form: str, scale: float = 1, missing: str = "–") -> list[str]:
+    def figures(key: str, scale: float = 1, least: int = 0, missing: str = "–") -> list[str]:
         texts = []
         for row in table:
-            spread = row.get(f"{key}_sd")
-            text = missing if row[key] is None else format(scale * row[key], form)
-            texts.append(text if spread is None else f"{text} ± {scale * spread:{form}}")
+            spread, value = row.get(f"{key}_sd"), row[key]
+            if value is None:
+                texts.append(missing)
+                continue
+            # Three significant digits at least, and the spread to the same place.
+            places = max(least, 2 - math.floor(math.log10(abs(scale * value) or 1)))
+            text = f"{scale * value:.{places}f}"
+            texts.append(text if spread is None else f"{text} ± {scale * spread:.{places}f}")
         return texts
 
     columns: list[list[str]] = []
     column("run", [row["run"] for row in table], "left")
-    column("accuracy, %", figures("final_accuracy", ".2f", 100))
+    column("accuracy, %", figures("final_accuracy", 100, least=2))
     if target is not None:
-        column(f"s to {target:.4g}", figures("time_to_target_s", ".2f", missing="not reached"))
-        column(f"MB to {target:.4g}", figures("uplink_mb_to_target", ".2f", missing="not reached"))
-        column("speed-up", figures("speed_up", ".2f"))
-    column("MB in all", figures("uplink_mb", ".2f"))
+        column(f"s to {target:.4g}", figures("time_to_target_s", missing="not reached"))
+        column(f"MB to {target:.4g}", figures("uplink_mb_to_target", missing="not reached"))
+        column("speed-up", figures("speed_up"))
+    column("MB in all", figures("uplink_mb"))
     if any(row["failed"] for row in table):
         column("failed", [f"{row['failed']} of {row['seeds']}" for row in table])
     for cells in zip(*columns, strict=True):

@@ -7,8 +7,14 @@ from fedlq_ray import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization.base import Quantizer
 from fedlq_ray.quantization.ecsq import Ecsq
+from fedlq_ray.quantization.eden import Eden
+from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.qsgd import Qsgd
+from fedlq_ray.quantization.qsgd_elias import QsgdElias
 from fedlq_ray.quantization.scalar import Float16, Float32, MinMax
+from fedlq_ray.quantization.sign import Sign
+from fedlq_ray.quantization.sparse import Stc, TopK
+from fedlq_ray.quantization.terngrad import TernGrad
 from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, Segment, decode, encode
 
 Family = Callable[[int], Quantizer]
@@ -54,14 +60,21 @@ __all__ = [
     "PAYLOAD_HEADER",
     "QUANTIZERS",
     "Ecsq",
+    "Eden",
     "Family",
+    "FineGrained",
     "Float16",
     "Float32",
     "MinMax",
     "Payload",
     "Qsgd",
+    "QsgdElias",
     "Quantizer",
     "Segment",
+    "Sign",
+    "Stc",
+    "TernGrad",
+    "TopK",
     "decode",
     "encode",
     "family",

@@ -19,8 +19,14 @@ from torch import Generator, Tensor
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import Quantizer
 from fedlq_ray.quantization.ecsq import Ecsq
+from fedlq_ray.quantization.eden import Eden
+from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.qsgd import Qsgd
+from fedlq_ray.quantization.qsgd_elias import QsgdElias
 from fedlq_ray.quantization.scalar import Float16, Float32, MinMax
+from fedlq_ray.quantization.sign import Sign
+from fedlq_ray.quantization.sparse import Stc, TopK
+from fedlq_ray.quantization.terngrad import TernGrad
 
 MAGIC, VERSION = b"FQ", 1
 _HEADER = struct.Struct("<2sBBIIHI")
@@ -29,7 +35,20 @@ PAYLOAD_HEADER, LAYER_HEADER = _HEADER.size, _SEGMENT.size
 KINDS = ("update", "model")
 # Numbers on the wire: never changed, only added to.
 # What decodes each number: a body says all that is needed, so the settings here do not matter.
-DECODERS: dict[int, Quantizer] = {0: Float32(), 1: Float16(), 2: MinMax(8), 3: Qsgd(8), 10: Ecsq(1.0)}
+DECODERS: dict[int, Quantizer] = {
+    0: Float32(),
+    1: Float16(),
+    2: MinMax(8),
+    3: Qsgd(8),
+    4: QsgdElias(),
+    5: TernGrad(),
+    6: Sign(),
+    7: TopK(1.0),
+    8: Stc(1.0),
+    9: Eden(),
+    10: Ecsq(1.0),
+    11: FineGrained(),
+}
 NUMBERS: dict[type, int] = {type(quantizer): number for number, quantizer in DECODERS.items()}
 CUSTOM = 255  # a user's own quantizer, which both sides hold
 

@@ -6,16 +6,44 @@ from typing import Any
 
 from fedlq_ray import parts
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.strategies import fixed
+from fedlq_ray.strategies.adagq import AdaGQ
+from fedlq_ray.strategies.adaquantfl import AdaQuantFL
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
+from fedlq_ray.strategies.dadaquant import DAdaQuant
 from fedlq_ray.strategies.ecsq import EcsqFixed
 from fedlq_ray.strategies.fedavg import FedAvg
+from fedlq_ray.strategies.feddq import FedDQ
+from fedlq_ray.strategies.fedfq import FedFQ
+from fedlq_ray.strategies.fedhq import FedHQ
 from fedlq_ray.strategies.fedlq import FedLQ
 from fedlq_ray.strategies.fedlq_rd import FedLQRD
+from fedlq_ray.strategies.fedmpq import FedMPQ
+from fedlq_ray.strategies.kimad import Kimad
+from fedlq_ray.strategies.lgreco import LGreCo
 from fedlq_ray.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,
+    "float16": fixed.HalfPrecision,
     "uniform": Uniform,
+    "qsgd": fixed.QsgdFixed,
+    "fedpaq": fixed.FedPAQ,
+    "terngrad": fixed.TernGradFixed,
+    "signsgd": fixed.SignSGD,
+    "ef_signsgd": fixed.EfSignSGD,
+    "topk": fixed.TopKFixed,
+    "stc": fixed.StcFixed,
+    "eden": fixed.EdenFixed,
+    "adaquantfl": AdaQuantFL,
+    "dadaquant": DAdaQuant,
+    "feddq": FedDQ,
+    "adagq": AdaGQ,
+    "fedhq": FedHQ,
+    "fedmpq": FedMPQ,
+    "fedfq": FedFQ,
+    "lgreco": LGreCo,
+    "kimad": Kimad,
     "ecsq": EcsqFixed,
     "fedlq": FedLQ,
     "fedlq_rd": FedLQRD,
@@ -39,4 +67,4 @@ def make(setting: Setting, given: Any = None) -> Strategy:
     return factory  # type: ignore[no-any-return]
 
 
-__all__ = ["STRATEGIES", "FedAvg", "FedLQ", "Member", "News", "Probe", "Setting", "Strategy", "Uniform", "make"]
+__all__ = ["STRATEGIES", "Member", "News", "Probe", "Setting", "Strategy", "make"]

@@ -67,6 +67,14 @@ class Setting:
             Segment(Float32() if layer.buffer else next(chosen), layer.start, layer.stop) for layer in self.layers
         )
 
+    def one(self, quantizer: Quantizer) -> tuple[Segment, ...]:
+        """The pieces of a plan that is one quantizer: a segment a layer, or (`strategy.scope=model`) one for all."""
+        layers = self.quantized
+        segments = self.segments([quantizer] * len(layers))
+        if self.config.scope == "layer":
+            return segments
+        return (Segment(quantizer, layers[0].start, layers[-1].stop), *segments[len(layers) :])
+
     def at_levels(self, levels: Sequence[int]) -> Plan:
         """A plan with one level for each layer that is not a buffer."""
         return self.plan([self.quantizer_at(bits) for bits in levels])

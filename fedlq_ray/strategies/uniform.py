@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.quantization import Segment
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.strategies.base import Member, Setting, Strategy
 from fedlq_ray.strategies.budgets import LEVELS
@@ -39,8 +38,5 @@ class Uniform(Strategy):
         return {m.client: self._at(self.above if m.client in lucky else self.below) for m in cohort}
 
     def _at(self, bits: int) -> Plan:
-        quantizer, layers = self.setting.quantizer_at(bits), self.setting.quantized
-        segments = self.setting.segments([quantizer] * len(layers))
-        if self.setting.config.scope == "model":
-            segments = (Segment(quantizer, layers[0].start, layers[-1].stop), *segments[len(layers) :])
-        return Plan(self.setting.config.payload, segments, self.setting.error_feedback)
+        setting = self.setting
+        return Plan(setting.config.payload, setting.one(setting.quantizer_at(bits)), setting.error_feedback)

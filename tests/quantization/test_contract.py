@@ -7,7 +7,20 @@ import pytest
 import torch
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization import Ecsq, Float16, Float32, MinMax, Qsgd
+from fedlq_ray.quantization import (
+    Ecsq,
+    Eden,
+    FineGrained,
+    Float16,
+    Float32,
+    MinMax,
+    Qsgd,
+    QsgdElias,
+    Sign,
+    Stc,
+    TernGrad,
+    TopK,
+)
 from fedlq_ray.quantization.wire import NUMBERS
 
 
@@ -29,7 +42,17 @@ TABLE = [
     Row(Float16(), 0, 16),
     *[Row(MinMax(b), 9, b, unbiased=True) for b in range(1, 9)],
     *[Row(Qsgd(b), 5, b, unbiased=True) for b in range(1, 9)],
+    *[Row(QsgdElias(s, bucket, norm), unbiased=True) for s, bucket, norm in ((1, None, "l2"), (7, 4, "max"))],
+    Row(TernGrad(None), 4, 1.6, unbiased=True),
+    Row(TernGrad(2.5), 4, 1.6),
+    Row(Sign(), 4, 1),
+    Row(Sign(scaled=False), 4, 1),
+    *[Row(TopK(p)) for p in (0.01, 0.1)],
+    *[Row(Stc(p)) for p in (0.01, 0.1)],
+    *[Row(Eden(b), Eden.HEADER.size, b, unbiased=True) for b in (0.25, 1, 1.5, 2, 4, 8)],
+    *[Row(Eden(b, unbiased=False), Eden.HEADER.size, b) for b in (1, 2)],
     *[Row(Ecsq(step)) for step in (0.01, 0.5, 2.0, 100.0)],
+    Row(FineGrained(4.0)),
 ]
 rows = pytest.mark.parametrize("row", TABLE, ids=[str(row.quantizer) for row in TABLE])
 unbiased = [row for row in TABLE if row.unbiased]

@@ -1,0 +1,118 @@
+"""A random rotation from a seed: orthonormal, of any length, in O(n log n), and the same wherever it is made.
+
+What it is for: the coordinates of a rotated vector look like draws of N(0, |x|^2/n) whatever x was.
+Source: the randomised Hadamard transform H D of DRIVE (Vargaftik et al., NeurIPS 2021, arXiv:2105.08339)
+and EDEN (ICML 2022, arXiv:2108.08842): random signs D, then a Walsh-Hadamard matrix H over sqrt(n).
+Departs from it:
+- Any length, without padding, so that n elements cost n codes: H D acts on the first p elements, then on the last p,
+  with p the greatest power of two that is at most n. Where n is a power of two this is once H D.
+- Two passes, and the elements in random order in between. One pass of H D leaves a vector of a few large elements on
+  few values (two elements a, b: on a + b and a - b up to sign), and two windows leave unequal energy in the parts that
+  they do not share. The second pass mends both.
+- Up to 64 elements the rotation is uniform over all rotations (Haar), as the papers' theorems have it: so few signs
+  are far from that, and what is unbiased under Haar would be visibly biased. Above, we saw no bias but for vectors of
+  two elements other than zero, 1.5 % of the norm at 128 to 256 elements and less at 512.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+DENSE = 64  # elements; up to here n^2/2 operations are cheap
+
+
+def rotate(x: Floats, seed: int) -> Floats:
+    """The rotation that the seed stands for, of x (n,), n >= 1."""
+    if len(x) <= DENSE:
+        return _haar(x, seed, inverse=False)
+    first, order, second = _draws(len(x), seed)
+    return _forth(_forth(x.copy(), first)[order], second)
+
+
+def unrotate(z: Floats, seed: int) -> Floats:
+    """What `rotate` made into z (n,), to rounding."""
+    if len(z) <= DENSE:
+        return _haar(z, seed, inverse=True)
+    first, order, second = _draws(len(z), seed)
+    y = np.empty_like(z)
+    y[order] = _back(z.copy(), second)
+    return _back(y, first)
+
+
+def hadamard(x: Floats) -> Floats:
+    """H x / sqrt(n) for x (n,) with n a power of two, H Sylvester's matrix: its own inverse.
+
+    H of a b rows is the Kronecker product of those of a and b rows. So x as a matrix of a x b is butterflied along its
+    columns and, transposed, along its rows, and every operation has a long contiguous axis.
+    """
+    power = len(x).bit_length() - 1
+    y = x.reshape(2 ** (power // 2), -1).copy()
+    for _ in range(2):
+        rows, width = y.shape
+        half = 1
+        while half < rows:
+            pairs = y.reshape(-1, 2, half * width)
+            total = pairs[:, 0] + pairs[:, 1]
+            np.subtract(pairs[:, 0], pairs[:, 1], out=pairs[:, 1])
+            pairs[:, 0] = total
+            half *= 2
+        y = np.ascontiguousarray(y.T)
+    return y.reshape(-1) * np.float32(2 ** (-power / 2))
+
+
+def _forth(x: Floats, signs: list[Floats]) -> Floats:
+    """One pass over x, in place: signs and H on the first elements, then signs and H on the last."""
+    p = len(signs[0])
+    for start, flips in zip(_starts(len(x), p), signs, strict=True):
+        x[start : start + p] = hadamard(x[start : start + p] * flips)
+    return x
+
+
+def _back(x: Floats, signs: list[Floats]) -> Floats:
+    """`_forth` undone, in place."""
+    p = len(signs[0])
+    for start, flips in reversed(list(zip(_starts(len(x), p), signs, strict=True))):
+        x[start : start + p] = hadamard(x[start : start + p]) * flips
+    return x
+
+
+def _starts(n: int, p: int) -> list[int]:
+    """Where the windows of p elements start."""
+    return [0] if p == n else [0, n - p]
+
+
+def _draws(n: int, seed: int) -> tuple[list[Floats], NDArray[np.int64], list[Floats]]:
+    """Signs for each window of the first pass, the order in between, and signs for the second pass."""
+    rng, p = _generator(seed), 2 ** (n.bit_length() - 1)
+    # New signs for each window: H of a single element is constant, and H of that would be a single element again.
+    first, second = ([_signs(p, rng) for _ in _starts(n, p)] for _ in range(2))
+    return first, rng.permutation(n), second
+
+
+def _generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+def _signs(n: int, rng: np.random.Generator) -> Floats:
+    bits = np.unpackbits(np.frombuffer(rng.bytes((n + 7) // 8), np.uint8), count=n)
+    return np.float32(1) - np.float32(2) * bits
+
+
+def _haar(x: Floats, seed: int, *, inverse: bool) -> Floats:
+    """A uniform rotation: random signs, then a reflection of the last 2, 3, ... n elements.
+
+    Source: Stewart, SIAM J. Numer. Anal. 17, 1980: the k-th reflection takes the first of its axes to a uniform
+    direction, up to a sign, which the random signs make random. No matrix product, so no thread count can change it.
+    """
+    n, rng = len(x), _generator(seed)
+    signs = _signs(n, rng)
+    normals = []
+    for k in range(2, n + 1):
+        normal = rng.standard_normal(k)
+        normal[0] += np.copysign(np.sqrt(np.square(normal).sum()), normal[0])
+        normals.append(normal)
+    y = x.astype(np.float64) if inverse else x.astype(np.float64) * signs
+    for normal in reversed(normals) if inverse else normals:
+        part = y[n - len(normal) :]
+        part -= 2 * (normal * part).sum() / np.square(normal).sum() * normal
+    return (y * signs if inverse else y).astype(np.float32)

@@ -1,0 +1,59 @@
+"""AdaQuantFL. Jhunjhunwala, Gadhikar, Joshi, Eldar, "Adaptive quantization of model updates for communication-efficient
+federated learning", ICASSP 2021, arXiv:2102.04487: s_k = ceil(s_0 sqrt(f(w_0) / f(w_k))) quantization levels.
+
+Levels, not bits: s counts the steps between 0 and the norm. The formula was checked against public code by the authors
+of DAdaQuant; the default s_0 is from memory.
+Departs from it: f is the cohort's mean training loss of the round before (the paper asks all clients for theirs), and
+f(w_0) that of the first round that has one; a norm for each layer, unless `strategy.scope=model`; s has a greatest
+value, which the paper has not, since a loss may come near 0.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedlq_ray.quantization import Quantizer, Segment
+from fedlq_ray.quantization.qsgd_elias import QsgdElias
+from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.training import Plan
+
+
+class AdaQuantFL(Strategy):
+    """More levels as the training loss falls.
+
+    Args:
+        s0: levels of the first round.
+        s_max: levels at most.
+    """
+
+    def __init__(self, setting: Setting, s0: int = 2, s_max: int = 1024) -> None:
+        if not 1 <= s0 <= s_max:
+            raise ValueError(f"s0 must be 1 to s_max ({s_max}), got {s0}")
+        self.setting, self.s0, self.s_max = setting, s0, s_max
+        self.first_loss: float | None = None
+        self.levels = s0
+
+    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+        plan = same_for_all(self.setting, QsgdElias(levels=self.levels, bucket=None, norm="l2"))
+        return {member.client: plan for member in cohort}
+
+    def learn(self, round: int, news: News) -> None:
+        if news.train_loss is None:
+            return
+        if self.first_loss is None:
+            self.first_loss = news.train_loss
+        # A loss of 0 asks for more levels than there are; a float beyond the top is cut before it becomes an int.
+        wanted = self.s0 * math.sqrt(max(self.first_loss, 0.0) / max(news.train_loss, 1e-12))
+        self.levels = max(1, min(self.s_max, math.ceil(wanted)))
+
+    def report(self) -> dict[str, Any]:
+        return {"quantization_levels": self.levels}
+
+
+def same_for_all(setting: Setting, quantizer: Quantizer) -> Plan:
+    """A plan with one quantizer: layer by layer, or (`strategy.scope=model`) over all layers at once."""
+    layers = setting.quantized
+    segments = setting.segments([quantizer] * len(layers))
+    if setting.config.scope == "model":
+        segments = (Segment(quantizer, layers[0].start, layers[-1].stop), *segments[len(layers) :])
+    return Plan(setting.config.payload, segments, setting.error_feedback)

@@ -1,0 +1,47 @@
+"""What levels cost, in bytes and in error: functions that several strategies share."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.strategies.base import Member, Setting
+
+BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+Table = NDArray[np.float64]
+
+
+def bytes_by(member: Member, seconds: float) -> float:
+    """Bytes that a member can have sent when a round is `seconds` old."""
+    left = seconds - member.fixed_s
+    return left * member.uplink_bytes_per_s if left > 0 else 0.0
+
+
+def layer_sizes(setting: Setting, levels: Sequence[int]) -> NDArray[np.int64]:
+    """Bytes of each layer that may be quantized, header included, at each level: (L, levels)."""
+    return np.array([[setting.size(layer, b) for b in levels] for layer in setting.quantized], np.int64)
+
+
+def squared_errors(setting: Setting, vector: Tensor, levels: Sequence[int]) -> Table:
+    """|Q_b(x_l) - x_l|^2 of each layer at each level, (L, levels): one draw of the rounding, so an estimate.
+
+    The noise is the same in every call, and not that of the payload: what is chosen tells nothing of its draws.
+    """
+    table = np.zeros((len(setting.quantized), len(levels)))
+    for row, layer in enumerate(setting.quantized):
+        piece = vector[layer.start : layer.stop]
+        for column, bits in enumerate(levels):
+            quantizer = setting.quantizer_at(bits)
+            body = quantizer.encode(piece, torch.Generator().manual_seed(0))
+            back = quantizer.decode(memoryview(body), layer.size)
+            table[row, column] = float((back.double() - piece.double()).square().sum())
+    return table
+
+
+def require_update(setting: Setting) -> None:
+    """Raises ConfigError where clients send models: a strategy that learns levels from updates would misjudge them."""
+    if setting.config.payload != "update":
+        raise ConfigError(f"strategy.payload: {setting.config.name} learns its levels from updates; use update")

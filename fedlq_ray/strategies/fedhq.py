@@ -1,0 +1,53 @@
+"""FedHQ. Chen, Shen, Zhang, Tang, "Dynamic aggregation for heterogeneous quantization in federated learning", IEEE
+Transactions on Wireless Communications 20(10), 2021: weights in the average that minimise the bound on convergence
+where clients quantize differently. With independent errors of q_n |x_n|^2 and the signals' own share, p_n / (1 + q_n).
+
+We could check the abstract alone: that weights come from the clients' own errors, sent along; the form p_n / (1 + q_n)
+is the project's derivation.
+Departs from it: the paper takes levels as given; here a client has the highest of `strategy.levels` whose payload is
+within its budget (`strategy.budget`: its link and its computing). q_n is not sent along: the server measures it, for
+each level, on the last mean update with the clients' quantizer; before the first, weights are FedAvg's.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
+from fedlq_ray.strategies.costs import layer_sizes, require_update, squared_errors
+from fedlq_ray.training import Plan
+
+
+class FedHQ(Strategy):
+    """One level a client, by its link; less weight to a client of more error."""
+
+    def __init__(self, setting: Setting) -> None:
+        require_update(setting)
+        self.setting = setting
+        self.sizes = setting.fixed_size + layer_sizes(setting, setting.config.levels).sum(axis=0)
+        self.errors: dict[int, float] = {}  # q by level, of the last mean update
+        self.chosen: dict[int, int] = {}  # this round's level by client
+
+    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+        config = self.setting.config
+        levels: tuple[int, ...] = config.levels
+        limits = budgets(config, cohort, partial(bytes_at_levels, self.setting))
+        fitting = [np.flatnonzero(self.sizes <= limit) for limit in limits]
+        chosen = [levels[int(fits[-1]) if len(fits) else 0] for fits in fitting]
+        self.chosen = {member.client: bits for member, bits in zip(cohort, chosen, strict=True)}
+        plans = {bits: self.setting.at_levels([bits] * len(self.setting.quantized)) for bits in set(chosen)}
+        return {client: plans[bits] for client, bits in self.chosen.items()}
+
+    def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
+        shares = [m.samples / (1 + self.errors.get(self.chosen[m.client], 0.0)) for m in cohort]
+        return [share / sum(shares) for share in shares]
+
+    def learn(self, round: int, news: News) -> None:
+        levels, layers = self.setting.config.levels, self.setting.quantized
+        energy = sum(float(news.update[layer.start : layer.stop].double().square().sum()) for layer in layers)
+        if energy > 0:  # where nobody answered, the errors of the round before still hold
+            errors = squared_errors(self.setting, news.update, levels).sum(axis=0) / energy
+            self.errors = dict(zip(levels, errors.tolist(), strict=True))

@@ -1,0 +1,71 @@
+"""FedMPQ. Chen, Vikalo, "Mixed-precision quantization for federated learning on resource-constrained heterogeneous
+devices", CVPR 2024, arXiv:2311.18129: bits by layer that fit each client's budget, from what layers were seen to need.
+
+As the paper has it, the server plans: the precisions that training left are averaged, then for each client bits are
+pruned from the layers first in the order of d_l (reduction_l + 1), largest first, and grown from the last, until its
+budget is met (Algorithm 2; we read a public re-implementation and the abstract, not the algorithm itself).
+Departs from it: the paper trains quantized weights with a group lasso that empties their upper bit planes, and drops
+the empty ones. Clients here train as ever and quantize what they send, so a layer's planes are counted in the mean
+update: on one grid for all layers, of 8 planes for the layer of greatest magnitude. Budgets are bytes, by
+`strategy.budget`; bits go from 1 to 8.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
+from fedlq_ray.strategies.costs import BITS, layer_sizes, require_update
+from fedlq_ray.training import Plan
+
+
+class FedMPQ(Strategy):
+    """Bits by layer: those that the last mean update occupied, pruned and grown to each client's budget."""
+
+    def __init__(self, setting: Setting) -> None:
+        require_update(setting)
+        self.setting = setting
+        self.sizes = layer_sizes(setting, BITS)
+        self.base: list[int] | None = None  # planes that the last mean update occupied; None: the same for all
+
+    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+        limits = budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting))
+        plans = {limit: self.setting.at_levels(self.fitted(limit)) for limit in set(limits)}
+        return {member.client: plans[limit] for member, limit in zip(cohort, limits, strict=True)}
+
+    def fitted(self, budget: float) -> list[int]:
+        """Bits by layer within a payload's bytes; the lowest for all where not even they fit."""
+        room, layers = budget - self.setting.fixed_size, self.setting.quantized
+        same = max((b for b in BITS if self.sizes[:, b - 1].sum() <= room), default=1)
+        bits = [same] * len(layers) if self.base is None else list(self.base)
+        weight = [layer.size * (BITS[-1] - b + 1) for layer, b in zip(layers, bits, strict=True)]
+        order = sorted(range(len(bits)), key=lambda i: (-weight[i], i))
+
+        def size() -> int:
+            return sum(int(self.sizes[i, b - 1]) for i, b in enumerate(bits))
+
+        for i in order:
+            while size() > room and bits[i] > 1:
+                bits[i] -= 1
+        for i in reversed(order):
+            while bits[i] < BITS[-1] and size() + self.sizes[i, bits[i]] - self.sizes[i, bits[i] - 1] <= room:
+                bits[i] += 1
+        return bits
+
+    def learn(self, round: int, news: News) -> None:
+        peaks = [_peak(news.update[layer.start : layer.stop]) for layer in self.setting.quantized]
+        if max(peaks) > 0:
+            self.base = [planes(peak, max(peaks)) for peak in peaks]
+
+
+def planes(peak: float, top: float) -> int:
+    """Bit planes that a layer occupies on a grid with 8 for the greatest: one fewer for each halving, 1 at least."""
+    return max(1, BITS[-1] - math.floor(math.log2(top / peak))) if peak > 0 else 1
+
+
+def _peak(piece: Tensor) -> float:
+    return float(piece.double().abs().max())

@@ -1,0 +1,121 @@
+"""Schemes that are one quantizer for every client and round, each with its paper's usual settings.
+
+`strategy.scope=model` takes the whole vector as one layer, as many of the papers do; the default is a layer each.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization import Eden, Float16, QsgdElias, Quantizer, Sign, Stc, TernGrad, TopK
+from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.training import Plan
+
+
+class Fixed(Strategy):
+    """The same quantizer for all."""
+
+    def __init__(self, setting: Setting, quantizer: Quantizer) -> None:
+        segments = setting.one(quantizer)
+        self._plan = Plan(setting.config.payload, segments, setting.error_feedback)
+
+    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+        return {member.client: self._plan for member in cohort}
+
+
+class HalfPrecision(Fixed):
+    """FedAvg with float16 on the wire."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, Float16())
+
+
+class QsgdFixed(Fixed):
+    """QSGD (Alistarh et al., NeurIPS 2017) on the update after local steps, in the form that its authors train with:
+    buckets of 512 and their greatest magnitude as norm."""
+
+    def __init__(
+        self, setting: Setting, levels: int = 7, bucket: int | None = 512, norm: Literal["l2", "max"] = "max"
+    ) -> None:
+        super().__init__(setting, QsgdElias(levels, bucket, norm))
+
+
+class FedPAQ(Fixed):
+    """FedPAQ (Reisizadeh et al., AISTATS 2020, arXiv:1909.13014): the update after local steps, by QSGD with the
+    Euclidean norm of the whole."""
+
+    def __init__(self, setting: Setting, levels: int = 7) -> None:
+        super().__init__(setting, QsgdElias(levels, None, "l2"))
+
+
+class TernGradFixed(Fixed):
+    """TernGrad (Wen et al., NeurIPS 2017, arXiv:1705.07878): clipped at 2.5 deviations, a scale a layer."""
+
+    def __init__(self, setting: Setting, clip: float | None = 2.5) -> None:
+        super().__init__(setting, TernGrad(clip))
+
+
+class SignSGD(Fixed):
+    """signSGD with majority vote (Bernstein et al., ICML 2018, arXiv:1802.04434), on the update after local steps.
+
+    Every client has one vote on each sign; the server steps by `step` along the majority, and stays where votes tie.
+    """
+
+    def __init__(self, setting: Setting, step: float = 1e-3) -> None:
+        if setting.config.payload == "model":
+            raise ConfigError("strategy.payload: signsgd votes on updates, not on models")
+        super().__init__(setting, Sign(scaled=False))
+        self.step, self.voted = step, [(layer.start, layer.stop) for layer in setting.quantized]
+
+    def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
+        return [1 / len(cohort)] * len(cohort)
+
+    def combine(self, update: Tensor) -> Tensor:
+        stepped = update.clone()
+        for start, stop in self.voted:
+            # Votes are multiples of 1 / cohort: what is nearer to 0 is a tie and rounding.
+            votes = torch.where(update[start:stop].abs() < 1e-6, 0.0, update[start:stop])
+            stepped[start:stop] = self.step * torch.sign(votes)
+        return stepped
+
+
+class EfSignSGD(Fixed):
+    """EF-signSGD (Karimireddy et al., ICML 2019, arXiv:1901.09847): sign and mean magnitude, with error feedback."""
+
+    error_feedback = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, Sign())
+
+
+class TopKFixed(Fixed):
+    """Top-k with error feedback (Stich et al., NeurIPS 2018, arXiv:1809.07599)."""
+
+    error_feedback = True
+
+    def __init__(self, setting: Setting, fraction: float = 0.01) -> None:
+        super().__init__(setting, TopK(fraction))
+
+
+class StcFixed(Fixed):
+    """Sparse ternary compression (Sattler et al., IEEE TNNLS 2020, arXiv:1903.02891), upstream half."""
+
+    error_feedback = True
+
+    def __init__(self, setting: Setting, fraction: float = 0.01) -> None:
+        super().__init__(setting, Stc(fraction))
+
+
+class EdenFixed(Fixed):
+    """EDEN (Vargaftik et al., ICML 2022, arXiv:2108.08842) at `strategy.bits`, fractions included.
+
+    With error feedback the scale is that of least error, so that what is kept contracts; without, the unbiased one.
+    """
+
+    error_feedback = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, Eden(setting.config.bits, unbiased=not setting.error_feedback))
