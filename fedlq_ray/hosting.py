@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 
+from fedlq_ray import forkserver
 from fedlq_ray.config import ClientsConfig
 from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.strategies import Probe
@@ -102,8 +103,10 @@ class RayHost:
         self.depth = cores if kind == "dedicated" else 2 * packed  # packed: the next job waits at the actor
         shared = ray.put(task)
         started = time.perf_counter()
-        self.actors = [ClientActor.remote(shared) for _ in range(self.count)]  # type: ignore[attr-defined]
-        self.evaluator = ClientActor.remote(shared)  # type: ignore[attr-defined]
+        forked = forkserver.command() if len(ray.nodes()) == 1 else None  # its path is this machine's
+        actor = ClientActor.options(runtime_env={"py_executable": forked} if forked else None)  # type: ignore[attr-defined]
+        self.actors = [actor.remote(shared) for _ in range(self.count)]
+        self.evaluator = actor.remote(shared)
         try:
             ray.get([actor.alive.remote() for actor in [*self.actors, self.evaluator]])
         except RayActorError as exc:

@@ -1,59 +1,133 @@
-"""Elias's gamma code for whole numbers above 0: short for small ones, with no limit known beforehand.
+"""Elias's codes of positive integers, for which no table of frequencies is needed: gamma and omega.
 
-Elias, IEEE Trans. Inf. Theory 21(2), 1975: a number of k + 1 binary digits is k zeros, a one, and its k lower digits.
-Here all prefixes come first and then all lower digits: the same bits, in an order that decodes without a loop.
+Source: Elias, IEEE Trans. Inf. Theory 21(2), 1975. Gamma: v as w = floor(log2 v) in unary (w zeros and a one) and the
+w bits of v below its first: 2w + 1 bits. Omega, the recursive code that QSGD's paper has: the binary form of v, before
+it that of its length less 1, before that likewise, up to 2 or 3; a zero ends it. Shorter than gamma for v >= 128,
+longer for w = 2, 4 and 5.
+Departs from it: the bits of many integers are not written one integer after the other but part after part: all unary
+codes, then the first remaining bit of all integers that have one, then the second; of omega the first group of all,
+then the second. As long as the original and as free of ambiguity, as the reader knows how many integers there are, and
+neither side loops over elements: only over the bits of the greatest.
+
+Bits are arrays of 0 and 1 (uint8), integers are int64 below 2**53.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlq_ray.errors import PayloadError
 
-_MOST = 31  # binary digits after the first; more is refused
+Bits = NDArray[np.uint8]
+Ints = NDArray[np.int64]
 
 
-def encode(values: NDArray[np.int64]) -> bytes:
-    """The code of numbers (n,), each from 1 to 2**32 - 1, filled up with zeros to whole bytes."""
-    digits = _digits(values)
-    ends = np.cumsum(digits + 1)
-    starts = np.cumsum(digits) - digits
-    prefix = int(ends[-1]) if len(values) else 0
-    bits = np.zeros(prefix + int(digits.sum()), np.uint8)
-    bits[ends - 1] = 1
-    for place in range(int(digits.max(initial=0))):  # over binary digits, not over numbers
-        having = digits > place
-        bits[prefix + starts[having] + place] = (values[having] >> (digits[having] - 1 - place)) & 1
-    return np.packbits(bits).tobytes()
+class Code(NamedTuple):
+    """One of Elias's codes.
 
-
-def decode(data: bytes | memoryview, count: int) -> tuple[NDArray[np.int64], int]:
-    """The first `count` numbers of `data`, and how many bytes they took.
-
-    Raises:
-        PayloadError: the bytes end too early, a number is beyond 32 binary digits, or the filling is not zero.
+    Args:
+        write: the bits of integers (n,), each at least 1; n may be 0.
+        read: of bits, how many integers there are, and the greatest that is possible: the integers, and the bits that
+            follow. Raises PayloadError where the bits end too soon or an integer is too great. What it needs is bounded
+            by the bits that are there.
+        lengths: bits of an integer, by w = floor(log2 v), for w = 0 to 52.
     """
-    bits = np.unpackbits(np.frombuffer(data, np.uint8))
-    ones = np.flatnonzero(bits)[:count]
-    if len(ones) < count:
-        raise PayloadError(f"{len(ones)} numbers where {count} were due")
-    digits = np.diff(ones, prepend=-1) - 1
-    if digits.max(initial=0) > _MOST:
-        raise PayloadError(f"a number of {int(digits.max()) + 1} binary digits, where {_MOST + 1} are the most")
-    prefix = int(ones[-1]) + 1 if count else 0
-    end = prefix + int(digits.sum())
-    used = -(-end // 8)
-    if used > len(data):
-        raise PayloadError(f"{len(data)} bytes where the numbers take {used}")
-    if bits[end : 8 * used].any():
-        raise PayloadError("the filling after the last number is not zero")
-    starts = prefix + np.cumsum(digits) - digits
-    values = np.ones(count, np.int64)
-    for place in range(int(digits.max(initial=0))):
-        having = digits > place
-        values[having] = 2 * values[having] + bits[starts[having] + place]
-    return values, used
+
+    write: Callable[[Ints], Bits]
+    read: Callable[[Bits, int, int], tuple[Ints, Bits]]
+    lengths: Ints
+
+    def length(self, values: Ints) -> int:
+        """The bits that `write` makes of integers."""
+        return int(np.bincount(_log2(values), minlength=len(self.lengths)) @ self.lengths)
 
 
-def _digits(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Binary digits after the first: floor(log2)."""
+def _write_gamma(values: Ints) -> Bits:
+    widths = _log2(values)
+    unary = np.zeros(len(values) + int(widths.sum()), np.uint8)
+    unary[np.cumsum(widths + 1) - 1] = 1
+    return np.concatenate([unary, _write_low(values, widths)])
+
+
+def _read_gamma(bits: Bits, count: int, most: int) -> tuple[Ints, Bits]:
+    widest = most.bit_length() - 1
+    ends = np.flatnonzero(bits[: count * (widest + 1)])[:count]
+    if len(ends) < count:
+        raise PayloadError(f"{len(ends)} of {count} integers up to {most}")
+    widths = np.diff(ends, prepend=-1) - 1
+    values, rest = _read_low(bits[ends[-1] + 1 if count else 0 :], widths, widest)
+    return _at_most(values, most), rest
+
+
+def _write_omega(values: Ints) -> Bits:
+    chain = [values]  # v, floor(log2 v), and so on down to 1
+    while chain[-1].max(initial=1) > 1:
+        chain.append(np.maximum(_log2(chain[-1]), 1))
+    table = np.stack(chain)
+    groups = (table > 1).sum(axis=0)
+    parts, which = [], np.arange(len(values))
+    for step in range(1, len(chain) + 1):
+        more = groups[which] >= step  # a group's first bit, which is 1, or the zero that ends the code
+        which = which[more]
+        lead = table[groups[which] - step, which]
+        parts += [more.astype(np.uint8), _write_low(lead, _log2(lead))]
+    return np.concatenate(parts)
+
+
+def _read_omega(bits: Bits, count: int, most: int) -> tuple[Ints, Bits]:
+    if len(bits) < count:
+        raise PayloadError(f"{len(bits)} bits for {count} integers")
+    widest = most.bit_length() - 1
+    values, which = np.ones(count, np.int64), np.arange(count)
+    while len(which):
+        more, bits = bits[: len(which)], bits[len(which) :]
+        if len(more) < len(which):
+            raise PayloadError("ends in an integer")
+        which = which[more == 1]
+        values[which], bits = _read_low(bits, values[which], widest)
+    return _at_most(values, most), bits
+
+
+def _write_low(values: Ints, widths: Ints) -> Bits:
+    """The `widths` lowest bits of each integer, all first ones first."""
+    planes = [np.zeros(0, np.uint8)]
+    while len(values):
+        more = widths > 0
+        values, widths = values[more], widths[more] - 1
+        planes.append((values >> widths & 1).astype(np.uint8))
+    return np.concatenate(planes)
+
+
+def _read_low(bits: Bits, widths: Ints, widest: int) -> tuple[Ints, Bits]:
+    """Integers that are a one and then `widths` bits, and the bits that follow."""
+    if widths.max(initial=0) > widest:  # first, as the sum of such widths may overflow
+        raise PayloadError(f"an integer of more than {widest + 1} bits")
+    if widths.sum() > len(bits):
+        raise PayloadError("ends in an integer")
+    values, which, at = np.ones(len(widths), np.int64), np.arange(len(widths)), 0
+    for plane in range(int(widths.max(initial=0))):
+        which = which[widths[which] > plane]
+        values[which] = 2 * values[which] + bits[at : at + len(which)]
+        at += len(which)
+    return values, bits[at:]
+
+
+def _log2(values: Ints) -> Ints:
+    """floor(log2) of integers from 1 to 2**53, where float64 is exact."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64) - 1
+
+
+def _at_most(values: Ints, most: int) -> Ints:
+    if values.max(initial=1) > most:
+        raise PayloadError(f"an integer above {most}")
+    return values
+
+
+def _omega_length(width: int) -> int:
+    return _omega_length(width.bit_length() - 1) + width + 1 if width else 1
+
+
+GAMMA = Code(_write_gamma, _read_gamma, 2 * np.arange(53) + 1)
+OMEGA = Code(_write_omega, _read_omega, np.array([_omega_length(width) for width in range(53)]))

@@ -1,4 +1,4 @@
-"""One bit an element: its sign."""
+"""Signs alone, with their mean magnitude or without."""
 
 import struct
 from dataclasses import dataclass
@@ -14,27 +14,34 @@ from fedlq_ray.quantization.packing import pack, packed_size, unpack
 
 @dataclass(frozen=True)
 class Sign:
-    """sgn(x) times the mean magnitude, which is a contraction; or, not `scaled`, plain signs to vote with.
+    """Each element as its sign times the layer's mean magnitude |x|_1 / n.
 
-    Source: Karimireddy et al., ICML 2019, arXiv:1901.09847 (scaled sign); Bernstein et al., ICML 2018,
-    arXiv:1802.04434 (plain). sgn(0) is 1, since a bit has no third value; a layer of zeros comes back as zeros.
-    Body: scale (float32), a bit an element, 1 where it is negative.
+    Source: Karimireddy et al., ICML 2019, arXiv:1901.09847, Algorithm 1 (EF-signSGD): |Q(x) - x|^2 =
+    (1 - |x|_1^2 / (n |x|^2)) |x|^2, a contraction. Biased: use it with error feedback, as they do.
+    Unscaled, each element is 1 or -1: a vote, as in signSGD with majority vote (Bernstein et al., ICML 2018,
+    arXiv:1802.04434).
+    Departs from it: sgn(0) is 1, as one bit has no third value; a layer of zeros alone decodes to zeros.
+    Body: scale (float32), a bit an element; 1 is plus.
+
+    Args:
+        scaled: by the mean magnitude, else by 1.
     """
 
     scaled: bool = True
     HEADER = struct.Struct("<f")
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
-        mean = float(x.double().abs().mean())
+        values = x.numpy()
+        mean = float(np.abs(values).mean(dtype=np.float64))  # in float32 a sum may overflow
         scale = as_float32(mean) if self.scaled else float(mean > 0)
-        return self.HEADER.pack(scale) + pack((x < 0).to(torch.uint8).numpy(), 1)
+        return self.HEADER.pack(scale) + pack((values >= 0).astype(np.uint8), 1)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         (scale,) = read_header(body, self.HEADER)
-        if scale < 0:
+        if np.signbit(scale):
             raise PayloadError(f"a scale of {scale:g}, which is negative")
-        negative = unpack(body[self.HEADER.size :], count, 1)
-        return torch.from_numpy(np.where(negative, np.float32(-scale), np.float32(scale)))
+        plus = torch.from_numpy(unpack(body[self.HEADER.size :], count, 1).astype(np.float32))
+        return (2 * plus - 1) * scale
 
     def size(self, count: int) -> int:
         return self.HEADER.size + packed_size(count, 1)

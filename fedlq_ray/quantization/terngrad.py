@@ -1,4 +1,4 @@
-"""TernGrad: -m, 0 or m."""
+"""TernGrad: a sign or zero for each element, and one scale."""
 
 import struct
 from dataclasses import dataclass
@@ -8,56 +8,65 @@ import torch
 from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.base import read_header
+from fedlq_ray.quantization.base import as_float32, read_header
 
-_POWERS = np.array([81, 27, 9, 3, 1], np.uint8)  # five codes of three values fit a byte: 243 of 256
+_PER_BYTE = 5  # 3**5 = 243 of a byte's 256: 1.6 bits a ternary digit, where log2(3) = 1.585
+_POWERS = (3 ** np.arange(_PER_BYTE)).astype(np.uint8)
+# What each byte stands for (243, 5): digits 0, 1, 2, the least significant first, are 0, 1, -1.
+_DIGITS = np.array([0, 1, -1], np.int8)[np.arange(243)[:, None] // _POWERS % 3]
 
 
 @dataclass(frozen=True)
 class TernGrad:
-    """m sgn(x) with probability |x| / m, else 0; m the greatest magnitude after clipping. Unbiased without clipping.
+    """Clip, then send each x as m sgn(x) with probability |x| / m and else as 0; m is the greatest magnitude left.
 
-    Source: Wen et al., NeurIPS 2017, arXiv:1705.07878, equations 1 and 7.
-    Departs from it: five codes share a byte (1.6 bits each), where the paper counts 2 bits.
-    Body: m (float32), codes.
+    Source: Wen et al., NeurIPS 2017, arXiv:1705.07878: ternarizing, layer-wise scales, clipping at 2.5 standard
+    deviations. Without clipping it is unbiased, with E|Q(x) - x|^2 = sum |x| (m - |x|); with, the mean is clipped x.
+    Departs from it: the deviation is from zero, not from the layer's mean: a layer whose elements are nearly equal, or
+    that has one element, would else be clipped to nearly nothing (their code spares small layers for that). Five
+    elements share a byte, 1.6 bits each, where the paper counts 2 bits or log2(3).
+    Body: m (float32), five elements a byte.
 
     Args:
-        clip: standard deviations beyond which values are cut; None for no clipping.
+        clip: in deviations; None for none.
     """
 
     clip: float | None = 2.5
     HEADER = struct.Struct("<f")
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be above 0 or None, got {self.clip!r}")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise ValueError(f"clip must be above 0 and finite, or None, got {self.clip!r}")
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
-        values = x.double()
-        limit = self.clip * float(values.std(correction=0)) if self.clip is not None else 0.0
-        if limit > 0:  # a constant layer has no deviation to cut by
-            values = values.clamp(-limit, limit)
-        top = float(np.float32(min(float(values.abs().max()), float(np.finfo(np.float32).max))))
-        share = values.abs() / top if top > 0 else torch.zeros_like(values)
-        kept = torch.rand(x.shape, generator=rng, dtype=torch.float64) < share
-        codes = torch.where(kept, torch.sign(values), 0).to(torch.int8).numpy() + 1
-        filled = np.ones(5 * self._bytes(len(codes)), np.uint8)
-        filled[: len(codes)] = codes
-        return self.HEADER.pack(top) + (filled.reshape(-1, 5) * _POWERS).sum(axis=1, dtype=np.uint8).tobytes()
+        wide = x.numpy().astype(np.float64)  # where no square of a float32 overflows or vanishes
+        magnitudes = np.abs(wide)
+        top = float(magnitudes.max())
+        if self.clip is not None:
+            top = min(top, self.clip * float(np.sqrt(np.square(wide).mean())))
+        m = as_float32(top)
+        noise = torch.rand(x.shape, generator=rng, dtype=torch.float64).numpy()
+        # Where |x| >= m, clipped elements among them, this is certain, as the noise is below 1.
+        sent = noise * m < magnitudes if m > 0 else np.zeros(len(wide), bool)
+        digits = np.zeros(-(-len(wide) // _PER_BYTE) * _PER_BYTE, np.uint8)
+        digits[: len(wide)] = np.where(wide < 0, np.uint8(2), np.uint8(1)) * sent
+        return self.HEADER.pack(m) + (digits.reshape(-1, _PER_BYTE) @ _POWERS).tobytes()
 
     def decode(self, body: memoryview, count: int) -> Tensor:
-        (top,) = read_header(body, self.HEADER)
+        (m,) = read_header(body, self.HEADER)
+        if len(body) != self.size(count):
+            raise PayloadError(f"{len(body)} bytes where {count} elements take {self.size(count)}")
+        if np.signbit(m):
+            raise PayloadError(f"a scale of {m:g}, which is negative")
         raw = np.frombuffer(body[self.HEADER.size :], np.uint8)
-        if top < 0 or len(raw) != self._bytes(count) or (raw >= 243).any():
-            raise PayloadError(f"scale {top:g} and {len(raw)} bytes where {count} codes take {self._bytes(count)}")
-        codes = (raw[:, None] // _POWERS % 3).reshape(-1)
-        if (codes[count:] != 1).any():
-            raise PayloadError("the filling after the last code is not zero")
-        return torch.from_numpy((codes[:count].astype(np.float32) - 1) * np.float32(top))
+        if raw.max() >= len(_DIGITS):
+            raise PayloadError(f"a byte of {raw.max()}, where five ternary digits make 242 at most")
+        signs = _DIGITS[raw].ravel()
+        if signs[count:].any():
+            raise PayloadError("the filling after the last element is not zero")
+        if m == 0 and signs.any():
+            raise PayloadError("elements that are not zero, where the scale is")
+        return torch.from_numpy(signs[:count].astype(np.float32)) * m
 
     def size(self, count: int) -> int:
-        return self.HEADER.size + self._bytes(count)
-
-    @staticmethod
-    def _bytes(count: int) -> int:
-        return -(-count // 5)
+        return self.HEADER.size + -(-count // _PER_BYTE)

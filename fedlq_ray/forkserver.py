@@ -1,0 +1,231 @@
+"""A server that has imported PyTorch once, and forks a ready Ray worker whenever Ray starts one.
+
+A worker that imports torch itself has some 150 MB of its own; a forked one shares them. Ray starts this file in place
+of Python by its public `runtime_env: py_executable` (`hosting.py`). What Ray starts is a stub: it hands its arguments,
+environment and standard streams to the server, and then waits, as a shell of a few hundred kB, for the worker's end.
+
+One server for each raylet and package, started by the first stub; its socket lies in a folder that only the user can
+read. It ends when the raylet does, or when no worker has been left for a while. Ray is imported after the fork, since
+it reads its environment at import. Only the standard library is imported at the top: the stub runs without packages.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+IDLE_S = 10.0  # without a worker, until the server ends
+_START_S = 60.0  # that a stub waits for the server
+_LENGTH = struct.Struct("<I")
+
+
+def command() -> str | None:
+    """What to give to Ray as `py_executable`; None where forking such a process is not safe or not possible."""
+    if sys.platform != "linux":
+        return None
+    return f"{sys.executable} -S -E -P {__file__} stub"
+
+
+def _address(raylet: str) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"fedlq-fork-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to somebody else")
+    key = f"{raylet} {sys.executable} {__file__}"
+    # Not hash(): it differs from process to process.
+    return folder / f"{raylet}-{sum(i * b for i, b in enumerate(key.encode(), 1)):x}"
+
+
+def stub(arguments: list[str]) -> NoReturn:
+    """Have a worker forked, and wait for its end; start it as an ordinary process where that fails."""
+    link = None
+    with contextlib.suppress(OSError):
+        raylet = os.environ["RAY_RAYLET_PID"]
+        for _ in range(3):  # a server may end for idleness just as a stub comes
+            link = _ask(_address(raylet), raylet, arguments)
+            if link is not None:
+                break
+    if link is None:
+        os.execv(sys.executable, [sys.executable, *arguments])
+    os.dup2(link.fileno(), 3)
+    # The server writes the exit status when the worker ends; that it closes without a word means that it was killed.
+    os.execv("/bin/sh", ["sh", "-c", "read status <&3; exit ${status:-1}"])
+
+
+def _ask(address: Path, raylet: str, arguments: list[str]) -> socket.socket | None:
+    """A connection on which the server has said that the worker runs, or None."""
+    link = _connect(address) or _start(address, raylet)
+    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    data = json.dumps(request).encode()
+    try:
+        socket.send_fds(link, [_LENGTH.pack(len(data))], [0, 1, 2])
+        link.sendall(data)
+        return link if link.recv(1) == b"+" else None
+    except OSError:
+        return None
+
+
+def _connect(address: Path) -> socket.socket | None:
+    link = socket.socket(socket.AF_UNIX)
+    try:
+        link.connect(str(address))
+        return link
+    except OSError:
+        link.close()
+        return None
+
+
+def _start(address: Path, raylet: str) -> socket.socket:
+    """Start the server, unless another stub does; a connection to it."""
+    with address.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        link = _connect(address)
+        if link is not None:
+            return link
+        with address.with_suffix(".log").open("ab") as log:
+            server = subprocess.Popen(
+                [sys.executable, "-P", __file__, "serve", str(address), raylet],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + _START_S
+        while time.monotonic() < end and server.poll() is None:
+            link = _connect(address)
+            if link is not None:
+                return link
+            time.sleep(0.05)
+    raise OSError("the fork server did not start")
+
+
+def serve(address: Path, raylet: int) -> None:
+    """Fork workers on request, until the raylet ends or none is left for a while."""
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # no thread before a fork
+    import gc
+
+    import torch
+
+    import fedlq_ray.task  # noqa: F401  (what a worker needs, but Ray)
+
+    torch.set_num_threads(1)
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)  # the first optimizer imports 100 MB more
+    gc.collect()
+    gc.freeze()  # a collection in a worker would touch, and so copy, every object
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # so that select is woken
+    address.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(1024)
+    waiting = selectors.DefaultSelector()
+    waiting.register(listener, selectors.EVENT_READ)
+    workers: dict[int, socket.socket] = {}
+    last = time.monotonic()
+    while time.monotonic() < last + IDLE_S and Path(f"/proc/{raylet}").exists():
+        for event, _ in waiting.select(timeout=1.0):
+            link: Any = event.fileobj
+            if link is listener:
+                _accept(listener, waiting, workers)
+            else:  # a stub says nothing: it has ended, and so shall its worker
+                for pid in [pid for pid, its in workers.items() if its is link]:
+                    os.kill(pid, signal.SIGKILL)
+                waiting.unregister(link)
+        _reap(waiting, workers)
+        if workers:
+            last = time.monotonic()
+    address.unlink(missing_ok=True)
+    for pid in workers:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _accept(listener: socket.socket, waiting: selectors.BaseSelector, workers: dict[int, socket.socket]) -> None:
+    link, _ = listener.accept()
+    link.settimeout(5.0)
+    try:
+        head, streams, _, _ = socket.recv_fds(link, _LENGTH.size, 3)
+        (length,) = _LENGTH.unpack(head)
+        data = b""
+        while len(data) < length:
+            piece = link.recv(length - len(data))
+            if not piece:
+                raise OSError("the stub has ended")
+            data += piece
+        request = json.loads(data)
+    except (OSError, ValueError, struct.error):
+        link.close()
+        return
+    pid = os.fork()
+    if pid == 0:
+        for other in [listener, *workers.values()]:
+            other.close()
+        _become_worker(request, streams, link)
+    for stream in streams:
+        os.close(stream)
+    link.settimeout(None)
+    with contextlib.suppress(OSError):
+        link.sendall(b"+")
+    workers[pid] = link
+    waiting.register(link, selectors.EVENT_READ)
+
+
+def _reap(waiting: selectors.BaseSelector, workers: dict[int, socket.socket]) -> None:
+    while workers:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        link = workers.pop(pid)
+        code = os.waitstatus_to_exitcode(status)
+        with contextlib.suppress(OSError):
+            link.sendall(f"{code if code >= 0 else 128 - code}\n".encode())
+        with contextlib.suppress(KeyError):
+            waiting.unregister(link)
+        link.close()
+
+
+def _become_worker(request: dict[str, Any], streams: list[int], link: socket.socket) -> NoReturn:
+    """Be what Ray meant to start: run its script as __main__, with its arguments and environment."""
+    import runpy
+
+    code = 1
+    try:
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+            os.close(stream)
+        link.close()
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv = request["arguments"]
+        added = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+        sys.path[:0] = [str(Path(sys.argv[0]).parent), *added]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "stub":
+        stub(sys.argv[2:])
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    serve(Path(sys.argv[2]), int(sys.argv[3]))
