@@ -49,7 +49,7 @@ def _address(raylet: str) -> Path:
 def stub(arguments: list[str]) -> NoReturn:
     """Have a worker forked, and wait for its end; start it as an ordinary process where that fails."""
     link = None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyError):
         raylet = os.environ["RAY_RAYLET_PID"]
         for _ in range(3):  # a server may end for idleness just as a stub comes
             link = _ask(_address(raylet), raylet, arguments)
@@ -120,6 +120,7 @@ def serve(address: Path, raylet: int) -> None:
     gc.collect()
     gc.freeze()  # a collection in a worker would touch, and so copy, every object
     signal.signal(signal.SIGCHLD, lambda *_: None)  # so that select is woken
+    _clear(address.parent)
     address.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(address))
@@ -144,6 +145,14 @@ def serve(address: Path, raylet: int) -> None:
     for pid in workers:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+    _clear(address.parent)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what servers of raylets that have ended left."""
+    for file in folder.iterdir():
+        if not Path(f"/proc/{file.name.partition('-')[0]}").exists():
+            file.unlink(missing_ok=True)
 
 
 def _accept(listener: socket.socket, waiting: selectors.BaseSelector, workers: dict[int, socket.socket]) -> None:

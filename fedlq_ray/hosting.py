@@ -20,7 +20,8 @@ from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply
 
-ACTOR_BYTES = 300e6  # private memory of an actor that has imported torch, measured (ARCHITECTURE.md)
+# Private memory of an actor after training the small CNN, measured (ARCHITECTURE.md).
+FORKED_BYTES, ORDINARY_BYTES = 90e6, 220e6
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
 
 
@@ -77,14 +78,28 @@ def _get(ref: Any) -> Any:
         raise (cause if isinstance(cause, FedLQError) else FedLQError(f"in an actor: {cause!r}")) from None
 
 
+def fork_command() -> str | None:
+    """How Ray is to start actors from the fork server; None where they start as ordinary processes.
+
+    The command names files of this machine, so it serves a cluster of one node.
+    """
+    return forkserver.command() if len(ray.nodes()) == 1 else None
+
+
 def choose(clients: ClientsConfig) -> tuple[str, str]:
-    """`dedicated` or `packed`, and why, from the memory and the cores that Ray has free."""
-    if clients.hosting != "auto":
-        return clients.hosting, "as configured"
+    """`dedicated` or `packed`, and why, from the memory and the cores that Ray has free.
+
+    Raises:
+        FedLQError: `dedicated` is asked for, and the actors would not fit the memory.
+    """
     free = ray.available_resources().get("memory", 0.0)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    need = clients.count * ACTOR_BYTES
+    need = clients.count * (FORKED_BYTES if fork_command() else ORDINARY_BYTES)
     figures = f"{clients.count} actors need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free, on {cores} cores"
+    if clients.hosting == "dedicated" and need > free:
+        raise FedLQError(f"clients.hosting=dedicated: {figures}; use packed, which hosts many clients in an actor")
+    if clients.hosting != "auto":
+        return clients.hosting, "as configured"
     if need > free / 2:
         return "packed", figures
     if clients.count > ACTORS_A_CORE * cores:
@@ -103,7 +118,7 @@ class RayHost:
         self.depth = cores if kind == "dedicated" else 2 * packed  # packed: the next job waits at the actor
         shared = ray.put(task)
         started = time.perf_counter()
-        forked = forkserver.command() if len(ray.nodes()) == 1 else None  # its path is this machine's
+        forked = fork_command()
         actor = ClientActor.options(runtime_env={"py_executable": forked} if forked else None)  # type: ignore[attr-defined]
         self.actors = [actor.remote(shared) for _ in range(self.count)]
         self.evaluator = actor.remote(shared)

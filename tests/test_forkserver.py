@@ -1,0 +1,107 @@
+"""The fork server: what a forked worker is, who ends whom, and that nothing stays behind."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fedlq_ray import forkserver
+
+pytestmark = pytest.mark.skipif(forkserver.command() is None, reason="forks on Linux alone")
+SCRIPT = """
+import os, sys, time
+print(os.getpid(), os.getppid(), "torch" in sys.modules, sys.argv[1:], os.environ["MARK"], os.getcwd(), flush=True)
+time.sleep(float(sys.argv[1]))
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def raylet():
+    """A process that stands for the raylet: the server ends with it."""
+    process = subprocess.Popen(["sleep", "300"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def start(tmp_path, raylet, seconds, code):
+    (tmp_path / "worker.py").write_text(SCRIPT)
+    environment = {**os.environ, "RAY_RAYLET_PID": str(raylet.pid), "MARK": "here"}
+    command = [*shlex.split(forkserver.command()), str(tmp_path / "worker.py"), str(seconds), str(code)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+
+
+def told(worker):
+    """What a worker prints: its pid, its parent's, and the rest."""
+    pid, parent, rest = worker.stdout.readline().split(" ", 2)
+    return int(pid), int(parent), rest.strip()
+
+
+def gone(pid, seconds=20.0):
+    """Whether a process has ended, or is about to within these seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_worker_is_forked_with_torch_its_own_environment_and_exit_code(tmp_path, raylet):
+    first, second = start(tmp_path, raylet, 0.5, 7), start(tmp_path, raylet, 0.0, 0)
+    (pid, parent, rest), (other, its_parent, _) = told(first), told(second)
+    assert parent == its_parent and len({pid, other, first.pid, second.pid}) == 4
+    assert rest == f"True ['0.5', '7'] here {tmp_path}"
+    assert (first.wait(30), second.wait(30)) == (7, 0) and gone(pid)
+
+
+def test_a_killed_worker_ends_its_stub_and_a_killed_stub_its_worker(tmp_path, raylet):
+    one, other = start(tmp_path, raylet, 60, 0), start(tmp_path, raylet, 60, 0)
+    one_pid, other_pid = told(one)[0], told(other)[0]
+    os.kill(one_pid, signal.SIGKILL)
+    assert one.wait(20) == 128 + signal.SIGKILL
+    other.terminate()  # as Ray does with a process that it has started
+    assert gone(other_pid)
+
+
+def test_a_server_that_is_killed_is_followed_by_another(tmp_path, raylet):
+    worker = start(tmp_path, raylet, 60, 0)
+    pid, server, _ = told(worker)
+    os.kill(server, signal.SIGKILL)
+    assert worker.wait(20) == 1  # its stub no longer knows how it ends, and says failure
+    again = start(tmp_path, raylet, 0.0, 0)
+    assert told(again)[1] != server and again.wait(30) == 0
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_server_and_workers_end_with_the_raylet(tmp_path, raylet):
+    worker = start(tmp_path, raylet, 60, 0)
+    pid, server, _ = told(worker)
+    raylet.kill()
+    raylet.wait()
+    assert gone(server) and gone(pid) and worker.wait(20) != 0
+    assert not list(Path(forkserver._address(str(raylet.pid)).parent).glob(f"{raylet.pid}-*"))
+
+
+def test_an_idle_server_ends(tmp_path, raylet):
+    worker = start(tmp_path, raylet, 0.0, 0)
+    _, server, _ = told(worker)
+    assert worker.wait(30) == 0 and gone(server, forkserver.IDLE_S + 20)
+
+
+def test_without_a_server_the_worker_is_an_ordinary_process(tmp_path):
+    (tmp_path / "worker.py").write_text(SCRIPT)
+    environment = {**os.environ, "MARK": "x"}
+    environment.pop("RAY_RAYLET_PID", None)  # nobody says whose server to ask
+    command = [*shlex.split(forkserver.command()), str(tmp_path / "worker.py"), "0", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert done.returncode == 3 and "False ['0', '3'] x" in done.stdout, done.stderr
+    assert done.stdout.split()[1] == str(os.getpid())
