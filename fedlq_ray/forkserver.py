@@ -205,6 +205,7 @@ def _become_worker(request: dict[str, Any], streams: list[int], link: socket.soc
 
     code = 1
     try:
+        os.setsid()  # Ray ends the process group of a worker that dies: it must be of this one alone
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,6 +14,7 @@ from fedlq_ray import forkserver
 pytestmark = pytest.mark.skipif(forkserver.command() is None, reason="forks on Linux alone")
 SCRIPT = """
 import os, sys, time
+assert os.getpgid(0) == os.getpid() or os.environ["MARK"] == "x"
 print(os.getpid(), os.getppid(), "torch" in sys.modules, sys.argv[1:], os.environ["MARK"], os.getcwd(), flush=True)
 time.sleep(float(sys.argv[1]))
 sys.exit(int(sys.argv[2]))

@@ -119,19 +119,20 @@ def status_in_mlflow(experiment):
 
 
 def worker(process, name):
-    """The process of a Ray actor that this run has started: the raylet's child, and the raylet is the run's."""
+    """The process of a Ray actor that this run has started: its raylet is the run's child."""
 
-    def parent(pid):
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    def raylet_is_ours(folder):
+        environment = (folder / "environ").read_text().split("\0")
+        raylet = next(v.partition("=")[2] for v in environment if v.startswith("RAY_RAYLET_PID="))
+        return int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")", 1)[1].split()[1]) == process.pid
 
     end = time.monotonic() + 30
     while time.monotonic() < end:  # an actor is called by its method while that runs
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                named = (folder / "cmdline").read_text().startswith(f"ray::{name}")
-                if named and parent(parent(folder.name)) == process.pid:
+                if (folder / "cmdline").read_text().startswith(f"ray::{name}") and raylet_is_ours(folder):
                     return int(folder.name)
-            except OSError:
+            except (OSError, StopIteration):
                 pass  # it has ended in the meantime
     raise AssertionError(f"no {name}")
 
