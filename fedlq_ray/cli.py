@@ -144,7 +144,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
     config = _config(arguments)
     found = analyse(config)
     table = Table(title=f"payload {config.strategy.payload}, {config.strategy.probe_samples} held-out samples at most")
-    for heading in ("layer", "bits", "saved", "loss drop", "± noise", "acc. drop", "significance"):
+    for heading in ("layer", "bits", "saved", "loss rise", "± noise", "acc. drop", "significance"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row, name in enumerate(found.names):
         for column, bits in enumerate(found.levels):
@@ -159,7 +159,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
                 f"{found.significance[row, column]:.2e}",
             )
     Console().print(table)
-    plots.layers(found.significance, found.names, found.levels, "significance: loss drop per memory saved", Path(out))
+    plots.layers(found.significance, found.names, found.levels, "significance: loss rise per memory saved", Path(out))
     click.echo(f"heat map: {out}")
 
 

@@ -26,7 +26,7 @@ class LayerAnalysis:
 
     @property
     def significance(self) -> NDArray[np.float64]:
-        """Loss drop per memory saved; below zero only by noise."""
+        """Loss rise per memory saved; below zero only by noise."""
         return self.measurement.loss / self.saving
 
 
