@@ -1,7 +1,6 @@
 """Clients as Ray actors: `dedicated`, an actor each, or `packed`, many in a few actors."""
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +116,6 @@ class RayHost:
         self.count = task.config.clients.count if kind == "dedicated" else packed
         self.depth = cores if kind == "dedicated" else 2 * packed  # packed: the next job waits at the actor
         shared = ray.put(task)
-        started = time.perf_counter()
         forked = fork_command()
         actor = ClientActor.options(runtime_env={"py_executable": forked} if forked else None)  # type: ignore[attr-defined]
         self.actors = [actor.remote(shared) for _ in range(self.count)]
@@ -126,7 +124,6 @@ class RayHost:
             ray.get([actor.alive.remote() for actor in [*self.actors, self.evaluator]])
         except RayActorError as exc:
             raise FedLQError(f"a client's actor did not start: {str(exc).splitlines()[0]}") from None
-        self.startup_s = time.perf_counter() - started
         self.memories: dict[int, Any] = {}
 
     def publish(self, weights: Tensor) -> Any:

@@ -6,7 +6,6 @@ reading of it. Significance is the accuracy drop per memory saved.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +123,3 @@ class Drops:
         else:
             estimate = self.distortion
         return np.maximum.accumulate(np.maximum(estimate, 0)[:, ::-1], axis=1)[:, ::-1]
-
-    def state(self) -> dict[str, Any]:
-        """All that changes, as arrays."""
-        return {"measured": self.measured, "variance": self.variance, "distortion": self.distortion}
