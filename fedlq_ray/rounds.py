@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedlq_ray.clock import client_time, conditions, round_time
+from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
 from fedlq_ray.errors import ClientError, FedLQError, PayloadError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import decode
@@ -130,9 +130,9 @@ def run(
             started, decode_s = time.perf_counter(), 0.0
             fold = _Fold(place, outcome.weights, jobs, strategy.weights(answering) if answering else [])
             for client, reply in host.train(jobs, weights):
-                clock = time.perf_counter()
+                before = time.perf_counter()
                 fold.take(client, reply)
-                decode_s += time.perf_counter() - clock
+                decode_s += time.perf_counter() - before
                 if stopped():
                     break
                 yield from finished(wait=False)
@@ -223,22 +223,38 @@ class _Fold:
             self.replies.append(reply)
 
 
-def _record(
-    task: Task, place: Workplace, round: int, members: Sequence[Member], fold: _Fold, broadcast_bytes: int
-) -> Record:
+def clock(
+    task: Task,
+    round: int,
+    clients: Sequence[int],
+    samples: Sequence[int],
+    uplink_bytes: Sequence[int],
+    downlink_bytes: Sequence[int],
+) -> list[ClientTime]:
+    """How long each client's part of a round took, under the round's own conditions."""
     config = task.config
-    replies = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
-    times = [
+    return [
         client_time(
-            conditions(task.profiles[m.client], seed=config.seed, round=round, client=m.client),
-            flops=task.flops * m.samples * config.train.local_epochs,
-            uplink_bytes=len(replies[m.client].payload) if m.client in replies else 0,
-            downlink_bytes=broadcast_bytes,
+            conditions(task.profiles[client], seed=config.seed, round=round, client=client),
+            flops=task.flops * done,
+            uplink_bytes=up,
+            downlink_bytes=down,
             bill=config.network.bill,
             uplink_free=config.network.uplink_free,
         )
-        for m in members
+        for client, done, up, down in zip(clients, samples, uplink_bytes, downlink_bytes, strict=True)
     ]
+
+
+def _record(
+    task: Task, place: Workplace, round: int, members: Sequence[Member], fold: _Fold, broadcast_bytes: int
+) -> Record:
+    replies = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
+    clients = [m.client for m in members]
+    samples = [m.samples * task.config.train.local_epochs for m in members]
+    sent = [len(replies[client].payload) if client in replies else 0 for client in clients]
+    received = [broadcast_bytes] * len(members)
+    times = clock(task, round, clients, samples, sent, received)
     bits = {
         layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent))
         for layer in place.model.layers
@@ -246,14 +262,16 @@ def _record(
     losses = [share * reply.train_loss for share, reply in zip(fold.shares, fold.replies, strict=True)]
     return {
         "round": round,
-        "cohort": [m.client for m in members],
+        "cohort": clients,
         "answered": [job.client for job in fold.jobs],
         "round_time_s": round_time(times),
-        "uplink_bytes": sum(len(r.payload) for r in fold.replies),
-        "downlink_bytes": broadcast_bytes * len(members),
+        "uplink_bytes": sum(sent),
+        "downlink_bytes": sum(received),
         "train_loss": sum(losses) if losses else None,
         "bits_per_parameter": bits,
-        "client_uplink_bytes": [len(replies[m.client].payload) if m.client in replies else 0 for m in members],
+        "client_samples": samples,
+        "client_uplink_bytes": sent,
+        "client_downlink_bytes": received,
         "client_download_s": [t.download_s for t in times],
         "client_compute_s": [t.compute_s for t in times],
         "client_upload_s": [t.upload_s for t in times],
