@@ -76,6 +76,10 @@ class TrainConfig(Section):
     batch_size: int = key(16, "samples in a step", unit="samples", ge=1)
     local_epochs: int = key(2, "passes over the shard in a round", ge=1)
     prox_mu: float = key(0.0, "FedProx's pull to the global weights (Li et al., MLSys 2020)", ge=0, le=1e3)
+    adaptive_work: float = key(
+        1.0, "who would wait for the cohort's slowest trains on, up to so many times its samples; updates are "
+        "normalised by work (FedNova)", ge=1, le=100,
+    )  # fmt: skip
     max_samples: int | None = key(None, "samples of a pass at most, drawn anew each round", unit="samples", ge=1)
 
 
@@ -96,9 +100,10 @@ class StrategyConfig(Section):
         unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
     scope: Literal["layer", "model"] = key("layer", "schemes of one quantizer: it takes a layer, or the whole model")
-    error_feedback: bool | None = key(
+    error_feedback: bool | Literal["ef21"] | None = key(
         None,
-        "clients add what quantization lost in a round to what they send in the next; null: as the strategy has it",
+        "clients add what quantization lost in a round to what they send in the next; ef21: they send the difference "
+        "from what the server has of them; null: as the strategy has it",
     )
     levels: tuple[Level, ...] = key((1, 2, 3, 4, 6, 8), "fedlq: the levels to choose from", unit="bits a parameter")
     budget: Literal["bits", "deadline", "cohort"] = key(
@@ -131,6 +136,10 @@ class StrategyConfig(Section):
 
 class NetworkConfig(Section):
     bill: Literal["upload", "both"] = key("upload", "what the simulated clock counts; downloads are logged anyway")
+    downlink_bits: float | None = key(
+        None, "rate at which the change of the model is broadcast; null: whole models as float32",
+        unit="bits a parameter", gt=0, le=32,
+    )  # fmt: skip
     uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit")
 
 

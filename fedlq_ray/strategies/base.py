@@ -20,7 +20,7 @@ from fedlq_ray.quantization import (
     Segment,
 )
 from fedlq_ray.significance import Measurement
-from fedlq_ray.training import Plan
+from fedlq_ray.training import Feedback, Plan
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Member:
         samples: that it trains on in a pass.
         fixed_s: seconds of download (where billed), compute and latency: all but the upload's bytes.
         uplink_bytes_per_s: float("inf") where uploads are free.
+        work: how many times the samples that it must go through it does (`train.adaptive_work`); fixed_s has it.
     """
 
     client: int
     samples: int
     fixed_s: float
     uplink_bytes_per_s: float
+    work: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Setting:
     layers: tuple[Layer, ...]
     seed: int
     quantizer: Family = MinMax
-    error_feedback: bool = False
+    error_feedback: Feedback = False
 
     def quantizer_at(self, bits: int) -> Quantizer:
         """The quantizer of a level: 32 and 16 are float32 and float16."""
@@ -135,12 +137,16 @@ class Strategy:
     All that changes from round to round is in attributes, which pickle.
     """
 
-    error_feedback = False  # what `strategy.error_feedback=null` means
+    error_feedback: Feedback = False  # what `strategy.error_feedback=null` means
     needs_evaluation = False  # plans from `evaluation`: the driver then waits for it before each plan
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
-        """Each member's plan for a round, by client."""
+        """Each member's plan for a round, by client; who is left out sits the round out, and nobody waits for it."""
         raise TypeError(f"{type(self).__name__} has no plan")
+
+    def least_bytes(self, cohort: Sequence[Member]) -> float | None:
+        """Bytes of a payload that every member of this cohort sends at least; None: as many as in the round before."""
+        return None
 
     def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
         """The members' shares of the average: by samples, as FedAvg has it."""

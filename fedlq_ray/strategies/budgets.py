@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from fedlq_ray.config import StrategyConfig
 from fedlq_ray.quantization import LAYER_HEADER
+from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.strategies.base import Member, Setting
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
@@ -48,3 +49,13 @@ def bytes_at_rate(setting: Setting, bits: float) -> float:
     """Bytes of a payload of `bits` a parameter, its headers among them; buffers, which are float32, come on top."""
     buffers = sum(LAYER_HEADER + 4 * layer.size for layer in setting.layers if layer.buffer)
     return bits * sum(layer.size for layer in setting.quantized) / 8 + buffers
+
+
+def one_step(setting: Setting, budget: float, weights: Sequence[float] | None = None) -> OneStep:
+    """The chooser of step sizes under a budget in bytes; `weights`: sqrt of significance of the quantized layers."""
+    chosen = iter(weights if weights is not None else [1.0] * len(setting.quantized))
+    return OneStep(
+        tuple((layer.start, layer.stop) for layer in setting.layers),
+        tuple(0.0 if layer.buffer else next(chosen) for layer in setting.layers),
+        budget,
+    )
