@@ -167,7 +167,8 @@ def run(
             round_time_s = record.pop("round_time_s")
             sim_time_s += round_time_s
             record["sim_time_s"] = sim_time_s
-            strategy.learn(round, News(measurement, outcome.update, record["train_loss"], round_time_s))
+            news = News(measurement, outcome.update, record["train_loss"], round_time_s, fold.spread)
+            strategy.learn(round, news)
             record.update(strategy.report())
             downlink.broadcast(outcome.weights, round + 1)
             weights = host.publish(downlink.model)
@@ -201,9 +202,16 @@ class _Fold:
         self.jobs, self.shares, self.start, self.tracked = jobs, shares, weights.double(), tracked
         self.custom = task.quantizer
         self.update = torch.zeros(len(weights), dtype=torch.float64)
+        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
         self.waiting: dict[int, Reply] = {}
         self.replies: list[Reply] = []
         self.sent: list[tuple[Sent, ...]] = []
+
+    @property
+    def spread(self) -> float | None:
+        """`News.spread` of these payloads."""
+        square = float(self.update.square().sum()) * sum(share**2 for share in self.shares)
+        return self.energy / square if square else None
 
     def take(self, client: int, reply: Reply) -> None:
         self.waiting[client] = reply
@@ -219,7 +227,9 @@ class _Fold:
             if job.plan.error_feedback == "ef21":
                 value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
             value = value.double()
-            self.update += self.shares[len(self.replies)] * (value - self.start if kind == "model" else value)
+            share = self.shares[len(self.replies)]
+            self.update += share * (value - self.start if kind == "model" else value)
+            self.energy += share**2 * float(value.square().sum())
             self.sent.append(payload.segments)
             self.replies.append(reply)
 

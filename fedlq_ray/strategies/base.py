@@ -12,6 +12,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import (
     LAYER_HEADER,
     PAYLOAD_HEADER,
+    Absent,
     Family,
     Float16,
     Float32,
@@ -53,7 +54,9 @@ class Setting:
     error_feedback: Feedback = False
 
     def quantizer_at(self, bits: int) -> Quantizer:
-        """The quantizer of a level: 32 and 16 are float32 and float16."""
+        """The quantizer of a level: 32 and 16 are float32 and float16, and 0 sends nothing."""
+        if bits == 0:
+            return Absent()
         if bits == 32:
             return Float32()
         return Float16() if bits == 16 else self.quantizer(bits)
@@ -123,12 +126,15 @@ class News:
         update: what the round added to the weights (d,) float32: the cohort's mean update, or the server's step.
         train_loss: the mean of the clients' training losses; None where none answered.
         round_time_s: simulated seconds that the round took.
+        spread: the mean of |x_n|^2 over the cohort (by p_n^2), x_n what a client sent, over the square of its mean
+            update: 1 where all sent one update, more where they point apart; None where nothing came.
     """
 
     measurement: Measurement | None
     update: Tensor
     train_loss: float | None
     round_time_s: float
+    spread: float | None = None
 
 
 class Strategy:
