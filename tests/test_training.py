@@ -92,6 +92,28 @@ def test_error_feedback_keeps_exactly_what_was_lost():
     assert round_of(flat, weights)[1] is None
 
 
+def test_ef21_sends_the_difference_and_keeps_what_the_server_then_has():
+    flat = FlatModel(module())
+    weights, memory = flat.vector.clone(), torch.full_like(flat.vector, 0.25)
+    reply, kept = round_of(flat, weights, memory, feedback="ef21")
+    torch.testing.assert_close(kept, memory + received(reply, weights))
+    sent = flat.vector - weights - memory
+    assert (received(reply, weights) - sent).abs().max() <= 1.001 * (sent.max() - sent.min()) / 3
+    first, kept = round_of(flat, weights, feedback="ef21")
+    assert torch.equal(kept, received(first, weights))
+
+
+def test_an_update_is_normalised_by_the_work_that_made_it():
+    flat, plain = FlatModel(module()), FlatModel(module())
+    weights = flat.vector.clone()
+    memory = torch.zeros_like(weights)
+    reply, kept = round_of(flat, weights, memory, feedback=True, samples=160)
+    assert reply.samples == 160
+    torch.testing.assert_close(received(reply, weights) + kept, (flat.vector - weights) / 2)
+    round_of(plain, weights)
+    assert not torch.equal(plain.vector, flat.vector)
+
+
 def test_payload_model_sends_the_model():
     flat = FlatModel(module())
     weights = flat.vector.clone()

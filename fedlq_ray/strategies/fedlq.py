@@ -6,15 +6,18 @@ memory saved M_l(b), accuracy drop A_l(b), significance A/M; for each client a b
 compute; under that budget levels by the greedy significance-aware algorithm, or the exact one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization import LAYER_HEADER
 from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_saving
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
-from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
+from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, taking_part
 from fedlq_ray.training import Plan
 
 
@@ -24,22 +27,53 @@ class FedLQ(Strategy):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         config = setting.config
+        if config.late == "partial" and config.payload == "model":
+            raise ConfigError("strategy.late: partial leaves layers out, which payload=model cannot; use update")
         self.sizes = np.array([[setting.size(layer, b) for b in config.levels] for layer in setting.quantized])
         self.counts = [layer.size for layer in setting.quantized]
         self.drops = Drops(config.probe_decay, config.metric)
+        self.square, self.spread = 0.0, 1.0  # of the last round's update, and News.spread
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
-        budgets = self.budgets(cohort)
-        made: dict[float, Plan] = {}
-        for budget in budgets:
-            if budget not in made:
-                levels = [self.setting.config.levels[c] for c in self.allocate(budget).choice]
-                made[budget] = self.setting.at_levels(levels)
-        return {member.client: made[budget] for member, budget in zip(cohort, budgets, strict=True)}
+        headers = self.setting.fixed_size + LAYER_HEADER * len(self.counts)
+        least = self.setting.fixed_size + int(self.sizes[:, 0].sum())
+        limits = taking_part(self.setting.config, cohort, self.budgets(cohort), least, headers)
+        made = {limit: self.setting.at_levels(self.levels(limit)) for limit in set(limits.values())}
+        return {client: made[limit] for client, limit in limits.items()}
 
     def budgets(self, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload: (tau - fixed_n) R_n, at most those of the cap."""
-        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting))
+        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), self.noise)
+
+    def least_bytes(self, cohort: Sequence[Member]) -> float:
+        return min(self.budgets(cohort))
+
+    def levels(self, budget: float) -> list[int]:
+        """A level for each layer under a payload's bytes; 0, which sends nothing, only where not even the lowest level
+        fits and the late may send in part: then for the layers of least significance."""
+        config = self.setting.config
+        levels: list[int] = [config.levels[choice] for choice in self.allocate(budget).choice]
+        room = budget - self.setting.fixed_size - LAYER_HEADER * len(levels)
+        if config.budget != "deadline" or config.late != "partial":
+            return levels
+        bodies = self.sizes[:, 0] - LAYER_HEADER
+        lost = self.drops.estimate(self.counts, config.levels)[:, 0]
+        for layer in np.argsort(lost / bodies, kind="stable"):
+            if sum(body for body, level in zip(bodies, levels, strict=True) if level) <= room:
+                break
+            levels[layer] = 0
+        return levels
+
+    def noise(self, bits: float) -> float:
+        """Squared error of a payload at so many bits a parameter over the square of the mean update: as probed, the
+        logarithm straight between levels; that of a Gaussian before."""
+        levels = [level for level in self.setting.config.levels if level < 16]
+        if self.drops.distortion is None or not self.square:
+            return minmax_noise(bits)
+        if bits < levels[0]:
+            return math.inf
+        errors = self.drops.distortion.sum(0)[: len(levels)] / self.square
+        return self.spread * float(np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
 
     def allocate(self, budget: float) -> Allocation:
         """Levels under a payload's bytes."""
@@ -68,6 +102,8 @@ class FedLQ(Strategy):
     def learn(self, round: int, news: News) -> None:
         if news.measurement is not None:
             self.drops.add(news.measurement)
+        self.square = float(news.update.double().square().sum())
+        self.spread = news.spread if news.spread is not None else self.spread
 
     def report(self) -> dict[str, Any]:
         """Significance A/M of each layer at the lowest level, and the noise of A there."""

@@ -8,6 +8,7 @@ import torch
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization import (
+    Absent,
     Ecsq,
     Eden,
     FineGrained,
@@ -40,6 +41,7 @@ class Row(NamedTuple):
 TABLE = [
     Row(Float32(), 0, 32),
     Row(Float16(), 0, 16),
+    Row(Absent(), 0, 0),
     *[Row(MinMax(b), 9, b, unbiased=True) for b in range(1, 9)],
     *[Row(Qsgd(b), 5, b, unbiased=True) for b in range(1, 9)],
     *[Row(QsgdElias(s, bucket, norm), unbiased=True) for s, bucket, norm in ((1, None, "l2"), (7, 4, "max"))],
@@ -112,5 +114,6 @@ def test_nonsense_is_refused_or_sound(row):
         except PayloadError:
             continue
         assert back.shape == (9,) and torch.isfinite(back).all()
+    nothing = b"" if row.quantizer != Absent() else b"x"
     with pytest.raises(PayloadError):
-        row.quantizer.decode(memoryview(b""), 9)
+        row.quantizer.decode(memoryview(nothing), 9)

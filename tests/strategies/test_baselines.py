@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fedlq_ray.quantization.wire import encode
 from fedlq_ray.strategies import Member, News, Setting
 from fedlq_ray.strategies.adagq import AdaGQ, equalised
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
-from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, bytes_at_rate
+from fedlq_ray.strategies.budgets import FLOORS, budgets, bytes_at_levels, bytes_at_rate
 from fedlq_ray.strategies.costs import BITS, layer_sizes, squared_errors
 from fedlq_ray.strategies.dadaquant import DAdaQuant, client_levels
 from fedlq_ray.strategies.feddq import FedDQ, bits_for
@@ -104,6 +105,24 @@ def test_budgets_by_hand():
     assert limits[0] == 446  # exactly: a rounding below would cost the slowest a level
     free = budgets(s.config, cohort((math.inf,) * 3), lambda b: bytes_at_levels(s, b))
     assert free == [bytes_at_levels(s, 8)] * 3  # bytes take no time, so everyone sends up to the cap
+
+
+def test_the_floor_that_the_bound_finds_best():
+    s, members = setting(), cohort((500.0, 5000.0, 5000.0), (10, 10, 10))
+    at = partial(bytes_at_rate, s)
+
+    def floor(noise, cost=1.0, members=members):
+        config = s.config.model_copy(update={"floor_bits": None, "noise_cost": cost})
+        return min(budgets(config, members, at, noise))
+
+    assert floor(lambda bits: 0.0) == pytest.approx(
+        at(0.02)
+    )  # noise costs nothing
+    assert floor(lambda bits: 4.0**-bits, 1e9) == pytest.approx(at(8))  # noise is all that counts: the cap
+    # By hand: tau (1 + cost sum p^2 4^-b) with tau = 1 + (162.5 b + 49) / 500, the others at the cap of 8 bits.
+    best = min((b for b in FLOORS if b >= 1), key=lambda b: (1.098 + 0.325 * b) * (1 + 100 * 4.0**-b / 9))
+    assert floor(lambda bits: 4.0**-bits if bits >= 1 else math.inf, 100.0) == pytest.approx(at(best)) and 1 < best < 8
+    assert floor(None) > 0.999 * at(1) and budgets(s.config, [], at) == []
 
 
 def test_adaquantfl_raises_levels_by_the_root_of_the_loss():
