@@ -15,9 +15,10 @@ from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_rate, one_step, taking_part
 from fedlq_ray.training import Plan
 
-# Normalised squared error at so many bits a parameter, on a client's real update (docs/quantizers.md).
-RATES = (0.0, 0.02, 0.05, 0.1, 0.28, 0.8, 1.53, 3.0, 4.0)
-ERRORS = (1.0, 0.9, 0.78, 0.65, 0.40, 0.177, 0.058, 0.008, 0.002)
+# Normalised squared error at so many bits a parameter, on clients' updates (docs/quantizers.md).
+RATES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
+ERRORS = (1.0, 0.427, 0.271, 0.153, 0.0608, 0.0124, 0.0028, 0.00065)
+SCRAP = 0.02  # bits a parameter: a smaller payload says nothing
 
 
 class FedLQRD(Strategy):
@@ -31,8 +32,8 @@ class FedLQRD(Strategy):
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
         setting, config = self.setting, self.setting.config
-        least = bytes_at_rate(setting, config.floor_bits or RATES[1])
-        limits = taking_part(config, cohort, self.budgets(cohort), least, bytes_at_rate(setting, RATES[1]))
+        least = bytes_at_rate(setting, config.floor_bits or SCRAP)
+        limits = taking_part(config, cohort, self.budgets(cohort), least, bytes_at_rate(setting, SCRAP))
         return {
             client: Plan(config.payload, one_step(setting, limit), setting.error_feedback)
             for client, limit in limits.items()
