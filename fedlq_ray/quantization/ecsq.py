@@ -6,7 +6,7 @@ Inf. Theory 42(5), 1996, on Laplacian sources).
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import constriction
@@ -16,13 +16,19 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.base import as_float32, read_header, require_finite
+from fedlq_ray.quantization.base import as_float32, read_header
 
 TOP = 4095  # the highest code; a step too small for it is raised
-_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # how many codes a model may describe one by one
+_DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])  # how many codes a model may describe one by one
 _SHIFTED = 4  # codes whose value is sent: 1, 2, 3, and all from 4 on together
+_LAZY = 2.0  # codes that a lazy decoder may pass on average
 _LOGIT = 16.0  # hazards go as bytes of sixteenths of a logit, so from 0.0003 to 0.9997
+_PRIOR = 4.0  # elements' worth of belief that a code's hazard is that of those above
+_LOSS = 1.5e-4  # bits that the range coder's rounding costs a symbol, at most (tested: 0.5 to 1.3)
+# Bits by hazard byte: of stopping at a code, and of going on.
+_STOP, _GO = (np.log2(1 + np.exp(sign * (np.arange(256) - 128) / _LOGIT)) for sign in (-1, 1))
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 class Model(NamedTuple):
@@ -42,34 +48,72 @@ class Model(NamedTuple):
         p: Floats = np.maximum(hazard * survival, 1e-12)
         return p / p.sum()
 
+    def coded(self) -> Floats:
+        """The probabilities that the range coder makes of them: each is 2^-24 and a share of what is left."""
+        return (self.probabilities() * (2**24 - self.top - 1) + 1) / 2**24
 
-def fit(counts: NDArray[np.int64]) -> tuple[Model, float]:
-    """The model that codes these counts (of code 0, 1, ...) in the fewest bits, itself included; and those bits."""
+
+def fit(counts: Counts) -> Model:
+    """The model that codes these counts (of code 0, 1, ..., of which there is one) in the fewest bits, with itself."""
     top = len(counts) - 1
-    at_least = np.cumsum(counts[::-1])[::-1]
-    best: tuple[float, Model] | None = None
-    for depth in _DEPTHS:
-        tail = counts[depth - 1 :].sum() / max(1, at_least[depth - 1 :].sum()) if depth <= top else 0.5
-        hazard = np.append(counts[: depth - 1] / np.maximum(at_least[: depth - 1], 1), tail)[: max(1, top)]
-        logits = np.log(np.maximum(hazard, 1e-9) / np.maximum(1 - hazard, 1e-9))
-        model = Model(top, np.clip(np.rint(logits * _LOGIT) + 128, 0, 255).astype(np.uint8).tobytes())
-        bits = 8 * len(model.hazards) - float(counts @ np.log2(model.probabilities()))
-        if best is None or bits < best[0]:
-            best = bits, model
-        if depth > top:
-            break
-    assert best is not None
-    return best[1], best[0]
+    # Of the elements that reach a code, some stop there and the others go on.
+    stop, go = counts[:-1], np.cumsum(counts[:0:-1])[::-1]
+    each = _hazards(stop, go)
+    before = np.concatenate([[0.0], np.cumsum(stop * _STOP[each] + go * _GO[each])])
+    depths = np.minimum(_DEPTHS[: int(np.searchsorted(_DEPTHS, top)) + 1], top)
+    rest_stop, rest_go = (np.cumsum(part[::-1])[::-1][depths - 1] for part in (stop, go))
+    rest = _hazards(rest_stop, rest_go)
+    bits = 8 * depths + before[depths - 1] + rest_stop * _STOP[rest] + rest_go * _GO[rest]
+    best = int(np.argmin(bits))
+    return Model(top, each[: depths[best] - 1].tobytes() + rest[best].tobytes())
 
 
-class Coded(NamedTuple):
-    """An encoder's choices: codes of magnitudes (n,), where they stand for what, and what they will take."""
+def _dearer(counts: Counts) -> Floats:
+    """How many bits code 1 costs more than code 0, 2 than 1, ..., the sign included: smooth in the counts."""
+    stop, go = counts[:-1], np.cumsum(counts[:0:-1])[::-1]
+    rest_stop, rest_go = (np.cumsum(part[::-1])[::-1] for part in (stop, go))
+    hazard = (stop + _PRIOR * (rest_stop + 0.5) / (rest_stop + rest_go + 1)) / (stop + go + _PRIOR)
+    bits = np.append(-np.log2(hazard), 0.0)
+    more: Floats = np.diff(bits) - np.log2(1 - hazard)
+    more[0] += 1
+    return more
 
-    codes: NDArray[np.int32]
+
+def _hazards(stop: Counts, go: Counts) -> NDArray[np.uint8]:
+    logits = np.log(np.maximum(stop, 1e-9) / np.maximum(go, 1e-9))
+    return np.clip(np.rint(logits * _LOGIT) + 128, 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Magnitudes:
+    """A layer's |x| in order, and the sums of its first 0, 1, ..., n: what any step makes of it takes microseconds."""
+
+    values: NDArray[np.float32]
+    sums: Floats
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Magnitudes":
+        values = np.sort(np.abs(x.numpy()))
+        sums = np.zeros(len(values) + 1)
+        np.cumsum(values, dtype=np.float64, out=sums[1:])
+        return cls(values, sums)
+
+    @property
+    def peak(self) -> float:
+        return float(self.values[-1])
+
+
+class Design(NamedTuple):
+    """A layer's quantizer: the highest magnitude of code 0, 1, ..., what codes stand for, and the bytes it will take.
+
+    `num_bytes` is not below the truth; above it by a word at most, and by 30 bytes a million elements.
+    """
+
+    step: float
+    edges: NDArray[np.float32]
     model: Model
     shifts: NDArray[np.int8]
-    step: float
-    num_bytes: float
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -87,49 +131,52 @@ class Ecsq:
     Args:
         step: distance of two codes, above 0.
         trade: squared steps that a bit is worth; at high rates the optimum is ln(2) / 6 = 0.1155.
+        designed: what `design` gave for the layer to be encoded, where that is known.
     """
 
     step: float
     trade: float = 0.13
+    designed: Design | None = field(default=None, compare=False, repr=False)
     HEADER = struct.Struct("<fHB")
 
     def __post_init__(self) -> None:
         if not self.step > 0 or not self.trade >= 0:
             raise ValueError(f"step must be above 0 and trade not below, got {self.step!r} and {self.trade!r}")
 
-    def quantize(self, x: Tensor) -> Coded:
-        """The codes of a layer (n,), and how many bytes they will take, within a few."""
-        magnitude = np.abs(x.numpy().astype(np.float64))
-        step = as_float32(max(self.step, float(magnitude.max()) / TOP, 1e-37))
-        u = magnitude / step
-        # What rounds to zero at any rate is left out of all that follows.
-        above = np.flatnonzero(u > 0.5)
-        v = u[above]
-        codes = np.minimum(np.rint(v), TOP).astype(np.int32)
-        centroids = np.arange(int(codes.max(initial=0)) + 1, dtype=np.float64)
-        for _ in range(2):
-            counts = np.bincount(codes, minlength=len(centroids))
-            counts[0] += len(u) - len(v)
-            rates = -np.log2(fit(counts)[0].probabilities()) + (np.arange(len(counts)) > 0)
-            gaps = np.diff(centroids)
-            cuts = (centroids[1:] + centroids[:-1]) / 2 + self.trade * np.diff(rates) / (2 * gaps)
-            codes = np.searchsorted(np.maximum.accumulate(cuts), v).astype(np.int32)
-            centroids = _values(len(centroids) - 1, _shifts(codes, v))
-        top = int(codes.max(initial=0))
-        counts = np.bincount(codes, minlength=top + 1)
-        counts[0] += len(u) - len(v)
-        model, bits = fit(counts)
-        shifts = _shifts(codes, v)[: min(top, _SHIFTED)]
-        whole = np.zeros(len(u), np.int32)
-        whole[above] = codes
-        fixed = self.HEADER.size + len(shifts) + 2  # the coder's last word is half used on average
-        return Coded(whole, model, shifts, step, fixed + (bits + counts[1:].sum()) / 8 if top else self.HEADER.size)
+    def design(self, layer: Magnitudes) -> Design:
+        """The codes' edges and values, and their model: two rounds from plain rounding on."""
+        step = max(self.step, layer.peak / TOP, 1e-37)
+        edges: Floats = np.arange(min(round(layer.peak / step), TOP), dtype=np.float64) + 0.5
+        step, count = as_float32(step), len(layer.values)
+        for last in (False, False, True):
+            ends = _float32(edges * step)
+            bounds = np.concatenate([[0], np.searchsorted(layer.values, ends, side="right"), [count]])
+            top = int(np.searchsorted(bounds, count)) - 1
+            if not top:
+                break
+            counts = np.diff(bounds[: top + 2])
+            shifts = _shifts(counts, np.diff(layer.sums[bounds[: top + 2]]) / step)
+            if last:
+                model = fit(counts)
+                nonzero = count - int(counts[0])
+                bits = counts @ -np.log2(model.coded()) + nonzero + _LOSS * (count + nonzero)
+                fixed = self.HEADER.size + len(model.hazards) + len(shifts)
+                return Design(step, ends[:top], model, shifts, fixed + 4 * int(bits / 32 + 1.1))
+            centroids = _values(top, shifts)
+            edges = (centroids[1:] + centroids[:-1]) / 2 + self.trade * _dearer(counts) / (2 * np.diff(centroids))
+            edges = np.maximum.accumulate(np.maximum(edges, 0.5))
+        return Design(step, ends[:0], Model(0, b""), np.zeros(0, np.int8), self.HEADER.size)
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
-        codes, model, shifts, step, _ = self.quantize(x)
+        step, edges, model, shifts, _ = self.designed or self.design(Magnitudes.of(x))
         if not model.top:
             return self.HEADER.pack(step, 0, 0)
-        words = _words(codes, np.signbit(x.numpy()[codes > 0]).astype(np.int32), model)
+        values = x.numpy()
+        magnitudes = np.abs(values)
+        above = np.flatnonzero(magnitudes > edges[0])
+        codes = np.zeros(len(values), np.int32)
+        codes[above] = np.searchsorted(edges[1:], magnitudes[above]) + 1
+        words = _words(codes, np.signbit(values[above]).astype(np.int32), model)
         return self.HEADER.pack(step, model.top, len(model.hazards)) + model.hazards + shifts.tobytes() + words
 
     def decode(self, body: memoryview, count: int) -> Tensor:
@@ -148,23 +195,28 @@ class Ecsq:
         if len(rest) < depth + shifts or (len(rest) - depth - shifts) % 4:
             raise PayloadError(f"{len(rest)} bytes where a model takes {depth + shifts} and words of 4 follow")
         model = Model(top, bytes(rest[:depth]))
-        values = step * _values(top, np.frombuffer(rest[depth : depth + shifts], np.int8))
-        coder = constriction.stream.queue.RangeDecoder(np.frombuffer(rest[depth + shifts :], "<u4").astype(np.uint32))
+        values = _float32(step * _values(top, np.frombuffer(rest[depth : depth + shifts], np.int8)))
+        words = rest[depth + shifts :]
+        coder = constriction.stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
         try:
-            codes = coder.decode(_categorical(model), count)
-            nonzero = np.flatnonzero(codes)
+            codes = coder.decode(_categorical(model, decode=True), count)
+            nonzero = np.flatnonzero(codes != 0)
             signs = coder.decode(constriction.stream.model.Uniform(2), len(nonzero)) if len(nonzero) else codes[:0]
         except (AssertionError, ValueError) as exc:
             raise PayloadError(f"the range coder's words are damaged: {exc}") from exc
-        if _words(codes, signs, model) != bytes(rest[depth + shifts :]):
+        if _words(codes, signs, model) != words:
             raise PayloadError("the range coder's words are not those of the codes that they decode to")
-        out = np.zeros(count, np.float64)
-        out[nonzero] = values[codes[nonzero]] * np.where(signs, -1, 1)
-        with np.errstate(over="ignore"):
-            return require_finite(torch.from_numpy(out.astype(np.float32)))
+        out = np.take(values, codes)
+        out[nonzero] *= 1 - 2 * signs
+        return torch.from_numpy(out)
 
     def size(self, count: int) -> None:
         return None
+
+
+def _float32(values: Floats) -> NDArray[np.float32]:
+    """The nearest float32, which is finite."""
+    return np.minimum(values, np.finfo(np.float32).max).astype(np.float32)
 
 
 def _words(codes: NDArray[np.int32], signs: NDArray[np.int32], model: Model) -> bytes:
@@ -175,15 +227,18 @@ def _words(codes: NDArray[np.int32], signs: NDArray[np.int32], model: Model) -> 
     return coder.get_compressed().astype("<u4").tobytes()  # type: ignore[no-any-return]
 
 
-def _categorical(model: Model) -> Any:
-    return constriction.stream.model.Categorical(model.probabilities(), perfect=False)
+def _categorical(model: Model, decode: bool = False) -> Any:
+    """The coder's model. A lazy one finds a low code faster, and any slower; the words are the same."""
+    p = model.probabilities()
+    lazy = decode and float(p @ np.arange(len(p))) < _LAZY
+    return constriction.stream.model.Categorical(p, lazy=lazy, perfect=False)
 
 
-def _shifts(codes: NDArray[np.int32], u: Floats) -> NDArray[np.int8]:
+def _shifts(counts: Counts, sums: Floats) -> NDArray[np.int8]:
     """How far the mean of what a code codes lies from it, in 1/256 of a step: of codes 1, 2, 3, and 4 or more."""
-    kinds = np.minimum(codes, _SHIFTED)
-    counts = np.maximum(np.bincount(kinds, minlength=_SHIFTED + 1)[1:], 1)
-    means = np.bincount(kinds, weights=u - codes, minlength=_SHIFTED + 1)[1:] / counts
+    codes = np.arange(len(counts))
+    kinds = codes[1 : _SHIFTED + 1]
+    means = np.add.reduceat(sums - codes * counts, kinds) / np.maximum(np.add.reduceat(counts, kinds), 1)
     return np.clip(np.rint(256 * means), -128, 127).astype(np.int8)
 
 
