@@ -17,6 +17,7 @@ class EcsqFixed(Strategy):
     """`strategy.bits` bits a parameter, headers included, for every client."""
 
     error_feedback = True
+    timeless = True
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

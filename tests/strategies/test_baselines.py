@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.wire import encode
-from fedlq_ray.strategies import Member, News, Setting
+from fedlq_ray.strategies import STRATEGIES, Member, News, Setting, make
 from fedlq_ray.strategies.adagq import AdaGQ, equalised
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, bytes_at_rate
@@ -313,3 +314,25 @@ def test_error_tables_are_those_of_a_slow_loop():
         back = MinMax(3).decode(memoryview(body), layer.size)
         expected = sum((float(a) - float(b)) ** 2 for a, b in zip(back, piece, strict=True))
         assert table[row, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
+    members = [SimpleNamespace(client=client, samples=samples) for client, samples in ((0, 10), (3, 20), (6, 70))]
+    strategy = make(setting(name=name))
+
+    def train():
+        for round in range(12):
+            strategy.plan(round, members)
+            strategy.weights(members)
+            update = torch.randn(1310, generator=torch.Generator().manual_seed(round))
+            strategy.combine(update)
+            strategy.probe(round)
+            strategy.learn(round, SimpleNamespace(measurement=None, update=update, train_loss=1 / (1 + round)))
+            strategy.report()
+
+    if strategy.timeless:
+        train()
+    else:
+        with pytest.raises(AttributeError, match="fixed_s|uplink_bytes_per_s|round_time_s"):
+            train()
