@@ -87,7 +87,9 @@ def sweep(file: str, overrides: tuple[str, ...], out: str | None) -> None:
 
     FILE has `base` settings, `runs` (a name and a list of key=value each), `seeds`, and perhaps `tune`: values to try
     for a setting, such as `train.lr: [0.03, 0.1]`, of which each run gets those that do best for it on held-out
-    training samples. A run that fails is told, and the others go on.
+    training samples. `populations` (a name and a list of key=value each) repeats every run under other settings, as
+    RUN@POPULATION; a scheme that ignores time trains once for all that move only the clock. `targets` are accuracies
+    to tell the time to. A run that fails is told, and the others go on.
     """
     _sweep(Path(file), overrides, Path(out or f"runs/{Path(file).stem}"))
 
@@ -122,9 +124,14 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path) -> None:
     first = next(iter(outcome.runs.values()))[0].config
     command = " ".join(["fedlq", *sys.argv[1:]])
     compare.save(table, file.read_text(), command, out / "table.json")
-    compare.plot(outcome, out / "accuracy.png")
-    Console().print(compare.render(table, first.target_accuracy, first.network.bill))
-    click.echo(f"plot: {out}/accuracy.png, table: {out}/table.json")
+    pictures = compare.plot(outcome, out / "accuracy.png")
+    terminal = Console()
+    printer = terminal if terminal.is_terminal else Console(width=200)  # a file takes any width
+    for labels in compare.by_population(outcome.runs).values():
+        config = outcome.runs[labels[0]][0].config
+        block = [row for row in table if row["run"] in labels]
+        printer.print(compare.render(block, config.target_accuracy, config.network.bill))
+    click.echo(f"plot: {', '.join(map(str, pictures))}, table: {out}/table.json")
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
     if outcome.failed:

@@ -308,10 +308,10 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def digest(config: Config) -> str:
-    """SHA-256 (hex) of the settings that can change a result."""
+def digest(config: Config, *, without: Iterable[str] = ()) -> str:
+    """SHA-256 (hex) of the settings that can change a result, but for those of `without`."""
     settings = config.model_dump(mode="json")
-    for path in WITHOUT_EFFECT:
+    for path in (*WITHOUT_EFFECT, *without):
         *sections, name = path.split(".")
         tree = settings
         for step in sections:

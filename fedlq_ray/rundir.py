@@ -92,7 +92,12 @@ def track(
     return tracking
 
 
-def summarise(config: Config, records: list[Record], weights: NDArray[np.float32]) -> dict[str, Any]:
+def sha256(weights: NDArray[np.float32]) -> str:
+    """Of the final weights, in hex."""
+    return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
+
+
+def summarise(config: Config, records: list[Record], weights_sha256: str) -> dict[str, Any]:
     """What a completed run comes to; bytes and times are those from the first round on."""
     evaluated = [r for r in records if r["accuracy"] is not None]
     target = config.target_accuracy
@@ -108,7 +113,7 @@ def summarise(config: Config, records: list[Record], weights: NDArray[np.float32
         if reached
         else None,
         "rounds": len(records),
-        "weights_sha256": hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest(),
+        "weights_sha256": weights_sha256,
         "config_sha256": digest(config),
         "bill": config.network.bill,
     }

@@ -80,7 +80,7 @@ def simulate(
     make(place.setting, strategy)  # a wrong strategy is told before anything is written
     folder = rundir.create(config)
     rundir.describe_clients(folder, task)
-    track = rundir.track(folder, config, parent, _tags(), _dataset(task))
+    track = rundir.track(folder, config, parent, tags(), dataset(task))
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {}
@@ -120,7 +120,7 @@ def simulate(
         )
     if status == "KILLED":
         raise Terminated if interrupts.received == signal.SIGTERM else KeyboardInterrupt
-    summary = rundir.summarise(config, records, weights)
+    summary = rundir.summarise(config, records, rundir.sha256(weights))
     rundir.write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     if track and not last["tracked"]:
         _attach(folder, track, config, records)
@@ -145,7 +145,7 @@ def _attach(folder: Path, track: tracking.Tracking, config: Config, records: lis
         warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
 
 
-def _dataset(task: Task) -> dict[str, str]:
+def dataset(task: Task) -> dict[str, str]:
     """The data, as MLflow describes a run's input."""
     data, config = task.data, task.config.data
     profile = {
@@ -164,12 +164,12 @@ def _dataset(task: Task) -> dict[str, str]:
     }
 
 
-def _tags() -> dict[str, str]:
+def tags() -> dict[str, str]:
     """What made a result, for MLflow."""
-    tags = {f"version.{name}": found for name, found in provenance.versions().items()}
-    tags |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
+    made_by = {f"version.{name}": found for name, found in provenance.versions().items()}
+    made_by |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
     commit = provenance.commit()
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+    return made_by | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 class Interrupts:

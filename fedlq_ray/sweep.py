@@ -2,6 +2,10 @@
 
 `tune` names settings and the values to try. Every run gets the values that do best for it on held-out training
 samples, on a seed of its own: the same effort for each scheme, and the test set chooses nothing.
+
+`populations` names settings, such as those of the clients' links, that every run is repeated under: eden-1 becomes
+eden-1@mixed and eden-1@thin. Where they move only the clock of a scheme that ignores time, it trains once. `targets`
+are accuracies that the table tells the time to, beside `target_accuracy`.
 """
 
 import itertools
@@ -14,12 +18,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlq_ray import rundir
+from fedlq_ray import reclock, rundir
 from fedlq_ray.config import Config, digest, parse
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.tracking import now_ms
 
-KEYS = ("base", "tune", "runs", "seeds")
+KEYS = ("base", "tune", "runs", "populations", "seeds", "targets")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Comparison:
     name: str
     runs: dict[str, list[Config]]
     tuning: dict[str, dict[str, Config]]
+    targets: tuple[float, ...] = ()
 
 
 class Finished(NamedTuple):
@@ -50,6 +55,7 @@ class Outcome:
 
     runs: dict[str, list[Finished]]
     tuned: dict[str, str]
+    targets: tuple[float, ...] = ()
 
     @property
     def failed(self) -> int:
@@ -77,25 +83,45 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     tune = tree.get("tune") or {}
     if not isinstance(tune, dict) or not all(isinstance(values, list) and values for values in tune.values()):
         raise ConfigError(f"{path}: tune is a list of values for each setting, such as train.lr: [0.03, 0.1]")
+    populations, targets = tree.get("populations") or {}, tree.get("targets") or []
+    if not isinstance(populations, dict) or not all(isinstance(s, list | None) for s in populations.values()):
+        raise ConfigError(f"{path}: populations are a name and a list of key=value each")
+    if not isinstance(targets, list) or not all(isinstance(t, float | int) and 0 < t <= 1 for t in targets):
+        raise ConfigError(f"{path}: targets are accuracies, such as [0.8, 0.85]")
     base = tree.get("base") or {}
     name = str(base.get("name", Path(path).stem))
     seeds = tree.get("seeds") or [0]
 
     def config(label: str, *settings: str) -> Config:
-        return _with(base, [f"name={name}-{label}", *settings, *overrides], f"{path}, run {label}")
+        own_name = f"{name}-{label}".replace("@", "-")
+        return _with(base, [f"name={own_name}", *settings, *overrides], f"{path}, run {label}")
 
     runs, tuning = {}, {}
-    for label, changes in tree["runs"].items():
-        own = [str(change) for change in changes or []]
-        runs[str(label)] = [config(label, *own, f"seed={seed}") for seed in seeds]
+    for label, own in _multiplied(tree["runs"], populations).items():
+        runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
         tries = [[f"{key}={value}" for value in values] for key, values in tune.items()]
         apart = [f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
-        tuning[str(label)] = (
+        tuning[label] = (
             {" ".join(tried): config(label, *own, *tried, *apart) for tried in itertools.product(*tries)}
             if tune
             else {}
         )
-    return Comparison(name, runs, tuning)
+    stops = [c.target_accuracy for configs in runs.values() for c in configs if c.stop_at_target and c.target_accuracy]
+    if stops and targets and max(targets) > min(stops):
+        raise ConfigError(f"{path}: targets are beyond target_accuracy={min(stops):g}, where stop_at_target ends runs")
+    return Comparison(name, runs, tuning, tuple(float(target) for target in targets))
+
+
+def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict[str, list[str]]:
+    """The settings of each run under each population, those of a run one after another."""
+    own = {str(label): [str(change) for change in changes or []] for label, changes in runs.items()}
+    if not populations:
+        return own
+    return {
+        f"{label}@{name}": [*changes, *(str(change) for change in common or [])]
+        for label, changes in own.items()
+        for name, common in populations.items()
+    }
 
 
 def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Config:
@@ -108,15 +134,16 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
     """Tune, then run what is not finished in `out` yet; a run that fails is told, and the others go on.
 
     Args:
-        start: called with a configuration and the name of the MLflow parent; runs it.
+        start: called with a configuration and the name of the MLflow parent; runs it, with nothing but what it says.
         tell: called with a line about what failed, and about what tuning chose.
     """
     parent = f"{out.resolve()}/{comparison.name}"
+    finished = reclock.sources(out)
     results: dict[str, list[Finished]] = {}
     tuned: dict[str, str] = {}
     for label, configs in comparison.runs.items():
         tried = {
-            settings: _once(config, out / "tune" / label / settings, start, parent, tell)
+            settings: _once(config, out / "tune" / label / settings, start, parent, tell, finished)
             for settings, config in comparison.tuning[label].items()
         }
         if tried:
@@ -124,12 +151,14 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
             tell(f"{label}: {tuned[label]} did best on held-out training samples")
             chosen = tuned[label].split()
             configs = [_with(config.model_dump(mode="json"), chosen, label) for config in configs]
-        results[label] = [_once(c, out / f"{label}-{c.seed}", start, parent, tell) for c in configs]
-    return Outcome(results, tuned)
+        results[label] = [_once(c, out / f"{label}-{c.seed}", start, parent, tell, finished) for c in configs]
+    return Outcome(results, tuned, comparison.targets)
 
 
-def _once(config: Config, folder: Path, start: Start, parent: str, tell: Callable[[str], None]) -> Finished:
-    """A run's result, from its folder where it is finished there."""
+def _once(
+    config: Config, folder: Path, start: Start, parent: str, tell: Callable[[str], None], finished: dict[str, Path]
+) -> Finished:
+    """A run's result: from its folder where it is finished, or from that of one that only the clock sets apart."""
     if (folder / "summary.json").exists():
         found = rundir.read(folder)
         if digest(found.config) != digest(config):
@@ -137,13 +166,21 @@ def _once(config: Config, folder: Path, start: Start, parent: str, tell: Callabl
         return Finished(config, found.records, found.summary)
     if folder.exists():  # cut short before: kept aside, and run anew
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
+    here = config.model_copy(update={"out": str(folder)})
+    source = finished.get(reclock.key(config)) if reclock.reclockable(config) else None
     try:
-        start(config.model_copy(update={"out": str(folder)}), parent)
+        if source:
+            reclock.write(here, source, parent)
+            tell(f"{folder}: trains as {source} did, so that its bytes are only clocked anew")
+        else:
+            start(here, parent)
     except ConfigError:
         raise
     except FedLQError as exc:
         tell(f"{folder}: failed: {exc}")
     found = rundir.read(folder)
+    if found.summary:
+        finished.setdefault(reclock.key(config), folder)
     return Finished(config, found.records, found.summary)
 
 

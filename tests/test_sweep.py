@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from fedlq_ray import ConfigError
+from fedlq_ray import ConfigError, reclock
 from fedlq_ray.analysis import compare
+from fedlq_ray.config import load as load_settings
 from fedlq_ray.simulation import simulate
 from fedlq_ray.sweep import Outcome, load, run
 
@@ -28,11 +29,14 @@ def sweep(tmp_path, text, told):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: {}", "a sweep has base, tune, runs, seeds"),
+        ("run: {}", "a sweep has base, tune, runs, populations, seeds, targets"),
         ("runs: {a: [train.lrr=1]}", r"run a:\n.*train.lrr: unknown key"),
         ("runs: {a: []}\ntune: {train.lr: 0.1}", "tune is a list of values"),
         ("runs: {a: []}\ntune: {train.lr: [-1]}", "train.lr: .*greater than 0"),
         ("runs: [a", "while parsing"),
+        ("runs: {a: []}\npopulations: [thin]", "populations are a name"),
+        ("runs: {a: []}\npopulations: {x: [clients.profiles=3]}\ntargets: [80]", "targets are accuracies"),
+        ("runs: {a: [stop_at_target=true]}\ntargets: [0.95]", "beyond target_accuracy=0.93"),
     ],
 )
 def test_a_wrong_file_is_told_before_anything_runs(text, message, tmp_path):
@@ -89,6 +93,93 @@ def test_a_target_counts_where_every_seed_reached_it():
     assert [row["time_to_target_s"] for row in table] == [20.0, 5.0, None]
     assert [row["speed_up"] for row in table] == [1.0, 4.0, None]
     assert table[0]["uplink_mb_to_target"] == 1.0 and table[2]["uplink_mb_to_target"] is None
+    found = {"fedavg@x": runs(10.0), "limit@x": runs(2.0), "a@x": runs(5.0), "fedavg@y": runs(1.0), "a@y": runs(0.5)}
+    table = compare.rows(Outcome(found, {}))
+    assert [row["speed_up"] for row in table] == [1.0, 5.0, 2.0, 1.0, 2.0]
+    assert [row["to_limit"] for row in table] == [5.0, 1.0, 2.5, None, None]
+
+
+def test_time_to_an_accuracy_is_that_of_the_first_evaluation_that_shows_it():
+    records = [
+        {"accuracy": accuracy, "sim_time_s": 2.0 * i, "uplink_bytes": 1_000_000, "downlink_bytes": 3_000_000}
+        for i, accuracy in enumerate([0.1, None, 0.5, 0.4])
+    ]
+    assert compare.time_to(records, 0.3) == (4.0, 3.0, 9.0) and compare.time_to(records, 0.6) is None
+
+
+POPULATIONS = """populations:
+  mixed: [clients.profiles=mixed]
+  thin: [clients.profiles=thin, clients.variation=0.5, network.bill=both]
+"""
+
+
+def same_folder(one, other):
+    """Whether two runs left the same results."""
+    names = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "model.safetensors")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    "changes", [[], ["clients.dropout=0.4"], ["stop_at_target=true", "target_accuracy=0.5", "rounds=9"]]
+)
+def test_what_ignores_time_trains_once_and_leaves_what_training_anew_would(changes, tmp_path):
+    runs = {
+        "uniform": ["strategy.name=uniform", "strategy.bits=2.5", *changes],
+        "eden": ["strategy.name=eden", "strategy.bits=1", *changes],
+        "fedlq": ["strategy.name=fedlq", *changes],
+        "fedavg": ["strategy.name=fedavg", *changes],
+        "limit": ["strategy.name=fedavg", "network.uplink_free=true", *changes],
+    }
+    trained = []
+    (tmp_path / "s.yaml").write_text(f"{BASE}runs: {json.dumps(runs)}\n{POPULATIONS}targets: [0.15]")
+
+    def start(config, parent):
+        trained.append(config.name)
+        simulate(config, parent=parent)
+
+    comparison = load(tmp_path / "s.yaml")
+    found = run(comparison, tmp_path / "out", start, lambda line: None)
+    assert trained == ["s-uniform-mixed", "s-eden-mixed", "s-fedlq-mixed", "s-fedlq-thin", "s-fedavg-mixed"]
+    for label, (config,) in comparison.runs.items():
+        simulate(config.model_copy(update={"out": f"anew/{label}-0"}))
+        assert same_folder(tmp_path / "out" / f"{label}-0", tmp_path / "anew" / f"{label}-0"), label
+    origin = json.loads((tmp_path / "out/limit@thin-0/timing.json").read_text())["reclocked_from"]
+    assert (tmp_path / "out/limit@thin-0" / origin / "summary.json").samefile("out/fedavg@mixed-0/summary.json")
+    thin, mixed = found.runs["eden@thin"][0], found.runs["eden@mixed"][0]
+    assert thin.summary["sim_time_s"] != mixed.summary["sim_time_s"]
+    assert thin.config.clients.profiles == "thin" and "profiles: thin" in load_config(tmp_path / "out/eden@thin-0")
+    stopping = "stop_at_target=true" in changes
+    assert (1 < len(thin.records) < 9) if stopping else len(thin.records) == 3
+    for row in compare.rows(found):
+        first = compare.time_to(found.runs[row["run"]][0].records, 0.15)
+        told = row["targets"]["0.15"]
+        assert (told["reached"], told["mean"], told["mb"]) == ((1, *first[:2]) if first else (0, None, None))
+    assert len(compare.plot(found, tmp_path / "a.png")) == 2 and (tmp_path / "a@thin.png").exists()
+    (tmp_path / "out/eden@thin-0/summary.json").unlink()  # cut short: taken up from the finished one
+    assert run(comparison, tmp_path / "out", start, lambda line: None).runs == found.runs and len(trained) == 5
+
+
+def test_tuning_chooses_by_each_populations_own_clock_and_trains_once(tmp_path):
+    told = []
+    text = "runs: {a: [strategy.name=eden, strategy.bits=1]}\ntune: {train.lr: [0.0001, 0.1]}\n" + POPULATIONS
+    found = sweep(tmp_path, text, told)
+    assert set(found.tuned) == {"a@mixed", "a@thin"} and sum("clocked anew" in line for line in told) == 3
+    tried = [
+        json.loads((tmp_path / f"out/tune/a@{p}/train.lr=0.1/summary.json").read_text()) for p in ("mixed", "thin")
+    ]
+    assert tried[0]["weights_sha256"] == tried[1]["weights_sha256"]
+    assert tried[0]["sim_time_s"] != tried[1]["sim_time_s"]
+
+
+def test_a_users_own_strategy_is_clocked_anew_only_if_it_says_so_itself(tmp_path, monkeypatch):
+    (tmp_path / "own_timeless.py").write_text(
+        "from fedlq_ray.strategies.fedavg import FedAvg\n"
+        "class Silent(FedAvg): pass\nclass Sworn(FedAvg): timeless = True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ["fedavg", "fedlq", "own_timeless:Silent", "own_timeless:Sworn"]
+    found = [reclock.reclockable(load_settings(None, [f"strategy.name={name}"])) for name in names]
+    assert found == [True, False, False, True]
 
 
 def test_the_table_carries_what_made_it_and_a_failure_is_exit_code_1(tmp_path):

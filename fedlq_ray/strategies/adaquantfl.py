@@ -26,6 +26,8 @@ class AdaQuantFL(Strategy):
         s_max: levels at most.
     """
 
+    timeless = True
+
     def __init__(self, setting: Setting, s0: int = 2, s_max: int = 1024) -> None:
         if not 1 <= s0 <= s_max:
             raise ValueError(f"s0 must be 1 to s_max ({s_max}), got {s0}")

@@ -28,6 +28,8 @@ class DAdaQuant(Strategy):
         phi: rounds across which it is compared.
     """
 
+    timeless = True
+
     def __init__(self, setting: Setting, q_min: int = 1, q_max: int = 16, psi: float = 0.9, phi: int = 10) -> None:
         if not 1 <= q_min <= q_max:
             raise ValueError(f"q_min must be 1 to q_max ({q_max}), got {q_min}")

@@ -13,6 +13,8 @@ from fedlq_ray.training import Plan
 class FedAvg(Strategy):
     """Everything at full precision."""
 
+    timeless = True
+
     def __init__(self, setting: Setting) -> None:
         self._plan = setting.at_levels([32] * len(setting.quantized))
 

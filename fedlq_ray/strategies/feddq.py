@@ -47,6 +47,8 @@ class FedDQ(Strategy):
         resolution: what two neighbouring values may differ by, in the units of what is sent.
     """
 
+    timeless = True
+
     def __init__(self, setting: Setting, resolution: float = 0.005) -> None:
         if not resolution > 0:
             raise ValueError(f"resolution must be above 0, got {resolution}")

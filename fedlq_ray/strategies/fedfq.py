@@ -22,6 +22,8 @@ class FedFQ(Strategy):
         bits: a parameter's share of a layer's bytes, 2 of them for the map.
     """
 
+    timeless = True
+
     def __init__(self, setting: Setting, bits: float = 4.0) -> None:
         self._plan = same_for_all(setting, FineGrained(bits))
 

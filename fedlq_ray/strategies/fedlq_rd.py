@@ -6,6 +6,7 @@ feedback carries what was lost; the reconstruction is the one of least error, so
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,5 +62,7 @@ class EcsqFixed(FedLQRD):
     every client, headers included. Our strongest fixed-rate baseline; no significance, no budgets. Reverse
     water-filling over layers as in any text on rate-distortion theory (Cover and Thomas, section 10.3)."""
 
-    def budgets(self, cohort: Sequence[Member]) -> list[float]:
-        return [bytes_at_rate(self.setting, self.setting.config.bits)] * len(cohort)
+    timeless = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(replace(setting, config=setting.config.model_copy(update={"budget": "bits"})))

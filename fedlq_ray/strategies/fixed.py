@@ -18,6 +18,8 @@ from fedlq_ray.training import Plan
 class Fixed(Strategy):
     """The same quantizer for all."""
 
+    timeless = True
+
     def __init__(self, setting: Setting, quantizer: Quantizer) -> None:
         segments = setting.one(quantizer)
         self._plan = Plan(setting.config.payload, segments, setting.error_feedback)

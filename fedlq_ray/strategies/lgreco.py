@@ -33,6 +33,8 @@ class LGreCo(Strategy):
         window: rounds before an adjustment whose mean updates are averaged.
     """
 
+    timeless = True
+
     def __init__(self, setting: Setting, bits: int = 4, alpha: float = 1.0, every: int = 10, window: int = 1) -> None:
         require_update(setting)
         if bits not in BITS or not alpha > 0 or not 1 <= window <= every:

@@ -18,6 +18,8 @@ from fedlq_ray.training import Plan
 class Uniform(Strategy):
     """One level for all, in one range a layer or (`strategy.scope=model`) one range for the whole vector."""
 
+    timeless = True
+
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         bits = setting.config.bits

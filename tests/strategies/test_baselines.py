@@ -4,6 +4,7 @@ import itertools
 import math
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.wire import encode
-from fedlq_ray.strategies import Member, News, Setting
+from fedlq_ray.strategies import STRATEGIES, Member, News, Setting, make
 from fedlq_ray.strategies.adagq import AdaGQ, equalised
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
 from fedlq_ray.strategies.budgets import FLOORS, budgets, bytes_at_levels, bytes_at_rate
@@ -115,9 +116,7 @@ def test_the_floor_that_the_bound_finds_best():
         config = s.config.model_copy(update={"floor_bits": None, "noise_cost": cost})
         return min(budgets(config, members, at, noise))
 
-    assert floor(lambda bits: 0.0) == pytest.approx(
-        at(0.02)
-    )  # noise costs nothing
+    assert floor(lambda bits: 0.0) == pytest.approx(at(0.02))  # noise costs nothing
     assert floor(lambda bits: 4.0**-bits, 1e9) == pytest.approx(at(8))  # noise is all that counts: the cap
     # By hand: tau (1 + cost sum p^2 4^-b) with tau = 1 + (162.5 b + 49) / 500, the others at the cap of 8 bits.
     best = min((b for b in FLOORS if b >= 1), key=lambda b: (1.098 + 0.325 * b) * (1 + 100 * 4.0**-b / 9))
@@ -332,3 +331,25 @@ def test_error_tables_are_those_of_a_slow_loop():
         back = MinMax(3).decode(memoryview(body), layer.size)
         expected = sum((float(a) - float(b)) ** 2 for a, b in zip(back, piece, strict=True))
         assert table[row, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
+    members = [SimpleNamespace(client=client, samples=samples) for client, samples in ((0, 10), (3, 20), (6, 70))]
+    strategy = make(setting(name=name))
+
+    def train():
+        for round in range(12):
+            strategy.plan(round, members)
+            strategy.weights(members)
+            update = torch.randn(1310, generator=torch.Generator().manual_seed(round))
+            strategy.combine(update)
+            strategy.probe(round)
+            strategy.learn(round, SimpleNamespace(measurement=None, update=update, train_loss=1 / (1 + round)))
+            strategy.report()
+
+    if strategy.timeless:
+        train()
+    else:
+        with pytest.raises(AttributeError, match="fixed_s|uplink_bytes_per_s|round_time_s"):
+            train()
