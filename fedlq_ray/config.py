@@ -76,6 +76,10 @@ class TrainConfig(Section):
     batch_size: int = key(16, "samples in a step", unit="samples", ge=1)
     local_epochs: int = key(2, "passes over the shard in a round", ge=1)
     prox_mu: float = key(0.0, "FedProx's pull to the global weights (Li et al., MLSys 2020)", ge=0, le=1e3)
+    adaptive_work: float = key(
+        1.0, "who would wait for the cohort's slowest trains on, up to so many times its samples; updates are "
+        "normalised by work (FedNova)", ge=1, le=100,
+    )  # fmt: skip
     max_samples: int | None = key(None, "samples of a pass at most, drawn anew each round", unit="samples", ge=1)
 
 
@@ -96,19 +100,31 @@ class StrategyConfig(Section):
         unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
     scope: Literal["layer", "model"] = key("layer", "schemes of one quantizer: it takes a layer, or the whole model")
-    error_feedback: bool | None = key(
+    error_feedback: bool | Literal["ef21"] | None = key(
         None,
-        "clients add what quantization lost in a round to what they send in the next; null: as the strategy has it",
+        "clients add what quantization lost in a round to what they send in the next; ef21: they send the difference "
+        "from what the server has of them; null: as the strategy has it",
     )
     levels: tuple[Level, ...] = key((1, 2, 3, 4, 6, 8), "fedlq: the levels to choose from", unit="bits a parameter")
     budget: Literal["bits", "deadline", "cohort"] = key(
         "cohort",
-        "fedlq: bytes for each client from `bits`, from a fixed deadline_s, or from the cohort: the slowest member at "
+        "bytes for each client from `bits`, from a fixed deadline_s, or from the cohort: the slowest member at "
         "floor_bits sets the time that the others may fill",
     )
-    floor_bits: float = key(2.0, "budget=cohort: rate of the slowest", unit="bits a parameter", gt=0, le=32)
+    floor_bits: float | None = key(
+        2.0, "budget=cohort: rate of the slowest; null: what the convergence bound finds best for a round",
+        unit="bits a parameter", gt=0, le=32,
+    )  # fmt: skip
+    noise_cost: float = key(
+        0.05, "floor_bits=null: how much a relative squared error of the averaged update adds to the rounds", ge=0
+    )
     cap_bits: float = key(8.0, "rate beyond which bits buy nothing", unit="bits a parameter", gt=0, le=32)
-    deadline_s: Positive | None = key(None, "fedlq, budget=deadline: simulated length of a round", unit="s")
+    deadline_s: Positive | None = key(None, "budget=deadline: simulated length of a round", unit="s")
+    late: Literal["wait", "drop", "partial"] = key(
+        "wait",
+        "budget=deadline: what becomes of clients that cannot send all layers in time: the round waits for them, goes "
+        "on without them, or they send the most significant layers that fit",
+    )
     allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
     significance: Literal["ratio", "sum"] = key("ratio", "fedlq: accuracy drop per memory saved, or a weighted sum")
     significance_alpha: float = key(0.5, "fedlq, significance=sum: weight of the accuracy drop", ge=0, le=1)
@@ -124,13 +140,17 @@ class StrategyConfig(Section):
             raise ValueError("levels must be distinct and rise, such as [1,2,4,8]")
         if self.budget == "deadline" and self.deadline_s is None:
             raise ValueError("budget=deadline needs deadline_s")
-        if self.floor_bits > self.cap_bits:
+        if self.floor_bits is not None and self.floor_bits > self.cap_bits:
             raise ValueError(f"floor_bits ({self.floor_bits:g}) must not be above cap_bits ({self.cap_bits:g})")
         return self
 
 
 class NetworkConfig(Section):
     bill: Literal["upload", "both"] = key("upload", "what the simulated clock counts; downloads are logged anyway")
+    downlink_bits: float | None = key(
+        None, "rate at which the change of the model is broadcast; null: whole models as float32",
+        unit="bits a parameter", gt=0, le=32,
+    )  # fmt: skip
     uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit")
 
 

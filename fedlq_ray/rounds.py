@@ -6,24 +6,25 @@ which replies come.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fedlq_ray import cohorts
 from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
+from fedlq_ray.downlink import Downlink
 from fedlq_ray.errors import ClientError, FedLQError, PayloadError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import decode
 from fedlq_ray.quantization.wire import Sent
-from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.server import ServerOptimizer
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import Member, News, Probe, Strategy
 from fedlq_ray.task import Job, Task, Workplace
-from fedlq_ray.training import Evaluation, Reply, samples_of
+from fedlq_ray.training import Evaluation, Plan, Reply
 
 
 class Future(Protocol):
@@ -88,9 +89,12 @@ def run(
         FedLQError: the average is not finite.
     """
     config, place = task.config, Workplace(task)
-    broadcast_bytes = place.broadcast_size()
+    downlink = Downlink(
+        place.setting, config.network.downlink_bits, outcome.weights, place.broadcast_size(), config.clients.count
+    )
     server = ServerOptimizer(config.server)
-    sim_time_s = 0.0
+    sim_time_s, payload_bytes = 0.0, None
+    tracked: dict[int, Tensor] = {}  # by EF21: what the server has of each client
     pending: tuple[Record, Future | None] | None = None
 
     def finished(wait: bool) -> Iterator[Record]:
@@ -119,16 +123,23 @@ def run(
                 for record in finished(wait=True):
                     last_evaluation = record["test_loss"] if record["test_loss"] is not None else last_evaluation
                     yield record
-            members = cohort(task, round)
+            members = [cohorts.member(task, c, downlink.bytes_for(c)) for c in cohorts.draw(task, round)]
+            if config.train.adaptive_work > 1:
+                least = strategy.least_bytes(members) or payload_bytes
+                members = cohorts.with_more_work(task, members, least) if least else members
             plans = strategy.plan(round, members, last_evaluation)
-            answering = [m for m in members if not _drops_out(task, round, m.client)]
-            jobs = [Job(round, m.client, plans[m.client]) for m in answering]
+            answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
+            jobs = [Job(round, m.client, plans[m.client], _samples(task, m)) for m in answering]
             wanted = strategy.probe(round)
             sent = outcome.weights if config.strategy.payload == "model" else outcome.update
             probing = host.probe(wanted, outcome.weights - sent, sent, round) if wanted else None
 
             started, decode_s = time.perf_counter(), 0.0
-            fold = _Fold(place, outcome.weights, jobs, strategy.weights(answering) if answering else [])
+            shares = strategy.weights(answering) if answering else []
+            # FedNova (Wang et al., NeurIPS 2020, eq. 6): each client sends its update by the unit of work, and the sum
+            # is taken for the mean work, so that who trains more does not count more.
+            work = sum(share * m.work for share, m in zip(shares, answering, strict=True))
+            fold = _Fold(task, downlink.model, jobs, shares, tracked)
             for client, reply in host.train(jobs, weights):
                 before = time.perf_counter()
                 fold.take(client, reply)
@@ -147,19 +158,23 @@ def run(
             if probing:
                 measurement, wall_s = probing.result()
                 outcome.timing["probe_s"].append(wall_s)
-            outcome.update = server.step(strategy.combine(fold.update.float()))
+            outcome.update = server.step(strategy.combine(fold.update.float()) * (work or 1))
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
-            record = _record(task, place, round, members, fold, broadcast_bytes)
+            record = _record(task, place, round, members, plans, fold, downlink)
+            payload_bytes = record["uplink_bytes"] / len(answering) if answering else payload_bytes
             round_time_s = record.pop("round_time_s")
             sim_time_s += round_time_s
             record["sim_time_s"] = sim_time_s
-            strategy.learn(round, News(measurement, outcome.update, record["train_loss"], round_time_s))
+            news = News(measurement, outcome.update, record["train_loss"], round_time_s, fold.spread)
+            strategy.learn(round, news)
             record.update(strategy.report())
-            weights = host.publish(outcome.weights)
+            downlink.broadcast(outcome.weights, round + 1)
+            weights = host.publish(downlink.model)
             due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds
-            pending = (record, host.evaluate(weights) if due else None)
+            evaluated = weights if downlink.model is outcome.weights or not due else host.publish(outcome.weights)
+            pending = (record, host.evaluate(evaluated) if due else None)
         else:
             outcome.completed = True
         yield from finished(wait=True)
@@ -167,45 +182,36 @@ def run(
         outcome.completed = True
 
 
-def cohort(task: Task, round: int) -> list[Member]:
-    """The clients of a round, in order, drawn without replacement, with what a plan may know of them."""
-    config = task.config
-    drawn = numpy_rng(config.seed, "cohort", round).choice(config.clients.count, config.clients.cohort, replace=False)
-    return [member(task, int(client)) for client in sorted(drawn)]
-
-
-def member(task: Task, client: int) -> Member:
-    """A client as a plan sees it: its profile's means."""
-    network, profile = task.config.network, task.profiles[client]
-    samples = samples_of(len(task.shards[client]), task.config.train)
-    time = client_time(
-        profile,
-        flops=task.flops * samples * task.config.train.local_epochs,
-        uplink_bytes=0,
-        downlink_bytes=4 * sum(p.numel() for p in task.module.parameters()),
-        bill=network.bill,
-        uplink_free=network.uplink_free,
-    )
-    latency = 0.0 if network.uplink_free else profile.latency_ms / 1e3
-    rate = math.inf if network.uplink_free else profile.uplink_mbps * 1e6 / 8
-    return Member(client, samples, time.total_s + latency, rate)
-
-
-def _drops_out(task: Task, round: int, client: int) -> bool:
-    chance = task.config.clients.dropout
-    return chance > 0 and float(numpy_rng(task.config.seed, "dropout", round, client).random()) < chance
+def _samples(task: Task, member: Member) -> int:
+    """Samples that a member goes through in a round."""
+    return int(0.5 + member.work * cohorts.base_work(task, member.samples))
 
 
 class _Fold:
-    """Payloads folded into the average as they come, but summed in client order; one is decoded at a time."""
+    """Payloads folded into the average as they come, but summed in client order; one is decoded at a time.
 
-    def __init__(self, place: Workplace, weights: Tensor, jobs: Sequence[Job], shares: Sequence[float]) -> None:
-        self.jobs, self.shares, self.global_weights = jobs, shares, weights.double()
-        self.custom = place.task.quantizer
+    Args:
+        weights: (d,) float32, what the clients started from.
+        shares: of each job's update in the sum.
+        tracked: what the server has of each client by EF21, brought up to date here.
+    """
+
+    def __init__(
+        self, task: Task, weights: Tensor, jobs: Sequence[Job], shares: Sequence[float], tracked: dict[int, Tensor]
+    ) -> None:
+        self.jobs, self.shares, self.start, self.tracked = jobs, shares, weights.double(), tracked
+        self.custom = task.quantizer
         self.update = torch.zeros(len(weights), dtype=torch.float64)
+        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
         self.waiting: dict[int, Reply] = {}
         self.replies: list[Reply] = []
         self.sent: list[tuple[Sent, ...]] = []
+
+    @property
+    def spread(self) -> float | None:
+        """`News.spread` of these payloads."""
+        square = float(self.update.square().sum()) * sum(share**2 for share in self.shares)
+        return self.energy / square if square else None
 
     def take(self, client: int, reply: Reply) -> None:
         self.waiting[client] = reply
@@ -217,8 +223,13 @@ class _Fold:
                 payload = decode(reply.payload, len(self.update), kind=kind, custom=self.custom, **where)
             except PayloadError as exc:
                 raise ClientError(f"its payload is refused: {exc}", **where) from exc
-            value = payload.vector.double()
-            self.update += self.shares[len(self.replies)] * (value - self.global_weights if kind == "model" else value)
+            value = payload.vector
+            if job.plan.error_feedback == "ef21":
+                value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
+            value = value.double()
+            share = self.shares[len(self.replies)]
+            self.update += share * (value - self.start if kind == "model" else value)
+            self.energy += share**2 * float(value.square().sum())
             self.sent.append(payload.segments)
             self.replies.append(reply)
 
@@ -247,13 +258,22 @@ def clock(
 
 
 def _record(
-    task: Task, place: Workplace, round: int, members: Sequence[Member], fold: _Fold, broadcast_bytes: int
+    task: Task,
+    place: Workplace,
+    round: int,
+    members: Sequence[Member],
+    plans: Mapping[int, Plan],
+    fold: _Fold,
+    downlink: Downlink,
 ) -> Record:
     replies = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
     clients = [m.client for m in members]
-    samples = [m.samples * task.config.train.local_epochs for m in members]
+    # Who has no plan takes no part: nothing is fetched, and nobody waits.
+    samples = [_samples(task, m) if m.client in plans else 0 for m in members]
     sent = [len(replies[client].payload) if client in replies else 0 for client in clients]
-    received = [broadcast_bytes] * len(members)
+    received = [downlink.bytes_for(client) if client in plans else 0 for client in clients]
+    for client in plans:
+        downlink.fetched(client)
     times = clock(task, round, clients, samples, sent, received)
     bits = {
         layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent))

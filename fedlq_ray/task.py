@@ -87,11 +87,12 @@ def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
 
 @dataclass(frozen=True)
 class Job:
-    """One client's part in a round."""
+    """One client's part in a round: what it is to send, and how many samples it goes through."""
 
     round: int
     client: int
     plan: Plan
+    samples: int
 
 
 class Workplace:
@@ -125,6 +126,7 @@ class Workplace:
             memory=memory,
             plan=job.plan,
             train=self.task.config.train,
+            samples=job.samples,
             seed=self.task.config.seed,
             round=job.round,
             client=job.client,

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
 EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same whoever evaluates
 
 
+Feedback = bool | Literal["ef21"]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a client is to send in a round.
@@ -28,12 +31,13 @@ class Plan:
         payload: "update" or "model".
         segments: the pieces that cover the flat vector in order, each with its quantizer; or, where the client chooses
             by what it has to send, a function from that vector (d,) to them, which pickles.
-        error_feedback: add what was lost in earlier rounds, and keep what is lost in this one.
+        error_feedback: add what was lost in earlier rounds, and keep what is lost in this one; "ef21": send the
+            difference from what the server has of this client, and keep that.
     """
 
     payload: str
     segments: tuple[Segment, ...] | Callable[[Tensor], tuple[Segment, ...]]
-    error_feedback: bool = False
+    error_feedback: Feedback = False
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,15 @@ def _batches(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return batches
 
 
-def train_locally(model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *, rng: np.random.Generator) -> float:
+def train_locally(
+    model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *, samples: int, rng: np.random.Generator
+) -> float:
     """SGD on one shard, in place; gives the mean loss of all samples seen.
 
     Args:
         model: holds the global weights when it comes in, and the client's own when it goes out.
         x, y: normalised inputs (n, ...) float32, labels (n,) int64.
+        samples: how many to go through, in as many passes as that takes.
         rng: source of the order of samples.
     """
     model.module.train()
@@ -77,8 +84,8 @@ def train_locally(model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *,
     )
     anchor = model.vector[: model.num_parameters].clone() if train.prox_mu else None
     total, seen = torch.zeros((), dtype=torch.float64), 0
-    for _ in range(train.local_epochs):
-        order = rng.permutation(len(y))[: samples_of(len(y), train)]
+    while seen < samples:
+        order = rng.permutation(len(y))[: min(samples_of(len(y), train), samples - seen)]
         for batch in _batches(order, train.batch_size):
             index = torch.from_numpy(batch)
             model.grad.zero_()
@@ -102,6 +109,7 @@ def client_round(
     memory: Tensor | None,
     plan: Plan,
     train: TrainConfig,
+    samples: int,
     seed: int,
     round: int,
     client: int,
@@ -114,6 +122,7 @@ def client_round(
         x, y: the client's training shard, as stored.
         weights: the global flat vector (d,) float32; not changed.
         memory: error feedback's (d,) float32, or None for none yet.
+        samples: to go through; the update is scaled to what the base work comes to (FedNova).
         custom: the user's quantizer by level, where there is one.
     Returns:
         The reply, and the new memory (None without error feedback).
@@ -125,18 +134,22 @@ def client_round(
             torch.manual_seed(torch_seed(seed, "model", round, client))
             model.load(weights)
             rng = numpy_rng(seed, "batches", round, client)
-            loss = train_locally(model, normalise(x), torch.from_numpy(y.copy()), train, rng=rng)
+            loss = train_locally(model, normalise(x), torch.from_numpy(y.copy()), train, samples=samples, rng=rng)
         _require_finite(model.vector, model.layers, round, client)
         started = time.perf_counter()
-        sent = model.vector - weights if plan.payload == "update" else model.vector.clone()
+        update = (model.vector - weights) * (train.local_epochs * samples_of(len(y), train) / samples)
+        sent = update if plan.payload == "update" else weights + update
         if plan.error_feedback and memory is not None:
-            sent += memory
+            sent = sent - memory if plan.error_feedback == "ef21" else sent + memory
         segments = plan.segments(sent) if callable(plan.segments) else plan.segments
         noise = torch_rng(seed, "quantize", round, client)
         payload = encode(sent, segments, kind=plan.payload, round=round, client=client, rng=noise)
         if plan.error_feedback:
             received = decode(payload, len(sent), kind=plan.payload, round=round, client=client, custom=custom)
-            memory = sent - received.vector
+            if plan.error_feedback == "ef21":
+                memory = received.vector if memory is None else memory + received.vector
+            else:
+                memory = sent - received.vector
         encode_s = time.perf_counter() - started
     except ClientError:
         raise
@@ -144,7 +157,7 @@ def client_round(
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, train.local_epochs * samples_of(len(y), train), encode_s)
+    reply = Reply(payload, loss, samples, encode_s)
     return reply, memory if plan.error_feedback else None
 
 

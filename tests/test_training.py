@@ -23,7 +23,7 @@ def module():
 def trained(model, **settings):
     flat = FlatModel(model)
     train = TrainConfig(batch_size=8, local_epochs=2, **settings)
-    train_locally(flat, torch.from_numpy(X), torch.from_numpy(Y), train, rng=np.random.default_rng(1))
+    train_locally(flat, torch.from_numpy(X), torch.from_numpy(Y), train, samples=80, rng=np.random.default_rng(1))
     return flat
 
 
@@ -51,7 +51,7 @@ def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
     assert not torch.equal(model[0].weight, before[0].weight) and not torch.equal(model[2].bias, before[2].bias)
 
 
-def round_of(flat, weights, memory=None, *, payload="update", feedback=False, client=3):
+def round_of(flat, weights, memory=None, *, payload="update", feedback=False, client=3, samples=80):
     plan = Plan(payload, (Segment(MinMax(2), 0, len(weights)),), feedback)
     return client_round(
         flat,
@@ -62,6 +62,7 @@ def round_of(flat, weights, memory=None, *, payload="update", feedback=False, cl
         memory=memory,
         plan=plan,
         train=TrainConfig(batch_size=8),
+        samples=samples,
         seed=0,
         round=5,
         client=client,

@@ -11,7 +11,7 @@ from fedlq_ray.quantization.eden import Eden
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.qsgd import Qsgd
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
-from fedlq_ray.quantization.scalar import Float16, Float32, MinMax
+from fedlq_ray.quantization.scalar import Absent, Float16, Float32, MinMax
 from fedlq_ray.quantization.sign import Sign
 from fedlq_ray.quantization.sparse import Stc, TopK
 from fedlq_ray.quantization.terngrad import TernGrad
@@ -59,6 +59,7 @@ __all__ = [
     "LAYER_HEADER",
     "PAYLOAD_HEADER",
     "QUANTIZERS",
+    "Absent",
     "Ecsq",
     "Eden",
     "Family",

@@ -13,6 +13,22 @@ from fedlq_ray.quantization.packing import pack, packed_size, unpack
 
 
 @dataclass(frozen=True)
+class Absent:
+    """A layer that is not sent: no bytes, and zeros where it is decoded."""
+
+    def encode(self, x: Tensor, rng: Generator) -> bytes:
+        return b""
+
+    def decode(self, body: memoryview, count: int) -> Tensor:
+        if len(body):
+            raise PayloadError(f"{len(body)} bytes of a layer that is not sent")
+        return torch.zeros(count)
+
+    def size(self, count: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
 class Float32:
     """No quantization: little-endian float32."""
 

@@ -23,7 +23,7 @@ from fedlq_ray.quantization.eden import Eden
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.qsgd import Qsgd
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
-from fedlq_ray.quantization.scalar import Float16, Float32, MinMax
+from fedlq_ray.quantization.scalar import Absent, Float16, Float32, MinMax
 from fedlq_ray.quantization.sign import Sign
 from fedlq_ray.quantization.sparse import Stc, TopK
 from fedlq_ray.quantization.terngrad import TernGrad
@@ -48,6 +48,7 @@ DECODERS: dict[int, Quantizer] = {
     9: Eden(),
     10: Ecsq(1.0),
     11: FineGrained(),
+    12: Absent(),
 }
 NUMBERS: dict[type, int] = {type(quantizer): number for number, quantizer in DECODERS.items()}
 CUSTOM = 255  # a user's own quantizer, which both sides hold

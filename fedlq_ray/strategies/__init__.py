@@ -11,13 +11,12 @@ from fedlq_ray.strategies.adagq import AdaGQ
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.dadaquant import DAdaQuant
-from fedlq_ray.strategies.ecsq import EcsqFixed
 from fedlq_ray.strategies.fedavg import FedAvg
 from fedlq_ray.strategies.feddq import FedDQ
 from fedlq_ray.strategies.fedfq import FedFQ
 from fedlq_ray.strategies.fedhq import FedHQ
 from fedlq_ray.strategies.fedlq import FedLQ
-from fedlq_ray.strategies.fedlq_rd import FedLQRD
+from fedlq_ray.strategies.fedlq_rd import EcsqFixed, FedLQRD
 from fedlq_ray.strategies.fedmpq import FedMPQ
 from fedlq_ray.strategies.kimad import Kimad
 from fedlq_ray.strategies.lgreco import LGreCo

@@ -12,6 +12,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import (
     LAYER_HEADER,
     PAYLOAD_HEADER,
+    Absent,
     Family,
     Float16,
     Float32,
@@ -20,7 +21,7 @@ from fedlq_ray.quantization import (
     Segment,
 )
 from fedlq_ray.significance import Measurement
-from fedlq_ray.training import Plan
+from fedlq_ray.training import Feedback, Plan
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Member:
         samples: that it trains on in a pass.
         fixed_s: seconds of download (where billed), compute and latency: all but the upload's bytes.
         uplink_bytes_per_s: float("inf") where uploads are free.
+        work: how many times the samples that it must go through it does (`train.adaptive_work`); fixed_s has it.
     """
 
     client: int
     samples: int
     fixed_s: float
     uplink_bytes_per_s: float
+    work: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class Setting:
     layers: tuple[Layer, ...]
     seed: int
     quantizer: Family = MinMax
-    error_feedback: bool = False
+    error_feedback: Feedback = False
 
     def quantizer_at(self, bits: int) -> Quantizer:
-        """The quantizer of a level: 32 and 16 are float32 and float16."""
+        """The quantizer of a level: 32 and 16 are float32 and float16, and 0 sends nothing."""
+        if bits == 0:
+            return Absent()
         if bits == 32:
             return Float32()
         return Float16() if bits == 16 else self.quantizer(bits)
@@ -121,12 +126,15 @@ class News:
         update: what the round added to the weights (d,) float32: the cohort's mean update, or the server's step.
         train_loss: the mean of the clients' training losses; None where none answered.
         round_time_s: simulated seconds that the round took.
+        spread: the mean of |x_n|^2 over the cohort (by p_n^2), x_n what a client sent, over the square of its mean
+            update: 1 where all sent one update, more where they point apart; None where nothing came.
     """
 
     measurement: Measurement | None
     update: Tensor
     train_loss: float | None
     round_time_s: float
+    spread: float | None = None
 
 
 class Strategy:
@@ -135,13 +143,17 @@ class Strategy:
     All that changes from round to round is in attributes, which pickle.
     """
 
-    error_feedback = False  # what `strategy.error_feedback=null` means
+    error_feedback: Feedback = False  # what `strategy.error_feedback=null` means
     needs_evaluation = False  # plans from `evaluation`: the driver then waits for it before each plan
     timeless = False  # uses neither fixed_s nor uplink_bytes_per_s nor round_time_s; your own class says so itself
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
-        """Each member's plan for a round, by client."""
+        """Each member's plan for a round, by client; who is left out sits the round out, and nobody waits for it."""
         raise TypeError(f"{type(self).__name__} has no plan")
+
+    def least_bytes(self, cohort: Sequence[Member]) -> float | None:
+        """Bytes of a payload that every member of this cohort sends at least; None: as many as in the round before."""
+        return None
 
     def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
         """The members' shares of the average: by samples, as FedAvg has it."""

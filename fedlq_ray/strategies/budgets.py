@@ -1,40 +1,93 @@
-"""What a client's payload may cost: a budget in bytes for each member of a cohort."""
+"""What a client's payload may cost: a budget in bytes for each member of a cohort, and who is late."""
 
 import math
 from collections.abc import Callable, Sequence
 
 from fedlq_ray.config import StrategyConfig
 from fedlq_ray.quantization import LAYER_HEADER
+from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.strategies.base import Member, Setting
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+FLOORS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+Bytes = Callable[[float], float]  # of a payload at so many bits a parameter
+Noise = Callable[[float], float]  # squared error of a payload at so many bits, a share of the mean update's square
 
 
-def budgets(config: StrategyConfig, cohort: Sequence[Member], bytes_at: Callable[[float], float]) -> list[float]:
+def budgets(
+    config: StrategyConfig, cohort: Sequence[Member], bytes_at: Bytes, noise: Noise | None = None
+) -> list[float]:
     """B_n, bytes of a member's payload, by `strategy.budget`.
 
     bits: `strategy.bits` for all. deadline, cohort: (tau - fixed_n) R_n, at most the cap; tau is `deadline_s`, or the
-    time of the slowest member at `floor_bits`, which every member then has time for.
-
-    Args:
-        bytes_at: bytes of a payload at so many bits a parameter.
+    time of the slowest member at the floor, which every member then has time for. The floor is `floor_bits`, or the
+    one of least tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds a round, times how the bound on
+    convergence (docs/theory.md) grows with the levels, to a factor. Without `noise`, that of min-max on a Gaussian.
     """
     if config.budget == "bits":
         return [bytes_at(config.bits)] * len(cohort)
-    cap, least = bytes_at(config.cap_bits), 0.0
+    if not cohort:
+        return []
+    cap = bytes_at(config.cap_bits)
     if config.budget == "deadline" and config.deadline_s is not None:
-        tau = config.deadline_s
-    else:
-        # The slowest gets `least` by definition: (tau - fixed) R may come out below it by a rounding, or as 0 x inf.
-        least = bytes_at(config.floor_bits)
-        tau = max((m.fixed_s + least / m.uplink_bytes_per_s for m in cohort), default=0.0)
+        return [min(cap, in_time(m, config.deadline_s, cap)) for m in cohort]
 
-    def rate(member: Member) -> float:
-        if math.isinf(member.uplink_bytes_per_s):
-            return cap  # bytes take no time
-        return max(0.0, tau - member.fixed_s) * member.uplink_bytes_per_s
+    def at_floor(bits: float) -> tuple[float, list[float]]:
+        least = min(cap, bytes_at(bits))
+        tau = max(m.fixed_s + least / m.uplink_bytes_per_s for m in cohort)
+        # The slowest gets `least` by definition: (tau - fixed) R may come out below it by a rounding.
+        return tau, [float(max(least, min(cap, in_time(m, tau, cap)))) for m in cohort]
 
-    return [float(max(least, min(cap, rate(member)))) for member in cohort]
+    if config.floor_bits is not None:
+        return at_floor(config.floor_bits)[1]
+    noise = noise or minmax_noise
+    zero, one = bytes_at(1e-9), bytes_at(1.0)
+    total = sum(m.samples for m in cohort)
+
+    def cost(bits: float) -> float:
+        tau, limits = at_floor(bits)
+        rates = [(limit - zero) / (one - zero) for limit in limits]
+        heard = sum((m.samples / total) ** 2 * noise(max(bits, rate)) for m, rate in zip(cohort, rates, strict=True))
+        return tau * (1 + config.noise_cost * heard)
+
+    return at_floor(min((b for b in FLOORS if b <= config.cap_bits and math.isfinite(noise(b))), key=cost))[1]
+
+
+def minmax_noise(bits: float) -> float:
+    """Squared error of stochastic min-max on a Gaussian layer, as a share of the layer's square; no level below 1."""
+    return 20 / (2**bits - 1) ** 2 if bits >= 1 else math.inf
+
+
+def in_time(member: Member, seconds: float, cap: float) -> float:
+    """Bytes that a member can have sent when a round is `seconds` old; `cap` where bytes take no time."""
+    if math.isinf(member.uplink_bytes_per_s):
+        return cap
+    return max(0.0, seconds - member.fixed_s) * member.uplink_bytes_per_s
+
+
+def taking_part(
+    config: StrategyConfig, cohort: Sequence[Member], limits: Sequence[float], least: float, scrap: float
+) -> dict[int, float]:
+    """Each member's budget by client, of those that take part: what becomes of the late is `strategy.late`.
+
+    Args:
+        limits: B_n, bytes. A member is late whose B_n is below `least`: only a fixed deadline makes it so.
+        least: bytes of the smallest payload of all layers.
+        scrap: bytes of the smallest payload that says anything.
+    Returns:
+        wait: all, the late with `least`; drop: without the late; partial: the late with what fits. Where nobody can
+        make it, the fastest waits.
+    """
+    if config.budget != "deadline":
+        return {m.client: limit for m, limit in zip(cohort, limits, strict=True)}
+    if config.late == "wait":
+        return {m.client: max(limit, least) for m, limit in zip(cohort, limits, strict=True)}
+    bar = least if config.late == "drop" else scrap
+    found = {m.client: limit for m, limit in zip(cohort, limits, strict=True) if limit >= bar}
+    if not found and cohort:
+        fastest = min(cohort, key=lambda m: (m.fixed_s + bar / m.uplink_bytes_per_s, m.client))
+        return {fastest.client: bar}
+    return found
 
 
 def bytes_at_levels(setting: Setting, bits: float) -> float:
@@ -48,3 +101,13 @@ def bytes_at_rate(setting: Setting, bits: float) -> float:
     """Bytes of a payload of `bits` a parameter, its headers among them; buffers, which are float32, come on top."""
     buffers = sum(LAYER_HEADER + 4 * layer.size for layer in setting.layers if layer.buffer)
     return bits * sum(layer.size for layer in setting.quantized) / 8 + buffers
+
+
+def one_step(setting: Setting, budget: float, weights: Sequence[float] | None = None) -> OneStep:
+    """The chooser of step sizes under a budget in bytes; `weights`: sqrt of significance of the quantized layers."""
+    chosen = iter(weights if weights is not None else [1.0] * len(setting.quantized))
+    return OneStep(
+        tuple((layer.start, layer.stop) for layer in setting.layers),
+        tuple(0.0 if layer.buffer else next(chosen) for layer in setting.layers),
+        budget,
+    )
