@@ -25,9 +25,9 @@ def key(config: Config) -> str:
 
 def reclockable(config: Config) -> bool:
     """Whether nothing that trains depends on the clock."""
-    name = config.strategy.name
-    if config.train.adaptive_work > 1:
+    if config.train.adaptive_work > 1 or config.strategy.budget == "deadline":  # the late may be left out
         return False
+    name = config.strategy.name
     if name in STRATEGIES:
         return bool(getattr(STRATEGIES[name], "timeless", False))
     # A user's own says so itself: what it inherits may not hold for what it plans.

@@ -120,7 +120,12 @@ def same_folder(one, other):
 
 
 @pytest.mark.parametrize(
-    "changes", [[], ["clients.dropout=0.4"], ["stop_at_target=true", "target_accuracy=0.5", "rounds=9"]]
+    "changes",
+    [
+        [],
+        ["clients.dropout=0.4", "network.downlink_bits=4"],
+        ["stop_at_target=true", "target_accuracy=0.5", "rounds=9"],
+    ],
 )
 def test_what_ignores_time_trains_once_and_leaves_what_training_anew_would(changes, tmp_path):
     runs = {
@@ -180,6 +185,8 @@ def test_a_users_own_strategy_is_clocked_anew_only_if_it_says_so_itself(tmp_path
     names = ["fedavg", "fedlq", "own_timeless:Silent", "own_timeless:Sworn"]
     found = [reclock.reclockable(load_settings(None, [f"strategy.name={name}"])) for name in names]
     assert found == [True, False, False, True]
+    for timed in (["train.adaptive_work=4"], ["strategy.budget=deadline", "strategy.deadline_s=9"]):
+        assert not reclock.reclockable(load_settings(None, ["strategy.name=fedavg", *timed]))
 
 
 def test_the_table_carries_what_made_it_and_a_failure_is_exit_code_1(tmp_path):

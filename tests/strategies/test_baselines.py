@@ -345,7 +345,8 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
             update = torch.randn(1310, generator=torch.Generator().manual_seed(round))
             strategy.combine(update)
             strategy.probe(round)
-            strategy.learn(round, SimpleNamespace(measurement=None, update=update, train_loss=1 / (1 + round)))
+            news = SimpleNamespace(measurement=None, update=update, train_loss=1 / (1 + round), spread=1.0)
+            strategy.learn(round, news)
             strategy.report()
 
     if strategy.timeless:
