@@ -1,8 +1,10 @@
 """Which significance metric foretells the loss that quantizing a layer costs: rank correlations, and wall times.
 
 FedAvg on Fashion-MNIST in this process; at some rounds each metric's table (layers, levels) on samples held out of
-training, as a probe of FedLQ has it, against the truth: the rise of the test loss, of which every tenth of the test
-set has a rounding noise of its own. The test set serves as the truth alone; nothing is chosen on it.
+training, as a probe of FedLQ has it, against the truth: the rise of the test loss that is to be expected, over rounding
+noise that is another in every tenth of the test set. The first-order term, whose expectation is zero, is taken off: it
+is most of what a single draw shows, and would drown the rest. The test set serves as the truth alone; nothing is
+chosen on it.
 
     python experiments/significance/ablation.py
 """
@@ -17,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import ConstantInputWarning, spearmanr
+from torch.nn.functional import cross_entropy
 
 from fedlq_ray import provenance
 from fedlq_ray.config import Config, load, to_yaml
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
-from fedlq_ray.significance import METRICS, gather
+from fedlq_ray.significance import METRICS, Evidence, gather
 from fedlq_ray.strategies import make
 from fedlq_ray.task import prepare
 
@@ -48,7 +51,8 @@ def states(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[tupl
 
 
 def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict]:
-    """Of each round and payload: the truth by block (BLOCKS, L, n), and each metric's table (L, n) and seconds."""
+    """Of each round and payload: the rise by block, as it is (`plain`) and less its first order (`truth`), both
+    (BLOCKS, L, n), and each metric's table (L, n) and seconds."""
     place, quantizers = host.place, [MinMax(bits) for bits in LEVELS]
     x, y = place.probe_data(SAMPLES)
     x_test, y_test = place.normalise(place.task.data.x_test), torch.from_numpy(place.task.data.y_test.copy())
@@ -64,11 +68,32 @@ def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict
                 found[name] = metric(given).drop
                 seconds[name] = time.perf_counter() - started
             other = 1000 * (config.seed + 1)  # seeds of rounding noise that no probe has
-            truth = [
-                METRICS["loss"](gather(*what, *block, seed=other + i, round=round)).drop
-                for i, block in enumerate(blocks)
-            ]
-            yield {"round": round, "payload": payload, "truth": np.array(truth), "metrics": found, "seconds": seconds}
+            tests = [gather(*what, *block, seed=other + i, round=round) for i, block in enumerate(blocks)]
+            plain, first = (np.array([measured(test) for test in tests]) for measured in (rise, first_order))
+            yield {
+                "round": round,
+                "payload": payload,
+                "plain": plain,
+                "truth": plain - first,
+                "metrics": found,
+                "seconds": seconds,
+            }
+
+
+def rise(given: Evidence) -> np.ndarray:
+    """f(w + e) - f(w), (L, n)."""
+    return METRICS["loss"](given).drop
+
+
+def first_order(given: Evidence) -> np.ndarray:
+    """g'e, (L, n), whose expectation over rounding noise is zero as the quantizer is unbiased: a control variate."""
+    model, errors = given.model, (given.decoded - given.sent).double()
+    model.load(given.weights)
+    model.module.eval()
+    model.grad.zero_()
+    cross_entropy(model.module(given.x), given.y).backward()
+    pieces = [slice(layer.start, layer.stop) for layer in given.layers]
+    return np.array([(errors[:, piece] @ model.grad[piece].double()).numpy() for piece in pieces])
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -79,10 +104,12 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def correlations(one: dict) -> dict[str, dict]:
-    """Of each metric, and of one half of the truth with the other: over all pairs, and over layers at each level."""
+    """Of each metric with the truth, over all pairs and over layers at each level; and of what tells how well the truth
+    is known: the same without the control variate, and one half of its blocks with the other."""
     truth = one["truth"]
     pairs = {name: (table, truth.mean(0)) for name, table in one["metrics"].items()}
-    pairs["truth's halves"] = (truth[::2].mean(0), truth[1::2].mean(0))
+    pairs["plain rise of the truth"] = (one["plain"].mean(0), truth.mean(0))
+    pairs["half of the truth"] = (truth[::2].mean(0), truth[1::2].mean(0))
     return {
         name: {"all": correlation(a, b), "level": [correlation(a[:, i], b[:, i]) for i in range(len(LEVELS))]}
         for name, (a, b) in pairs.items()
@@ -126,7 +153,7 @@ def main() -> None:
                 f"seed {seed}, round {one['round']}, {one['payload']}: {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-    names = [*METRICS, "truth's halves"]
+    names = [*METRICS, "plain rise of the truth", "half of the truth"]
     columns = [(payload, kind) for payload in PAYLOADS for kind in ("all", "level")]
     rows = {
         name: {f"{payload}, {kind}": summary(results, kind, payload, name) for payload, kind in columns}
@@ -134,7 +161,8 @@ def main() -> None:
         for name in names
     }
     for one in results:
-        truth = one.pop("truth")
+        truth = one["truth"]
+        one["plain"] = one["plain"].mean(0)
         one["truth"], one["truth_noise"] = truth.mean(0), truth.std(0, ddof=1) / BLOCKS**0.5
     given = {
         "command": f"python experiments/significance/ablation.py --seeds {options.seeds} "

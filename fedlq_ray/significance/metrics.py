@@ -163,22 +163,25 @@ def taylor(evidence: Evidence) -> Estimate:
 
 
 def hessian_traces(evidence: Evidence, draws: int) -> Table:
-    """Hutchinson's estimates v'Hv of the trace of each layer's block of the Hessian: (draws, L).
+    """Hutchinson's estimates v'Hv of the trace of each layer's block of the Hessian, v Rademacher: (draws, L).
 
-    One Rademacher vector serves all layers: blocks off the diagonal add variance and no bias, as signs of different
-    layers are independent.
+    v is zero outside the layer, so that there are L products a draw. A vector that served all layers would have no
+    bias either, but the blocks off the diagonal would drown what is sought: a last layer's trace, which cannot be
+    negative, then came out so.
     """
     parameters = _at_weights(evidence)
     rng = torch_rng(evidence.seed, "hutchinson", evidence.round)
     vectors = torch.randint(0, 2, (draws, len(parameters)), generator=rng).float() * 2 - 1
+    pieces = [slice(layer.start, layer.stop) for layer in evidence.layers]
     traces = np.zeros((draws, len(evidence.layers)))
     chunks = zip(evidence.x.split(HESSIAN_CHUNK), evidence.y.split(HESSIAN_CHUNK), strict=True)
     for x, y in chunks:
         value = _mean_loss(evidence.model, parameters, x, y) * (len(y) / len(evidence.y))
         (gradient,) = torch.autograd.grad(value, parameters, create_graph=True)
-        for draw, vector in enumerate(vectors):
-            product = vector * torch.autograd.grad(gradient, parameters, vector, retain_graph=True)[0]
-            traces[draw] += [float(product[layer.start : layer.stop].double().sum()) for layer in evidence.layers]
+        for draw, row in np.ndindex(traces.shape):
+            piece, vector = pieces[row], vectors[draw, pieces[row]]
+            (product,) = torch.autograd.grad(gradient[piece] @ vector, parameters, retain_graph=True)
+            traces[draw, row] += float(product[piece].double() @ vector.double())
     return traces
 
 
