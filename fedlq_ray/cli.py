@@ -155,14 +155,13 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row, name in enumerate(found.names):
         for column, bits in enumerate(found.levels):
-            m = found.measurement
             table.add_row(
                 name,
                 str(bits),
                 f"{found.saving[row, column]:.2%}",
-                f"{m.loss[row, column]:.2e}",
-                f"{m.loss_noise[row, column]:.1e}",
-                f"{m.accuracy[row, column]:+.2%}",
+                f"{found.loss.drop[row, column]:.2e}",
+                f"{found.loss.noise[row, column]:.1e}",
+                f"{found.accuracy.drop[row, column]:+.2%}",
                 f"{found.significance[row, column]:.2e}",
             )
     Console().print(table)

@@ -128,7 +128,9 @@ class StrategyConfig(Section):
     allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
     significance: Literal["ratio", "sum"] = key("ratio", "fedlq: accuracy drop per memory saved, or a weighted sum")
     significance_alpha: float = key(0.5, "fedlq, significance=sum: weight of the accuracy drop", ge=0, le=1)
-    metric: Literal["loss", "accuracy"] = key("loss", "fedlq: in what the drop is measured")
+    metric: Literal["loss", "accuracy", "squared_error", "fisher", "taylor", "hawq", "size", "random"] = key(
+        "loss", "fedlq: in what the drop is measured, or by what it is predicted"
+    )
     probe_every: int = key(10, "fedlq: rounds between measurements of the drop", unit="rounds", ge=1)
     probe_samples: int = key(512, "fedlq: held-out samples to measure on", unit="samples", ge=8)
     probe_decay: float = key(0.5, "fedlq: weight of the past in the running average of drops", ge=0, lt=1)

@@ -17,7 +17,7 @@ from fedlq_ray.models import FlatModel, build, training_flops
 from fedlq_ray.profiles import Profile, load_profiles
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
 from fedlq_ray.seeding import numpy_rng, torch_seed
-from fedlq_ray.significance import Measurement, measure
+from fedlq_ray.significance import Measurement, gather, measure
 from fedlq_ray.strategies import Probe, Setting
 from fedlq_ray.training import Evaluation, Plan, Reply, client_round, evaluate
 
@@ -154,8 +154,7 @@ class Workplace:
         return self._training_samples(numpy_rng(self.task.config.seed, "proxy").permutation(pool)[:samples])
 
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
-        setting = self.setting
         x, y = self.probe_data(probe.samples)
-        seed = self.task.config.seed
-        quantizers = [setting.quantizer_at(level) for level in probe.levels]
-        return measure(self.model, base, sent, setting.quantized, quantizers, x, y, seed=seed, round=round)
+        seed, layers = self.task.config.seed, self.setting.quantized
+        evidence = gather(self.model, base, sent, layers, probe.quantizers, x, y, seed=seed, round=round)
+        return measure(evidence, probe.metric)

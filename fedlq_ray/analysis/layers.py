@@ -22,12 +22,13 @@ class LayerAnalysis:
     names: tuple[str, ...]
     levels: tuple[int, ...]
     saving: NDArray[np.float64]
-    measurement: Measurement
+    loss: Measurement
+    accuracy: Measurement
 
     @property
     def significance(self) -> NDArray[np.float64]:
         """Loss rise per memory saved; below zero only by noise."""
-        return self.measurement.loss / self.saving
+        return self.loss.drop / self.saving
 
 
 def analyse(config: Config) -> LayerAnalysis:
@@ -47,9 +48,13 @@ def analyse(config: Config) -> LayerAnalysis:
         levels = tuple(level for level in config.strategy.levels if level < 32)
         sent = outcome.weights if config.strategy.payload == "model" else outcome.update
         base = outcome.weights - sent
-        measurement = place.probe(Probe(levels, config.strategy.probe_samples), base, sent, config.rounds)
+        quantizers = tuple(place.setting.quantizer_at(level) for level in levels)
+        loss, accuracy = (
+            place.probe(Probe(quantizers, config.strategy.probe_samples, metric), base, sent, config.rounds)
+            for metric in ("loss", "accuracy")
+        )
     finally:
         torch.set_num_threads(threads)
     quantized = place.setting.quantized
     saving = memory_saving([layer.size for layer in quantized], levels)
-    return LayerAnalysis(tuple(layer.name for layer in quantized), levels, saving, measurement)
+    return LayerAnalysis(tuple(layer.name for layer in quantized), levels, saving, loss, accuracy)

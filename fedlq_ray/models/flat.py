@@ -100,6 +100,15 @@ class FlatModel:
             raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {tuple(self.vector.shape)} is due")
         self.vector.copy_(vector)
 
+    def parameters_of(self, vector: Tensor) -> dict[str, Tensor]:
+        """Another flat vector (num_parameters,) as parameters by name, views that gradients pass through.
+
+        For `torch.func.functional_call`; buffers stay the module's own.
+        """
+        named = list(self.module.named_parameters())
+        pieces = vector.split([p.numel() for _, p in named])
+        return {name: _storage_view(piece, p.shape) for (name, p), piece in zip(named, pieces, strict=True)}
+
     def state_dict(self, vector: Tensor | None = None) -> dict[str, Tensor]:
         """An ordinary state_dict of contiguous copies, of `vector` (d,) where given."""
         if vector is not None:

@@ -5,18 +5,15 @@ reading of it. Significance is the accuracy drop per memory saved.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Quantizer
 from fedlq_ray.seeding import torch_rng
-from fedlq_ray.training import sample_losses
-
-Table = NDArray[np.float64]
+from fedlq_ray.significance.metrics import METRICS, Evidence, Table, squared_error
 
 
 def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
@@ -27,21 +24,18 @@ def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What quantizing one layer alone costs: tables (L, levels).
+    """What quantizing one layer alone costs, in one metric: tables (L, levels).
 
-    loss, accuracy: the drops (loss after minus before, accuracy before minus after) on the probe's samples.
-    loss_noise, accuracy_noise: their standard errors over samples.
+    drop, noise: the metric's, as in `Estimate`.
     distortion: squared error of the layer.
     """
 
-    loss: Table
-    loss_noise: Table
-    accuracy: Table
-    accuracy_noise: Table
+    drop: Table
+    noise: Table
     distortion: Table
 
 
-def measure(
+def gather(
     model: FlatModel,
     base: Tensor,
     sent: Tensor,
@@ -52,32 +46,23 @@ def measure(
     *,
     seed: int,
     round: int,
-) -> Measurement:
-    """Measure each layer at each level on samples held out from training.
-
-    Args:
-        base: flat vector (d,) that `sent` is added to: zeros for payload `model`, the old weights for `update`.
-        sent: flat vector (d,): the weights, or the last cohort's mean update.
-        quantizers: that of each level.
-        x, y: normalised inputs and labels; the more, the less noise.
-    """
-    reference = base + sent
-    losses, right = sample_losses(model, reference, x, y)
-    shape = (len(layers), len(quantizers))
-    tables = [np.zeros(shape) for _ in range(5)]
+) -> Evidence:
+    """Quantize every layer by every quantizer; the arguments are as in `Evidence`, x and y held out from training."""
+    decoded = sent.repeat(len(quantizers), 1)
+    sizes = np.zeros((len(layers), len(quantizers)), np.int64)
     for row, layer in enumerate(layers):
+        piece = slice(layer.start, layer.stop)
         for column, quantizer in enumerate(quantizers):
-            piece = sent[layer.start : layer.stop]
-            body = quantizer.encode(piece, torch_rng(seed, "probe", round, row, column))
-            quantized = quantizer.decode(memoryview(body), layer.size)
-            changed = reference.clone()
-            changed[layer.start : layer.stop] = base[layer.start : layer.stop] + quantized
-            its_losses, its_right = sample_losses(model, changed, x, y)
-            drops = (its_losses - losses, right.double() - its_right.double())
-            for table, drop in zip((0, 2), drops, strict=True):
-                tables[table][row, column] = float(drop.mean())
-                tables[table + 1][row, column] = float(drop.std()) / len(y) ** 0.5
-            tables[4][row, column] = float((quantized - piece).double().square().sum())
+            body = quantizer.encode(sent[piece], torch_rng(seed, "probe", round, row, column))
+            decoded[column, piece] = quantizer.decode(memoryview(body), layer.size)
+            sizes[row, column] = len(body)
+    return Evidence(model, base, sent, layers, decoded, sizes, x, y, seed, round)
+
+
+def measure(evidence: Evidence, metric: str) -> Measurement:
+    """The metric of this name; what is not finite becomes +-1e30, as of weights that a coarse level breaks."""
+    found = METRICS[metric](evidence)
+    tables = (found.drop, found.noise, squared_error(evidence).drop)
     return Measurement(*[np.nan_to_num(t, nan=1e30, posinf=1e30, neginf=-1e30) for t in tables])
 
 
@@ -90,22 +75,36 @@ class Drops:
     """
 
     decay: float
-    metric: str
     measured: Table | None = None
     variance: Table | None = None
-    distortion: Table | None = field(default=None)
+    distortion: Table | None = None
 
     def add(self, measurement: Measurement) -> None:
         """Fold one measurement in."""
-        drop: Table = getattr(measurement, self.metric)
-        noise: Table = getattr(measurement, f"{self.metric}_noise")
+        drop, variance, distortion = measurement.drop, measurement.noise**2, measurement.distortion
         if self.measured is None or self.variance is None or self.distortion is None:
-            self.measured, self.variance, self.distortion = drop, noise**2, measurement.distortion
+            self.measured, self.variance, self.distortion = drop, variance, distortion
             return
         keep, new = self.decay, 1 - self.decay
         self.measured = keep * self.measured + new * drop
-        self.variance = keep**2 * self.variance + new**2 * noise**2
-        self.distortion = keep * self.distortion + new * measurement.distortion
+        self.variance = keep**2 * self.variance + new**2 * variance
+        self.distortion = keep * self.distortion + new * distortion
+
+    def curvature(self, sizes: Sequence[int], floor: float = 1e-3) -> Table:
+        """s_l = sum_b A_l(b) / sum_b D_l(b), the drop per unit of squared error of each layer: (L,), above zero.
+
+        At least `floor` of the mean over parameters, so that noise makes no layer worthless; layers without any error
+        have the mean. All are 1 before any measurement, where none stands out, and in the metric `squared_error`.
+        """
+        if self.measured is None or self.distortion is None:
+            return np.ones(len(sizes))
+        drop, error = self.measured.sum(1), self.distortion.sum(1)
+        seen = error > 0
+        slope = np.maximum(drop, 0) / np.where(seen, error, 1)
+        if not (slope[seen] > 0).any():
+            return np.ones(len(sizes))
+        mean = float(np.average(slope[seen], weights=np.array(sizes, float)[seen]))
+        return np.maximum(np.where(seen, slope, mean), floor * mean)
 
     def estimate(self, sizes: Sequence[int], levels: Sequence[int]) -> Table:
         """A_l(b), (L, levels): never negative, never rising with b.

@@ -108,13 +108,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement that a strategy asks for: levels for each layer, made of the weights that enter a round.
+    """A measurement that a strategy asks for, of the weights that enter a round.
 
     It runs while that round trains; the strategy hears of it when the round is over.
+
+    Args:
+        quantizers: tried on each layer alone; those of the levels to choose from, for one.
+        samples: held-out samples to measure on, at most.
+        metric: a name in `significance.METRICS`.
     """
 
-    levels: tuple[int, ...]
+    quantizers: tuple[Quantizer, ...]
     samples: int
+    metric: str
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class FedLQ(Strategy):
             raise ConfigError("strategy.late: partial leaves layers out, which payload=model cannot; use update")
         self.sizes = np.array([[setting.size(layer, b) for b in config.levels] for layer in setting.quantized])
         self.counts = [layer.size for layer in setting.quantized]
-        self.drops = Drops(config.probe_decay, config.metric)
+        self.drops = Drops(config.probe_decay)
         self.square, self.spread = 0.0, 1.0  # of the last round's update, and News.spread
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
@@ -97,7 +97,8 @@ class FedLQ(Strategy):
         config = self.setting.config
         if round == 0 or (round - 1) % config.probe_every:
             return None
-        return Probe(config.levels, config.probe_samples)
+        quantizers = tuple(self.setting.quantizer_at(bits) for bits in config.levels)
+        return Probe(quantizers, config.probe_samples, config.metric)
 
     def learn(self, round: int, news: News) -> None:
         if news.measurement is not None:

@@ -1,0 +1,222 @@
+"""How much quantizing one layer alone matters: eight answers, one function each, all of one signature.
+
+`loss` and `accuracy` try it out; the others need no pass over the samples for each layer and level, or none at all.
+With w the weights, e the error of layer l at a level, zero elsewhere, and f the mean loss of the samples,
+f(w + e) - f(w) = g'e + e'He / 2 + ...: `taylor` is its first term, `fisher` and `hawq` are two models of its second.
+None of them is scaled by the layer: a layer whose gradients are small is to come out small.
+
+The sources are of pruning and of centralised quantization; the losses that each predicts in federated learning are
+compared in experiments/significance.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from fedlq_ray.models import FlatModel, Layer
+from fedlq_ray.seeding import numpy_rng, torch_rng
+from fedlq_ray.training import sample_losses
+
+Table = NDArray[np.float64]
+HESSIAN_CHUNK = 128  # samples whose graph is kept at a time, for the Hessian's products
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a metric may look at, for L layers and n quantizers.
+
+    Args:
+        base: flat vector (d,) that `sent` is added to: zeros for payload `model`, the old weights for `update`.
+        sent: flat vector (d,): the weights, or the last cohort's mean update.
+        layers: the L that may be quantized; none is a buffer.
+        decoded: what comes of `sent` by each quantizer, (n, d); buffers as they are.
+        sizes: bytes of each layer by each quantizer, (L, n).
+        x, y: normalised inputs (samples, ...) and labels (samples,).
+        seed, round: what randomness is keyed by.
+    """
+
+    model: FlatModel
+    base: Tensor
+    sent: Tensor
+    layers: Sequence[Layer]
+    decoded: Tensor
+    sizes: NDArray[np.int64]
+    x: Tensor
+    y: Tensor
+    seed: int
+    round: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.layers), len(self.decoded)
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights (d,) without any quantization."""
+        return self.base + self.sent
+
+    def with_layer(self, layer: Layer, column: int) -> Tensor:
+        """The weights (d,) with this layer alone quantized, by one of the quantizers."""
+        changed, piece = self.weights, slice(layer.start, layer.stop)
+        changed[piece] = self.base[piece] + self.decoded[column, piece]
+        return changed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's significance of each layer at each level, and its standard error over samples (zero where it has
+    none); both (L, n)."""
+
+    drop: Table
+    noise: Table
+
+
+def _mean(values: Tensor) -> Estimate:
+    """The mean over samples (first axis) of values (samples, L, n), and its standard error."""
+    values = values.double()
+    return Estimate(values.mean(0).numpy(), (values.std(0) / len(values) ** 0.5).numpy())
+
+
+def _exact(drop: Table) -> Estimate:
+    return Estimate(drop, np.zeros_like(drop))
+
+
+def _tried(evidence: Evidence, drop: Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]) -> Estimate:
+    """From each sample's loss and rightness after and before quantizing one layer."""
+    before = sample_losses(evidence.model, evidence.weights, evidence.x, evidence.y)
+    values = torch.empty(len(evidence.y), *evidence.shape, dtype=torch.float64)
+    for row, layer in enumerate(evidence.layers):
+        for column in range(evidence.shape[1]):
+            after = sample_losses(evidence.model, evidence.with_layer(layer, column), evidence.x, evidence.y)
+            values[:, row, column] = drop(after, before)
+    return _mean(values)
+
+
+def loss(evidence: Evidence) -> Estimate:
+    """The loss after minus the loss before, measured; the differences are paired by sample."""
+    return _tried(evidence, lambda after, before: after[0] - before[0])
+
+
+def accuracy(evidence: Evidence) -> Estimate:
+    """The accuracy before minus the accuracy after, measured; the differences are paired by sample."""
+    return _tried(evidence, lambda after, before: before[1].double() - after[1].double())
+
+
+def squared_error(evidence: Evidence) -> Estimate:
+    """|e|^2: every parameter matters alike. What L-GreCo and Kimad go by."""
+    errors = (evidence.decoded - evidence.sent).double()
+    rows = [errors[:, layer.start : layer.stop].square().sum(1) for layer in evidence.layers]
+    return _exact(torch.stack(rows).numpy())
+
+
+def _mean_loss(model: FlatModel, parameters: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The loss as a function of the flat parameters (num_parameters,), which differentiates twice."""
+    logits = functional_call(model.module, model.parameters_of(parameters), (x,))
+    return cross_entropy(logits.float(), y)
+
+
+def _at_weights(evidence: Evidence) -> Tensor:
+    """The parameters as a leaf of the graph (num_parameters,); the model gets its buffers, and evaluation mode."""
+    evidence.model.load(evidence.weights)
+    evidence.model.module.eval()
+    return evidence.weights[: evidence.model.num_parameters].requires_grad_()
+
+
+def _gradients(evidence: Evidence) -> Iterator[Tensor]:
+    """Each sample's gradient (num_parameters,). One at a time: on a CPU as fast as vmap, and it takes any model."""
+    parameters = _at_weights(evidence)
+    for i in range(len(evidence.y)):
+        value = _mean_loss(evidence.model, parameters, evidence.x[i : i + 1], evidence.y[i : i + 1])
+        yield torch.autograd.grad(value, parameters)[0]
+
+
+def _projected(evidence: Evidence, power: int) -> Tensor:
+    """sum_i g_i^power e_i^power of each sample, layer and level: (samples, L, n)."""
+    errors = (evidence.decoded - evidence.sent) ** power
+    pieces = [errors[:, layer.start : layer.stop] for layer in evidence.layers]
+    values = torch.empty(len(evidence.y), *evidence.shape)
+    for sample, gradient in enumerate(_gradients(evidence)):
+        powered = gradient**power
+        for row, layer in enumerate(evidence.layers):
+            values[sample, row] = pieces[row] @ powered[layer.start : layer.stop]
+    return values
+
+
+def fisher(evidence: Evidence) -> Estimate:
+    """sum_i F_i e_i^2 / 2 with the empirical Fisher's diagonal F, the mean of squared gradients of single samples.
+
+    Source: Theis et al., arXiv:1801.05787. Squared gradients of a batch's mean would be another, smaller thing.
+    """
+    return _mean(_projected(evidence, 2) / 2)
+
+
+def taylor(evidence: Evidence) -> Estimate:
+    """|g'e| with g the mean gradient. Source: Molchanov et al., ICLR 2017, arXiv:1611.06440, who prune activations."""
+    found = _mean(_projected(evidence, 1))
+    return Estimate(np.abs(found.drop), found.noise)
+
+
+def hessian_traces(evidence: Evidence, draws: int) -> Table:
+    """Hutchinson's estimates v'Hv of the trace of each layer's block of the Hessian, v Rademacher: (draws, L).
+
+    v is zero outside the layer, so that there are L products a draw. A vector that served all layers would have no
+    bias either, but the blocks off the diagonal would drown what is sought: a last layer's trace, which cannot be
+    negative, then came out so.
+    """
+    parameters = _at_weights(evidence)
+    rng = torch_rng(evidence.seed, "hutchinson", evidence.round)
+    vectors = torch.randint(0, 2, (draws, len(parameters)), generator=rng).float() * 2 - 1
+    pieces = [slice(layer.start, layer.stop) for layer in evidence.layers]
+    traces = np.zeros((draws, len(evidence.layers)))
+    chunks = zip(evidence.x.split(HESSIAN_CHUNK), evidence.y.split(HESSIAN_CHUNK), strict=True)
+    for x, y in chunks:
+        value = _mean_loss(evidence.model, parameters, x, y) * (len(y) / len(evidence.y))
+        (gradient,) = torch.autograd.grad(value, parameters, create_graph=True)
+        for draw, row in np.ndindex(traces.shape):
+            piece, vector = pieces[row], vectors[draw, pieces[row]]
+            (product,) = torch.autograd.grad(gradient[piece] @ vector, parameters, retain_graph=True)
+            traces[draw, row] += float(product[piece].double() @ vector.double())
+    return traces
+
+
+def hawq(evidence: Evidence, draws: int = 8) -> Estimate:
+    """tr(H_l) / d_l x |e|^2 / 2; the noise is the standard error over Hutchinson's draws, not over samples.
+
+    Source: Dong et al., HAWQ-V2, NeurIPS 2020, arXiv:1911.03852. Away from a minimum a trace may be below zero.
+    """
+    traces = hessian_traces(evidence, draws) / [2 * layer.size for layer in evidence.layers]
+    error = squared_error(evidence).drop
+    noise = traces.std(0, ddof=1) / draws**0.5
+    return Estimate(traces.mean(0)[:, None] * error, noise[:, None] * error)
+
+
+def size(evidence: Evidence) -> Estimate:
+    """d_l 4^-b with b the bits a parameter that were sent: at one level the larger layer matters more.
+
+    Each bit quarters the error of an even quantizer, so this is |e|^2 of layers that all have one range.
+    """
+    count = np.array([layer.size for layer in evidence.layers], float)[:, None]
+    return _exact(count * 4.0 ** (-8 * evidence.sizes / count))
+
+
+def random(evidence: Evidence) -> Estimate:
+    """Uniform on [0, 1), from the seed and the round: what a metric has to beat."""
+    return _exact(numpy_rng(evidence.seed, "random significance", evidence.round).random(evidence.shape))
+
+
+METRICS: dict[str, Callable[[Evidence], Estimate]] = {
+    "loss": loss,
+    "accuracy": accuracy,
+    "squared_error": squared_error,
+    "fisher": fisher,
+    "taylor": taylor,
+    "hawq": hawq,
+    "size": size,
+    "random": random,
+}

@@ -1,0 +1,199 @@
+"""Each metric against autograd's or a hand's own value of its formula, and what FedLQ makes of them."""
+
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, softmax
+
+from fedlq_ray import simulate
+from fedlq_ray.config import StrategyConfig, load
+from fedlq_ray.models import FlatModel
+from fedlq_ray.quantization import Float32, MinMax
+from fedlq_ray.significance import METRICS, Drops, Measurement, gather, measure
+from fedlq_ray.significance.metrics import fisher, hawq, hessian_traces, size, squared_error, taylor
+from fedlq_ray.strategies import Setting
+from fedlq_ray.strategies.fedlq import FedLQ
+
+QUANTIZERS = (MinMax(1), MinMax(3), Float32())
+CLASSES = 3
+
+
+class Deep(nn.Module):
+    """A convolution, batch-norm and dropout: what lies in another order, has buffers, and is random in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.drop(torch.relu(self.norm(self.conv(x))).flatten(1)))
+
+
+def evidence(payload="update", deep=False, samples=40, seed=3):
+    torch.manual_seed(0)
+    module = Deep() if deep else nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+    model = FlatModel(module)
+    x, y = torch.randn(samples, *((2, 4, 4) if deep else (5,))), torch.randint(0, CLASSES, (samples,))
+    weights = model.vector.clone()
+    if deep:
+        weights[model.num_parameters :] += torch.rand(8)  # means and variances that are not those of a new layer
+    sent = weights if payload == "model" else 0.1 * torch.randn(len(weights))
+    base = torch.zeros_like(weights) if payload == "model" else weights
+    layers = [layer for layer in model.layers if not layer.buffer]
+    return gather(model, base, sent, layers, QUANTIZERS, x, y, seed=seed, round=7)
+
+
+def mlp_loss(w, x, y):
+    """The loss of `evidence`'s shallow model, by hand: w (39,)."""
+    hidden = torch.tanh(x @ w[:20].view(4, 5).T + w[20:24])
+    return cross_entropy(hidden @ w[24:36].view(3, 4).T + w[36:39], y)
+
+
+def errors(given):
+    """By layer and level, (L, n) of vectors in double."""
+    difference = (given.decoded - given.sent).double()
+    return [[row[layer.start : layer.stop] for row in difference] for layer in given.layers]
+
+
+def by_layer(given, function):
+    """function(slice of the layer, its error): (L, n)."""
+    pieces = [slice(layer.start, layer.stop) for layer in given.layers]
+    return np.array([[float(function(p, e)) for e in row] for p, row in zip(pieces, errors(given), strict=True)])
+
+
+@pytest.mark.parametrize("payload", ["update", "model"])
+def test_fisher_and_taylor_are_those_of_autograd(payload):
+    given = evidence(payload)
+    w = given.weights.double()
+    one = torch.func.grad(mlp_loss)
+    gradients = torch.stack([one(w, x[None], y[None]) for x, y in zip(given.x.double(), given.y, strict=True)])
+    diagonal = gradients.square().mean(0)
+    assert np.allclose(fisher(given).drop, by_layer(given, lambda p, e: 0.5 * diagonal[p] @ e**2), rtol=1e-4, atol=0)
+    found = taylor(given)
+    first = by_layer(given, lambda p, e: (gradients[:, p] @ e).mean().abs())
+    noise = by_layer(given, lambda p, e: (gradients[:, p] @ e).std() / 40**0.5)
+    assert np.allclose(found.drop, first, rtol=1e-4, atol=1e-8) and np.allclose(found.noise, noise, rtol=1e-4)
+
+
+def test_fisher_of_a_linear_softmax_by_its_formula():
+    torch.manual_seed(1)
+    model, x, y = FlatModel(nn.Linear(4, CLASSES)), torch.randn(30, 4), torch.randint(0, CLASSES, (30,))
+    w = model.vector.clone()
+    given = gather(model, torch.zeros(15), w, model.layers, QUANTIZERS, x, y, seed=0, round=0)
+    # The gradient is (p - onehot) x' for the matrix, p - onehot for the bias.
+    residual = softmax(x @ w[:12].view(3, 4).T + w[12:], 1) - torch.eye(3)[y]
+    diagonal = torch.cat([(residual[:, :, None] * x[:, None]).square().mean(0).flatten(), residual.square().mean(0)])
+    due = 0.5 * (diagonal.double() * (given.decoded - w).double() ** 2).sum(1)
+    assert np.allclose(fisher(given).drop[0], due.numpy(), rtol=1e-4)
+
+
+def test_hawq_is_the_trace_of_the_hessians_block():
+    given = evidence("model")
+    hessian = torch.func.hessian(mlp_loss)(given.weights.double(), given.x.double(), given.y)
+    exact = np.array([hessian.diagonal()[layer.start : layer.stop].sum().item() for layer in given.layers])
+    traces = hessian_traces(given, 1000)
+    # Five standard errors; that blocks off the diagonal add no bias is part of this.
+    assert (np.abs(traces.mean(0) - exact) < 5 * traces.std(0) / 1000**0.5).all()
+    assert (traces.std(0) / 1000**0.5 < 0.05 * np.abs(exact)).all()
+    found = hawq(given, 1000)
+    due = by_layer(given, lambda p, e: hessian.diagonal()[p].mean() * (e @ e) / 2)
+    assert (np.abs(found.drop - due) <= 5 * found.noise).all() and (found.noise[:, :2] > 0).all()
+
+
+def test_second_order_metrics_foretell_small_losses_together_with_the_first():
+    given = evidence("model")
+    w, x, y = given.weights.double(), given.x.double(), given.y
+    small = replace(given, decoded=given.sent + 1e-2 * (given.decoded - given.sent))
+    gradient, hessian = torch.func.grad(mlp_loss)(w, x, y), torch.func.hessian(mlp_loss)(w, x, y)
+    due = by_layer(small, lambda p, e: gradient[p] @ e + e @ hessian[p, p] @ e / 2)
+    assert np.allclose(METRICS["loss"](small).drop, due, atol=2e-7)
+
+
+def test_a_convolution_in_evaluation_mode_has_the_gradient_of_ordinary_backward():
+    given = evidence(deep=True)
+    given.model.load(given.weights)
+    given.model.module.eval()
+    given.model.grad.zero_()
+    cross_entropy(given.model.module(given.x), given.y).backward()
+    gradient, statistics = given.model.grad.double(), given.model.vector[given.model.num_parameters :].clone()
+    due = by_layer(given, lambda p, e: (gradient[p] @ e).abs())
+    assert np.allclose(taylor(given).drop, due, rtol=1e-3, atol=1e-7)
+    assert torch.equal(given.model.vector[given.model.num_parameters :], statistics)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_is_finite_repeatable_and_nothing_where_nothing_is_lost(metric, deep):
+    given = evidence(deep=deep)
+    found, again = METRICS[metric](given), METRICS[metric](given)
+    assert found.drop.shape == found.noise.shape == given.shape and found.drop.dtype == np.float64
+    assert np.isfinite(found.drop).all() and np.isfinite(found.noise).all() and (found.noise >= 0).all()
+    assert (found.drop == again.drop).all() and (found.noise == again.noise).all()
+    if metric not in ("size", "random"):
+        assert (found.drop[:, 2] == 0).all() and (found.noise[:, 2] == 0).all() and found.drop[:, 0].any()
+    assert measure(given, metric).drop.shape == given.shape
+
+
+def test_random_is_seeded_and_size_follows_bytes():
+    one, other = METRICS["random"](evidence()), METRICS["random"](evidence(seed=4))
+    assert (one.drop != other.drop).all()
+    given = evidence()
+    assert (given.sizes == [[9 + 3, 9 + 9, 4 * 24], [9 + 2, 9 + 6, 4 * 15]]).all()
+    assert size(given).drop[0, 1] == pytest.approx(24 * 4 ** -(8 * 18 / 24))
+
+
+def test_what_is_not_finite_counts_as_the_worst():
+    given = evidence()
+    broken = replace(given, decoded=torch.full_like(given.decoded, float("nan")))
+    assert (measure(broken, "loss").drop == 1e30).all()
+
+
+def test_names_in_the_configuration_are_the_metrics():
+    assert get_args(StrategyConfig.model_fields["metric"].annotation) == tuple(METRICS)
+
+
+def test_curvature_by_hand():
+    drops, sizes = Drops(0.5), [10, 30, 60]
+    assert (drops.curvature(sizes) == 1).all()  # nothing is known
+    error = np.array([[4.0, 1.0], [2.0, 0.0], [8.0, 2.0]])
+    drops.add(Measurement(np.array([[8.0, 2.0], [0.5, 0.5], [-1.0, 0.0]]), np.zeros((3, 2)), error))
+    # 10/5, 1/2 and noise: the mean is (10 x 2 + 30 x .5) / 100 = .35, of which the third has a thousandth.
+    assert drops.curvature(sizes) == pytest.approx([2, 0.5, 0.35e-3])
+    drops.add(Measurement(np.array([[0.0, 0.0], [1.5, 1.5], [4.0, 2.0]]), np.zeros((3, 2)), error))
+    # Averages of the sums: 5/5, 2/2, 2.5/10.
+    assert drops.curvature(sizes) == pytest.approx([1, 1, 0.25])
+    drops = Drops(0.5)
+    drops.add(Measurement(-error, np.zeros((3, 2)), error))
+    assert (drops.curvature(sizes) == 1).all()  # nothing stands out
+    drops = Drops(0.5)
+    drops.add(Measurement(np.array([[6.0], [0.0]]), np.zeros((2, 1)), np.array([[2.0], [0.0]])))
+    assert (drops.curvature([1, 9]) == 3).all()  # a layer without error has the mean of the others
+
+
+def test_curvature_of_squared_error_is_one():
+    drops = Drops(0.3)
+    for seed in range(4):
+        given = evidence(seed=seed)
+        drops.add(measure(given, "squared_error"))
+        assert (measure(given, "squared_error").distortion == squared_error(given).drop).all()
+        assert (drops.curvature([layer.size for layer in given.layers]) == 1).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_fedlq_runs_with_it(metric, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
+    probing = ["strategy.probe_every=1", "strategy.probe_samples=64", f"strategy.metric={metric}"]
+    result = simulate(load(None, [*quick, *probing, "train.local_epochs=1"]))
+    assert len(result.history) == 3 and all(s >= 0 for s in result.history["significance"].iloc[-1].values())
+
+
+def test_fedlq_probes_with_the_quantizers_of_its_levels():
+    layers = evidence().model.layers
+    probe = FedLQ(Setting(StrategyConfig(levels=(2, 32), metric="fisher"), layers, seed=0)).probe(1)
+    assert probe.quantizers == (MinMax(2), Float32()) and probe.metric == "fisher"
