@@ -128,8 +128,13 @@ class StrategyConfig(Section):
     allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
     significance: Literal["ratio", "sum"] = key("ratio", "fedlq: accuracy drop per memory saved, or a weighted sum")
     significance_alpha: float = key(0.5, "fedlq, significance=sum: weight of the accuracy drop", ge=0, le=1)
-    metric: Literal["loss", "accuracy", "squared_error", "fisher", "taylor", "hawq", "size", "random"] = key(
-        "loss", "fedlq: in what the drop is measured, or by what it is predicted"
+    metric: Literal["loss", "accuracy", "squared_error", "fisher", "taylor", "hawq", "size", "random"] | None = key(
+        None,
+        "in what a layer's drop is measured, or by what it is predicted; null: loss for fedlq, squared_error, which "
+        "needs no probe, for fedlq_rd",
+    )
+    probe_on: Literal["proxy", "clients"] = key(
+        "proxy", "whose held-out samples: all clients', drawn once, or those of the round's cohort (time not billed)"
     )
     probe_every: int = key(10, "fedlq: rounds between measurements of the drop", unit="rounds", ge=1)
     probe_samples: int = key(512, "fedlq: held-out samples to measure on", unit="samples", ge=8)
@@ -278,7 +283,8 @@ def describe(path: str, field: Any) -> str:
     metadata = [*field.metadata, *(m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
     metadata = [m for item in metadata for m in getattr(item, "metadata", [item])]
     bounds = [f"{s} {getattr(m, n):g}" for n, s in signs.items() for m in metadata if getattr(m, n, None) is not None]
-    choices = [str(value) for value in get_args(field.annotation) if isinstance(value, str)]
+    kinds = [field.annotation, *get_args(field.annotation)]  # a choice, or a choice or null
+    choices = [value for kind in kinds for value in get_args(kind) if isinstance(value, str)]
     return "; ".join(
         [*parts]
         + ([f"unit: {unit}"] if unit else [])

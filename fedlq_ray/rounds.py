@@ -7,7 +7,7 @@ which replies come.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -131,6 +131,8 @@ def run(
             answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
             jobs = [Job(round, m.client, plans[m.client], _samples(task, m)) for m in answering]
             wanted = strategy.probe(round)
+            if wanted and config.strategy.probe_on == "clients":
+                wanted = replace(wanted, clients=tuple(m.client for m in members))
             sent = outcome.weights if config.strategy.payload == "model" else outcome.update
             probing = host.probe(wanted, outcome.weights - sent, sent, round) if wanted else None
 

@@ -146,15 +146,21 @@ class Workplace:
     def _training_samples(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         return self.normalise(self.task.data.x_train[chosen]), torch.from_numpy(self.task.data.y_train[chosen])
 
-    def probe_data(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Samples held out from clients' shards, drawn once: the server's proxy."""
-        pool = np.concatenate(self.task.held)
+    def probe_data(self, samples: int, clients: tuple[int, ...] | None = None, round: int = 0) -> tuple[Tensor, Tensor]:
+        """Samples held out from shards: of these clients, drawn by round, or of all, drawn once: the server's proxy.
+
+        A mean over the first is the mean over clients of what each finds on its own, by samples.
+        """
+        task = self.task
+        chosen = range(len(task.held)) if clients is None else clients
+        pool = np.concatenate([task.held[client] for client in chosen])
         if not len(pool):  # nothing held out: the probe then sees training data
-            pool = np.concatenate(self.task.shards)
-        return self._training_samples(numpy_rng(self.task.config.seed, "proxy").permutation(pool)[:samples])
+            pool = np.concatenate([task.shards[client] for client in chosen])
+        rng = numpy_rng(task.config.seed, "proxy", *(() if clients is None else (round,)))
+        return self._training_samples(rng.permutation(pool)[:samples])
 
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
-        x, y = self.probe_data(probe.samples)
+        x, y = self.probe_data(probe.samples, probe.clients, round)
         seed, layers = self.task.config.seed, self.setting.quantized
         evidence = gather(self.model, base, sent, layers, probe.quantizers, x, y, seed=seed, round=round)
         return measure(evidence, probe.metric)

@@ -151,6 +151,18 @@ def test_error_feedback_sends_later_what_was_lost():
     assert fed.summary["final_accuracy"] > 0.7
 
 
+@pytest.mark.parametrize("name", ["fedlq", "fedlq_rd"])
+def test_probes_on_clients_samples_and_by_metric_weigh_layers(name):
+    settings = [f"strategy.name={name}", "rounds=5", "strategy.probe_every=2", "strategy.metric=fisher"]
+    proxy, clients = run(*settings), run(*settings, "strategy.probe_on=clients")
+    first, second = (r.history["significance"].iloc[-1] for r in (proxy, clients))
+    assert set(first) == {"fc1", "fc2"} and all(value > 0 for value in first.values()) and first != second
+    if name == "fedlq_rd":
+        plain = run("strategy.name=fedlq_rd", "rounds=5")
+        assert "significance" not in plain.history
+        assert plain.summary["weights_sha256"] != proxy.summary["weights_sha256"]
+
+
 def test_a_finished_folder_is_not_written_over():
     run("out=here")
     with pytest.raises(ConfigError, match="finished run"):

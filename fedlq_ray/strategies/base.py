@@ -116,11 +116,13 @@ class Probe:
         quantizers: tried on each layer alone; those of the levels to choose from, for one.
         samples: held-out samples to measure on, at most.
         metric: a name in `significance.METRICS`.
+        clients: whose samples; None: all clients'. The rounds see to it (`strategy.probe_on`).
     """
 
     quantizers: tuple[Quantizer, ...]
     samples: int
     metric: str
+    clients: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

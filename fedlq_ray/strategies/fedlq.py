@@ -98,7 +98,7 @@ class FedLQ(Strategy):
         if round == 0 or (round - 1) % config.probe_every:
             return None
         quantizers = tuple(self.setting.quantizer_at(bits) for bits in config.levels)
-        return Probe(quantizers, config.probe_samples, config.metric)
+        return Probe(quantizers, config.probe_samples, config.metric or "loss")
 
     def learn(self, round: int, news: News) -> None:
         if news.measurement is not None:

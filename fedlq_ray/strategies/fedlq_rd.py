@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.quantization import Ecsq
+from fedlq_ray.significance import Drops
+from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_rate, one_step, taking_part
 from fedlq_ray.training import Plan
 
@@ -20,6 +22,7 @@ from fedlq_ray.training import Plan
 RATES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
 ERRORS = (1.0, 0.427, 0.271, 0.153, 0.0608, 0.0124, 0.0028, 0.00065)
 SCRAP = 0.02  # bits a parameter: a smaller payload says nothing
+PROBED = (3.0, 8.0)  # steps to measure significance with, in root mean squares of the update: about 1 and 0.3 bits
 
 
 class FedLQRD(Strategy):
@@ -29,14 +32,17 @@ class FedLQRD(Strategy):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.spread = 1.0  # News.spread of the last round
+        self.spread, self.rms = 1.0, 0.0  # News.spread, and root mean square of the update, of the last round
+        self.drops = Drops(setting.config.probe_decay)
+        self.counts = [layer.size for layer in setting.quantized]
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
         setting, config = self.setting, self.setting.config
         least = bytes_at_rate(setting, config.floor_bits or SCRAP)
         limits = taking_part(config, cohort, self.budgets(cohort), least, bytes_at_rate(setting, SCRAP))
+        weights = np.sqrt(self.drops.curvature(self.counts)).tolist()
         return {
-            client: Plan(config.payload, one_step(setting, limit), setting.error_feedback)
+            client: Plan(config.payload, one_step(setting, limit, weights), setting.error_feedback)
             for client, limit in limits.items()
         }
 
@@ -53,7 +59,24 @@ class FedLQRD(Strategy):
         q = float(np.exp(np.interp(bits, RATES, np.log(ERRORS))))
         return self.spread * (q / (1 - q) ** 2 if self.setting.error_feedback else q)
 
+    def probe(self, round: int) -> Probe | None:
+        config = self.setting.config
+        # Squared error weighs all layers alike, which needs no measuring.
+        if config.metric in (None, "squared_error") or not self.rms or (round - 1) % config.probe_every:
+            return None
+        return Probe(tuple(Ecsq(step * self.rms) for step in PROBED), config.probe_samples, config.metric)
+
+    def report(self) -> dict[str, Any]:
+        """Significance of each layer: the drop per unit of squared error, where it is measured."""
+        if self.drops.measured is None:
+            return {}
+        names = [layer.name for layer in self.setting.quantized]
+        return {"significance": dict(zip(names, self.drops.curvature(self.counts).tolist(), strict=True))}
+
     def learn(self, round: int, news: News) -> None:
+        if news.measurement is not None:
+            self.drops.add(news.measurement)
+        self.rms = float(news.update.double().square().mean().sqrt())
         self.spread = news.spread if news.spread is not None else self.spread
 
 
