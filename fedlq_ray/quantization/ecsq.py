@@ -130,7 +130,8 @@ class Ecsq:
 
     Args:
         step: distance of two codes, above 0.
-        trade: squared steps that a bit is worth; at high rates the optimum is ln(2) / 6 = 0.1155.
+        trade: squared steps that a bit is worth; at high rates the optimum is ln(2) / 6 = 0.1155. At the same bytes,
+            0.08 to 0.16 differ by less than 1 % of error at any rate.
         designed: what `design` gave for the layer to be encoded, where that is known.
     """
 
@@ -144,11 +145,11 @@ class Ecsq:
             raise ValueError(f"step must be above 0 and trade not below, got {self.step!r} and {self.trade!r}")
 
     def design(self, layer: Magnitudes) -> Design:
-        """The codes' edges and values, and their model: two rounds from plain rounding on."""
+        """The codes' edges and values, and their model: plain rounding, and one improvement (more gain nothing)."""
         step = max(self.step, layer.peak / TOP, 1e-37)
         edges: Floats = np.arange(min(round(layer.peak / step), TOP), dtype=np.float64) + 0.5
         step, count = as_float32(step), len(layer.values)
-        for last in (False, False, True):
+        for last in (False, True):
             ends = _float32(edges * step)
             bounds = np.concatenate([[0], np.searchsorted(layer.values, ends, side="right"), [count]])
             top = int(np.searchsorted(bounds, count)) - 1

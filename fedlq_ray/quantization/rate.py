@@ -13,7 +13,7 @@ from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Segment
 
 _CLOSE = 0.993  # of the budget: nearer is not worth another pass
 _PASSES = 12
-_POINTS = 96
+_POINTS = 96  # of the curve
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ class OneStep:
     budget: float
 
     def __call__(self, vector: Tensor) -> tuple[Segment, ...]:
-        """The segments, designed: a curve of roughly how many bytes each step takes, scaled to what they were at the
-        last one, says which to try next."""
+        """The segments, designed.
+
+        A curve of about how many bytes each step takes, scaled to what they were at the last step tried, says which to
+        try next: mostly two do. What is returned is the best that was seen to fit.
+        """
         weighted = list(zip(self.pieces, self.weights, strict=True))
         layers = [Magnitudes.of(vector[start:stop]) if weight else None for (start, stop), weight in weighted]
         scaled = [(layer, w) for layer, w in zip(layers, self.weights, strict=True) if layer and layer.peak]
@@ -84,11 +87,11 @@ def _rough(layer: Magnitudes, steps: Floats) -> Floats:
     distribution of how many steps they hold. Not falling as steps do."""
     steps = np.maximum(steps, layer.peak / TOP)
     count = len(layer.values)
-    zone = np.full(len(steps), 0.6)
+    zone = np.full(len(steps), 0.5)  # what is below so many steps goes to zero: the more, the more of it there is
     for _ in range(2):
         zeros = np.searchsorted(layer.values, np.minimum(zone * steps, layer.peak).astype(np.float32), side="right")
         nonzero = count - zeros
-        zone = 0.6 + 0.065 * np.log2((zeros + 1) / (nonzero + 1)).clip(0)
+        zone = 0.55 + 0.065 * np.log2((zeros + 1) / (nonzero + 1)).clip(0)
     mean = np.maximum((layer.sums[-1] - layer.sums[zeros]) / steps / np.maximum(nonzero, 1), 1.0)
     bits = count * _entropy(nonzero / count) + nonzero * (1 + mean * _entropy(1 / mean))
     return np.maximum.accumulate(bits / 8)
