@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlq_ray.clock import client_time
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.strategies import Member
@@ -46,21 +49,33 @@ def member(task: Task, client: int, downlink_bytes: int) -> Member:
     return Member(client, samples, time.total_s + latency, rate)
 
 
-def with_more_work(task: Task, members: Sequence[Member], payload_bytes: float) -> list[Member]:
-    """Members that would wait for the slowest train on, up to `train.adaptive_work` times what they must.
+def with_own_work(task: Task, members: Sequence[Member], payload_bytes: float) -> list[Member]:
+    """Members that train for as long as the others, not as much: the slow less, the fast more.
+
+    Each does 1 / `train.adaptive_work` to `train.adaptive_work` times the base, in whole steps, and the round ends as
+    soon as the mean over the cohort (by samples) is the base: the same work in less time.
 
     Args:
-        payload_bytes: what a member sends at least. When the slowest has sent as much, the round may end.
+        payload_bytes: what a member sends at least; the rest of its time is for training.
     """
     limit, batch = task.config.train.adaptive_work, task.config.train.batch_size
-    deadline = max(m.fixed_s + payload_bytes / m.uplink_bytes_per_s for m in members)
+    bases = np.array([base_work(task, m.samples) for m in members], float)
+    sample_s = np.array([task.flops / (task.profiles[m.client].compute_gflops * 1e9) for m in members])
+    other_s = np.array([m.fixed_s + payload_bytes / m.uplink_bytes_per_s for m in members]) - bases * sample_s
 
-    def longer(m: Member) -> Member:
-        base = base_work(task, m.samples)
-        sample_s = task.flops / (task.profiles[m.client].compute_gflops * 1e9)
-        spare_s = deadline - m.fixed_s - payload_bytes / m.uplink_bytes_per_s
-        # Whole steps; the slowest has nothing to spare, which may come out below zero by a rounding.
-        more = batch * max(0, math.floor(min((limit - 1) * base, spare_s / sample_s) / batch))
-        return replace(m, work=(base + more) / base, fixed_s=m.fixed_s + more * sample_s)
+    def work(deadline: float) -> NDArray[np.float64]:
+        return np.clip((deadline - other_s) / (bases * sample_s), 1 / limit, limit)
 
-    return [longer(m) for m in members]
+    # The mean rises with the deadline: halve between one that all can make and one that nobody can.
+    low, high = float(other_s.min()), float((other_s + bases * sample_s).max())
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if np.average(work(middle), weights=bases) >= 1 else (middle, high)
+
+    def at(m: Member, base: float, second: float, wanted: float) -> Member:
+        steps = math.floor(base * wanted / batch + 1e-6)
+        samples = base if abs(wanted - 1) < 1e-6 else max(min(base, batch), batch * steps)
+        return replace(m, work=samples / base, fixed_s=m.fixed_s + (samples - base) * second)
+
+    each = zip(members, bases.tolist(), sample_s.tolist(), work(high).tolist(), strict=True)
+    return [at(*one) for one in each]

@@ -82,8 +82,9 @@ class QsgdElias:
         start, stop = self.HEADER.size, self.HEADER.size + 4 * -(-count // width)
         if len(body) < stop:
             raise PayloadError(f"{len(body)} bytes where scalars and norms alone take {stop}")
-        norms = np.frombuffer(body[start:stop], "<f4").astype(np.float64)
-        require_finite(torch.from_numpy(norms))
+        norms = np.frombuffer(body[start:stop], "<f4")
+        require_finite(torch.from_numpy(norms.copy()))
+        norms = norms.astype(np.float64)
         if np.signbit(norms).any():
             raise PayloadError("a norm that is negative")
         where, levels, minus = _read(np.unpackbits(np.frombuffer(body[stop:], np.uint8)), way, count, s)
