@@ -82,16 +82,19 @@ def show_config(arguments: tuple[str, ...], schema: bool) -> None:
 @click.argument("file", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--out", default=None, help="Folder of the runs; finished ones in it are not run again.")
-def sweep(file: str, overrides: tuple[str, ...], out: str | None) -> None:
+@click.option("--only", default="", help="Runs to do now, by name, with commas between; the table has no others.")
+def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> None:
     """Run several experiments and compare them.
 
     FILE has `base` settings, `runs` (a name and a list of key=value each), `seeds`, and perhaps `tune`: values to try
     for a setting, such as `train.lr: [0.03, 0.1]`, of which each run gets those that do best for it on held-out
-    training samples. `populations` (a name and a list of key=value each) repeats every run under other settings, as
-    RUN@POPULATION; a scheme that ignores time trains once for all that move only the clock. `targets` are accuracies
-    to tell the time to. A run that fails is told, and the others go on.
+    training samples; `tuning` has settings of those trials alone, such as `rounds=60`. `populations` (a name and a list
+    of key=value each) repeats every run under other settings, as RUN@POPULATION; a scheme that ignores time trains once
+    for all that move only the clock. `targets` are accuracies to tell the time to. A run that fails is told, and the
+    others go on.
     """
-    _sweep(Path(file), overrides, Path(out or f"runs/{Path(file).stem}"))
+    names = tuple(name.strip() for name in only.split(",") if name.strip())
+    _sweep(Path(file), overrides, Path(out or f"runs/{Path(file).stem}"), names)
 
 
 @cli.command()
@@ -106,13 +109,13 @@ def demo(overrides: tuple[str, ...], out: str | None) -> None:
     _sweep(Path(str(files("fedlq_ray") / "demo.yaml")), overrides, folder)
 
 
-def _sweep(file: Path, overrides: tuple[str, ...], out: Path) -> None:
+def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, ...] = ()) -> None:
     from fedlq_ray import sweep as sweeps
     from fedlq_ray.analysis import compare
     from fedlq_ray.progress import watch
     from fedlq_ray.simulation import simulate
 
-    comparison = sweeps.load(file, overrides)
+    comparison = sweeps.load(file, overrides, only)
     console = Console(stderr=True)
 
     def start(config: Config, parent: str) -> None:

@@ -1,7 +1,8 @@
 """Several runs of one comparison, one after another: `base` settings, `runs` of overrides, `seeds`, and `tune`.
 
 `tune` names settings and the values to try. Every run gets the values that do best for it on held-out training
-samples, on a seed of its own: the same effort for each scheme, and the test set chooses nothing.
+samples, on a seed of its own: the same effort for each scheme, and the test set chooses nothing. `tuning` has settings
+of those trials alone, such as `rounds=60`.
 
 `populations` names settings, such as those of the clients' links, that every run is repeated under: eden-1 becomes
 eden-1@mixed and eden-1@thin. Where they move only the clock of a scheme that ignores time, it trains once. `targets`
@@ -23,7 +24,7 @@ from fedlq_ray.config import Config, digest, parse
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.tracking import now_ms
 
-KEYS = ("base", "tune", "runs", "populations", "seeds", "targets")
+KEYS = ("base", "tune", "tuning", "runs", "populations", "seeds", "targets")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,11 @@ class Outcome:
 Start = Callable[[Config, str], Any]
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
     """Read and check a sweep: all its configurations, before any of them runs.
 
+    Args:
+        only: the runs to keep, by name; none: all.
     Raises:
         ConfigError: the file or one of its configurations is wrong.
     """
@@ -83,6 +86,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     tune = tree.get("tune") or {}
     if not isinstance(tune, dict) or not all(isinstance(values, list) and values for values in tune.values()):
         raise ConfigError(f"{path}: tune is a list of values for each setting, such as train.lr: [0.03, 0.1]")
+    tuning_alone = [str(setting) for setting in tree.get("tuning") or []]
     populations, targets = tree.get("populations") or {}, tree.get("targets") or []
     if not isinstance(populations, dict) or not all(isinstance(s, list | None) for s in populations.values()):
         raise ConfigError(f"{path}: populations are a name and a list of key=value each")
@@ -96,11 +100,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
         own_name = f"{name}-{label}".replace("@", "-")
         return _with(base, [f"name={own_name}", *settings, *overrides], f"{path}, run {label}")
 
+    missing = sorted(set(only) - {str(label) for label in tree["runs"]})
+    if missing:
+        raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, tree['runs']))}")
+    chosen = {label: own for label, own in tree["runs"].items() if not only or str(label) in only}
     runs, tuning = {}, {}
-    for label, own in _multiplied(tree["runs"], populations).items():
+    for label, own in _multiplied(chosen, populations).items():
         runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
         tries = [[f"{key}={value}" for value in values] for key, values in tune.items()]
-        apart = [f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
+        apart = [*tuning_alone, f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
         tuning[label] = (
             {" ".join(tried): config(label, *own, *tried, *apart) for tried in itertools.product(*tries)}
             if tune

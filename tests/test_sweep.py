@@ -29,7 +29,7 @@ def sweep(tmp_path, text, told):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: {}", "a sweep has base, tune, runs, populations, seeds, targets"),
+        ("run: {}", "a sweep has base, tune, tuning, runs, populations, seeds, targets"),
         ("runs: {a: [train.lrr=1]}", r"run a:\n.*train.lrr: unknown key"),
         ("runs: {a: []}\ntune: {train.lr: 0.1}", "tune is a list of values"),
         ("runs: {a: []}\ntune: {train.lr: [-1]}", "train.lr: .*greater than 0"),
@@ -53,6 +53,16 @@ def test_tuning_takes_what_does_best_on_held_out_samples_of_another_seed(tmp_pat
     tried = load_config(tmp_path / "out/tune/a/train.lr=0.0001")
     assert "evaluate_on: holdout" in tried and "seed: 2" in tried
     assert "evaluate_on: test" in load_config(tmp_path / "out/a-0")
+
+
+def test_trials_have_settings_of_their_own_and_some_runs_can_be_done_alone(tmp_path):
+    text = "runs: {a: [], b: []}\ntune: {train.lr: [0.1, 0.2]}\ntuning: [rounds=2]"
+    (tmp_path / "s.yaml").write_text(BASE + text)
+    found = load(tmp_path / "s.yaml", only=["b"])
+    assert list(found.runs) == ["b"] and found.runs["b"][0].rounds == 3
+    assert [trial.rounds for trial in found.tuning["b"].values()] == [2, 2]
+    with pytest.raises(ConfigError, match=r"has no run c; it has a, b"):
+        load(tmp_path / "s.yaml", only=["b", "c"])
 
 
 def load_config(folder):
