@@ -49,28 +49,29 @@ def member(task: Task, client: int, downlink_bytes: int) -> Member:
     return Member(client, samples, time.total_s + latency, rate)
 
 
-def with_own_work(task: Task, members: Sequence[Member], payload_bytes: float) -> list[Member]:
+def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence[float]) -> list[Member]:
     """Members that train for as long as the others, not as much: the slow less, the fast more.
 
-    Each does 1 / `train.adaptive_work` to `train.adaptive_work` times the base, in whole steps, and the round ends as
-    soon as the mean over the cohort (by samples) is the base: the same work in less time.
+    Each does 1/w to w times the base in whole steps, w = `train.adaptive_work`, and the round ends as soon as the mean
+    over the cohort (by samples) is sqrt(w).
 
     Args:
-        payload_bytes: what a member sends at least; the rest of its time is for training.
+        payload_bytes: what each is to send; the rest of its time is for training.
     """
     limit, batch = task.config.train.adaptive_work, task.config.train.batch_size
     bases = np.array([base_work(task, m.samples) for m in members], float)
     sample_s = np.array([task.flops / (task.profiles[m.client].compute_gflops * 1e9) for m in members])
-    other_s = np.array([m.fixed_s + payload_bytes / m.uplink_bytes_per_s for m in members]) - bases * sample_s
+    upload_s = np.array([sent / m.uplink_bytes_per_s for m, sent in zip(members, payload_bytes, strict=True)])
+    other_s = np.array([m.fixed_s for m in members]) + upload_s - bases * sample_s
 
     def work(deadline: float) -> NDArray[np.float64]:
         return np.clip((deadline - other_s) / (bases * sample_s), 1 / limit, limit)
 
     # The mean rises with the deadline: halve between one that all can make and one that nobody can.
-    low, high = float(other_s.min()), float((other_s + bases * sample_s).max())
+    low, high = float(other_s.min()), float((other_s + limit * bases * sample_s).max())
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if np.average(work(middle), weights=bases) >= 1 else (middle, high)
+        low, high = (low, middle) if np.average(work(middle), weights=bases) >= limit**0.5 else (middle, high)
 
     def at(m: Member, base: float, second: float, wanted: float) -> Member:
         steps = math.floor(base * wanted / batch + 1e-6)

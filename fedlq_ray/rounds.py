@@ -125,8 +125,8 @@ def run(
                     yield record
             members = [cohorts.member(task, c, downlink.bytes_for(c)) for c in cohorts.draw(task, round)]
             if config.train.adaptive_work > 1:
-                least = strategy.least_bytes(members) or payload_bytes
-                members = cohorts.with_own_work(task, members, least) if least else members
+                expected = strategy.expected_bytes(members) or (payload_bytes and [payload_bytes] * len(members))
+                members = cohorts.with_own_work(task, members, expected) if expected else members
             plans = strategy.plan(round, members, last_evaluation)
             answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
             jobs = [Job(round, m.client, plans[m.client], _samples(task, m)) for m in answering]

@@ -30,7 +30,7 @@ def records(*overrides):
 def test_members_train_for_as_long_as_each_other_and_as_much_in_the_mean(limit):
     task = prepare(load(None, [*QUICK, f"train.adaptive_work={limit}", "clients.profiles=thin", "train.batch_size=1"]))
     members = [cohorts.member(task, client, 0) for client in cohorts.draw(task, 0)]
-    own = cohorts.with_own_work(task, members, 500.0)
+    own = cohorts.with_own_work(task, members, [500.0] * 4)
     bases = [cohorts.base_work(task, m.samples) for m in members]
     assert bases == [2 * samples_of(len(task.shards[m.client]), TrainConfig()) for m in members]
     ends = []
@@ -42,34 +42,34 @@ def test_members_train_for_as_long_as_each_other_and_as_much_in_the_mean(limit):
         assert after.fixed_s == pytest.approx(before.fixed_s + (after.work - 1) * base * sample_s)
         ends.append(after.fixed_s + 500 / after.uplink_bytes_per_s)
     total = sum(m.work * base for m, base in zip(own, bases, strict=True))
-    assert sum(bases) - len(own) <= total <= sum(bases) + 1e-6  # each rounds down to a whole step of a sample
-    sync = max(m.fixed_s + 500 / m.uplink_bytes_per_s for m in members)
+    goal = limit**0.5 * sum(bases)
+    assert goal - len(own) <= total <= goal * (1 + 1e-9)  # each rounds down to a whole step of a sample
     free = [end for end, m in zip(ends, own, strict=True) if 1.01 / limit < m.work < 0.99 * limit]
-    assert max(ends) <= sync + 1e-9 and (len(free) < 2 or max(free) - min(free) < 0.1 * max(free))
+    assert len(free) < 2 or max(free) - min(free) < 0.1 * max(free)
 
 
 def test_steps_are_whole_and_nobody_does_nothing():
     task = prepare(load(None, [*QUICK, "train.adaptive_work=100", "clients.profiles=thin"]))
     members = [cohorts.member(task, client, 0) for client in range(8)]
-    for m in cohorts.with_own_work(task, members, 2000.0):
+    for m in cohorts.with_own_work(task, members, [2000.0] * 8):
         samples = m.work * cohorts.base_work(task, m.samples)
         assert samples > min(16, m.samples) - 1e-6 and (abs(samples - 16 * round(samples / 16)) < 1e-6 or m.work == 1)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "eden", "fedlq", "fedlq_rd", "kimad"])
-def test_own_work_takes_less_time(name):
-    own, result = records(f"strategy.name={name}", "train.adaptive_work=3")
-    base, plain = records(f"strategy.name={name}")
+def test_own_work_is_more_work_a_second(name):
+    own, result = records(f"strategy.name={name}", "train.adaptive_work=2", "train.batch_size=4")
+    base, plain = records(f"strategy.name={name}", "train.batch_size=4")
     # The first round knows no payload's size yet, except where the strategy says it.
     for mine, theirs in zip(own[1:], base[1:], strict=True):
-        assert 0.8 * sum(theirs["client_samples"]) < sum(mine["client_samples"]) <= sum(theirs["client_samples"])
-    assert result.summary["sim_time_s"] < plain.summary["sim_time_s"]
+        assert 1.3 < sum(mine["client_samples"]) / sum(theirs["client_samples"]) < 1.42
+    assert result.summary["sim_time_s"] < 1.4 * plain.summary["sim_time_s"]
 
 
-def test_alone_a_client_does_the_base():
-    base, _ = records("clients.profiles=equal", "clients.cohort=1")
-    more, _ = records("clients.profiles=equal", "clients.cohort=1", "train.adaptive_work=3")
-    assert base == more
+def test_alone_a_client_does_the_mean():
+    base, _ = records("clients.cohort=1", "train.batch_size=1")
+    more, _ = records("clients.cohort=1", "train.batch_size=1", "train.adaptive_work=4")
+    assert [r["client_samples"][0] for r in more[1:]] == [2 * r["client_samples"][0] for r in base[1:]]
 
 
 def member(client, fixed_s, rate=100.0):

@@ -159,8 +159,9 @@ class Strategy:
         """Each member's plan for a round, by client; who is left out sits the round out, and nobody waits for it."""
         raise TypeError(f"{type(self).__name__} has no plan")
 
-    def least_bytes(self, cohort: Sequence[Member]) -> float | None:
-        """Bytes of a payload that every member of this cohort sends at least; None: as many as in the round before."""
+    def expected_bytes(self, cohort: Sequence[Member]) -> Sequence[float] | None:
+        """Bytes that each member is to leave time for when it trains for as long as it can (`train.adaptive_work`);
+        None: as many as a payload had in the round before."""
         return None
 
     def weights(self, cohort: Sequence[Member]) -> Sequence[float]:

@@ -53,6 +53,21 @@ def budgets(
     return at_floor(min((b for b in FLOORS if b <= config.cap_bits and math.isfinite(noise(b))), key=cost))[1]
 
 
+def sent_in_equal_time(config: StrategyConfig, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:
+    """Of these budgets, what each member sends if it sends for as long as the slowest link takes for the floor.
+
+    Time that a member has beyond that may go into training (`train.adaptive_work`).
+    """
+    if config.budget != "cohort":
+        return list(limits)
+    least = min(limits)
+    seconds = max(least / m.uplink_bytes_per_s for m in cohort)
+    return [
+        limit if math.isinf(m.uplink_bytes_per_s) else min(limit, max(least, seconds * m.uplink_bytes_per_s))
+        for m, limit in zip(cohort, limits, strict=True)
+    ]
+
+
 def minmax_noise(bits: float) -> float:
     """Squared error of stochastic min-max on a Gaussian layer, as a share of the layer's square; no level below 1."""
     return 20 / (2**bits - 1) ** 2 if bits >= 1 else math.inf

@@ -17,7 +17,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER
 from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_saving
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
-from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, taking_part
+from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, sent_in_equal_time, taking_part
 from fedlq_ray.training import Plan
 
 
@@ -45,8 +45,8 @@ class FedLQ(Strategy):
         """B_n, bytes of a payload: (tau - fixed_n) R_n, at most those of the cap."""
         return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), self.noise)
 
-    def least_bytes(self, cohort: Sequence[Member]) -> float:
-        return min(self.budgets(cohort))
+    def expected_bytes(self, cohort: Sequence[Member]) -> list[float]:
+        return sent_in_equal_time(self.setting.config, cohort, self.budgets(cohort))
 
     def levels(self, budget: float) -> list[int]:
         """A level for each layer under a payload's bytes; 0, which sends nothing, only where not even the lowest level

@@ -15,7 +15,7 @@ import numpy as np
 from fedlq_ray.quantization import Ecsq
 from fedlq_ray.significance import Drops
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
-from fedlq_ray.strategies.budgets import budgets, bytes_at_rate, one_step, taking_part
+from fedlq_ray.strategies.budgets import budgets, bytes_at_rate, one_step, sent_in_equal_time, taking_part
 from fedlq_ray.training import Plan
 
 # Normalised squared error at so many bits a parameter, on clients' updates (docs/quantizers.md).
@@ -50,8 +50,8 @@ class FedLQRD(Strategy):
         """B_n, bytes of a payload."""
         return budgets(self.setting.config, cohort, partial(bytes_at_rate, self.setting), self.noise)
 
-    def least_bytes(self, cohort: Sequence[Member]) -> float:
-        return min(self.budgets(cohort))
+    def expected_bytes(self, cohort: Sequence[Member]) -> list[float]:
+        return sent_in_equal_time(self.setting.config, cohort, self.budgets(cohort))
 
     def noise(self, bits: float) -> float:
         """Squared error at a rate. With error feedback it is made good later: what it then adds to the rounds goes as
