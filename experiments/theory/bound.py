@@ -65,6 +65,18 @@ class Quadratic:
     def variance(self, w):
         return np.ones(w.shape[:2])
 
+    def parts(self, lr):
+        """What the start and the noise each put into the mean squared gradient, exactly, where nothing is quantized.
+        Drift puts nothing: as all share A, the mean of what clients do is what one client would do."""
+        shrink = (1 - lr * self.curvature) ** STEPS
+        fresh = (SHARES**2).sum() * lr**2 / SIZE * sum((1 - lr * self.curvature) ** (2 * k) for k in range(STEPS))
+        start, noise, off, spread = 0.0, 0.0, np.full(SIZE, NEAR), np.zeros(SIZE)
+        for _ in range(ROUNDS):
+            start += float(((self.curvature * off) ** 2).sum()) / ROUNDS
+            noise += float((self.curvature**2 * spread).sum()) / ROUNDS
+            off, spread = off * shrink, spread * shrink**2 + fresh
+        return {"start": start, "noise": noise, "drift": 0.0}
+
 
 class Logistic:
     """log(1 + exp(-v_j'w)) + mu |w|^2 / 2 over a client's 40 samples, of which a gradient draws one.
@@ -214,8 +226,8 @@ def plans(losses, kind, pilot):
     return found
 
 
-def compared(losses, kind, name, levels, run):
-    """One plan's run beside its bounds."""
+def compared(losses, kind, name, levels, run, exactly):
+    """One plan's run beside its bounds, and beside the run without quantization."""
     errors = error_bounds(kind, levels, run) if kind != "none" else np.zeros_like(run.norms)
     problem = losses.problem
     weighted = mean_error(SHARES, errors * losses.smoothness / problem.smoothness)
@@ -223,6 +235,7 @@ def compared(losses, kind, name, levels, run):
     real = mean_error(SHARES, run.errors)
     theorem = bound(losses, problem, mean_error(SHARES, errors))
     measured = float(run.gradients.mean())
+    excess = measured - float(exactly.gradients.mean())
     return {
         "plan": name,
         "levels": [int(b) for b in levels],
@@ -237,6 +250,7 @@ def compared(losses, kind, name, levels, run):
         "visited": bound(losses, visited, weighted).total,
         "ratio": theorem.total / measured,
         "share": theorem.quantization / theorem.total,
+        "excess": excess,
         "error_bound_over_error": mean_error(SHARES, errors) / real if real > 1e-12 else None,
     }
 
@@ -244,6 +258,7 @@ def compared(losses, kind, name, levels, run):
 def order(rows, which):
     """Spearman's correlation of a bound with the measurements, and of the pairs that differ by more than six standard
     errors (paired by seed), how many it orders as they do."""
+    rows = list({tuple(r["levels"]): r for r in rows}.values())  # two names may have come to one plan
     told = right = 0
     for a, b in combinations(rows, 2):
         difference = np.subtract(a["by_seed"], b["by_seed"])
@@ -262,9 +277,9 @@ def draw(results, file):
         rows = {row["plan"]: row for row in result["plans"]}
         even = [rows[f"uniform {b}"] for b in LEVELS]
         axis.plot(x, [r["theorem"] for r in even], "-o", color=COLOURS[0], label="Theorem 1")
-        axis.plot(x, [r["visited"] for r in even], "-", color=COLOURS[5], label="layers' L, constants of the path")
+        axis.plot(x, [r["visited"] for r in even], "-", color=COLOURS[5], label="Proposition, constants of the path")
         axis.plot(x, [r["terms"]["quantization"] for r in even], "--", color=COLOURS[0], label="quantization term")
-        for key, style in (("start", ":"), ("noise", "-."), ("drift", (0, (1, 4)))):
+        for key, style in (("start", ":"), ("noise", "-."), ("drift", "--")):
             axis.axhline(even[0]["terms"][key], color="0.6", linestyle=style, linewidth=1, label=f"{key} term")
         axis.errorbar(
             x, [r["measured"] for r in even], [r["sd"] for r in even], fmt="-s", color=COLOURS[1], capsize=3,
@@ -277,7 +292,13 @@ def draw(results, file):
                 label=f"measured, by {name}" if name != "opposite" else "measured, the opposite",
                 fillstyle="full" if name == "significance" else "none",
             )  # fmt: skip
-        axis.set(yscale="log", title=f"{result['problem']}, {result['quantizer']}", xticks=x, xticklabels=LEVELS)
+        axis.set(
+            yscale="log",
+            ylim=(1e-4, None),
+            title=f"{result['problem']}, {result['quantizer']}",
+            xticks=x,
+            xticklabels=LEVELS,
+        )
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
@@ -286,7 +307,7 @@ def draw(results, file):
         axis.set_xlabel("bits a parameter, mean over layers")
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
@@ -310,10 +331,10 @@ def main() -> None:
         exactly = fedavg(losses, [Float32()] * len(LAYERS), options.seeds)
         pilot = fedavg(losses, [Float32()] * len(LAYERS), options.seeds, seed=1)
         for kind, quantizer in KINDS.items():
-            rows = [compared(losses, "none", "float32", (32,) * len(LAYERS), exactly)]
+            rows = [compared(losses, "none", "float32", (32,) * len(LAYERS), exactly, exactly)]
             for name, levels in plans(losses, kind, pilot).items():
                 run = fedavg(losses, [quantizer(b) for b in levels], options.seeds)
-                rows.append(compared(losses, kind, name, levels, run))
+                rows.append(compared(losses, kind, name, levels, run, exactly))
             groups = {"levels": [r for r in rows if r["plan"].startswith("uniform")], "all plans": rows[1:]}
             groups |= {f"allocations at {b} bits": [r for r in rows if r["bits"] == b] for b in MIXED}
             bounds = ("theorem", "proposition")
@@ -323,12 +344,14 @@ def main() -> None:
                     "quantizer": kind,
                     "constants": vars(losses.problem),
                     "smoothness": losses.smoothness.tolist(),
+                    "parts": losses.parts(step(losses)) if isinstance(losses, Quadratic) else None,
                     "holds": all(r["measured"] <= r[w] for r in rows for w in (*bounds, "visited")),
                     "holds_for_every_seed": all(max(r["by_seed"]) <= r[w] for r in rows for w in bounds),
                     "order": {name: {w: order(some, w) for w in bounds} for name, some in groups.items()},
                     "plans": rows,
                 }
             )
+            print(results[-1]["parts"], rows[0]["terms"])
             print(f"{problem}, {kind}: {time.perf_counter() - started:.0f} s", flush=True)
     draw(results, options.out / "bound.png")
     given = {
@@ -348,7 +371,8 @@ def main() -> None:
             print(
                 f"| {row['plan']} | {row['levels']} | {row['measured']:.4g} ± {row['sd']:.2g} | {row['theorem']:.4g} | "
                 f"{row['ratio']:.1f} | {100 * row['share']:.0f} | {row['proposition']:.4g} | {row['visited']:.4g} | "
-                f"{row['error_bound_over_error'] or 0:.2f} |"
+                f"{row['error_bound_over_error'] or 0:.2f} | "
+                f"{row['terms']['quantization'] / (row['excess'] or 1):.1f} |"
             )
         for name, one in result["order"].items():
             print(name, one)
