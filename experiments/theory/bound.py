@@ -294,7 +294,7 @@ def draw(results, file):
             )  # fmt: skip
         axis.set(
             yscale="log",
-            ylim=(1e-4, None),
+            ylim=(1e-4, 2),
             title=f"{result['problem']}, {result['quantizer']}",
             xticks=x,
             xticklabels=LEVELS,
