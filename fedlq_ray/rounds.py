@@ -160,7 +160,11 @@ def run(
             if probing:
                 measurement, wall_s = probing.result()
                 outcome.timing["probe_s"].append(wall_s)
-            outcome.update = server.step(strategy.combine(fold.update.float()) * (work or 1))
+            # Buffers are averages already: scaled or stepped beyond them, a variance could fall below zero.
+            update, parameters = fold.update.float(), place.model.num_parameters
+            update[:parameters] *= work
+            update = strategy.combine(update)
+            outcome.update = torch.cat([server.step(update)[:parameters], update[parameters:]])
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
@@ -274,7 +278,7 @@ def _record(
     samples = [_samples(task, m) if m.client in plans else 0 for m in members]
     sent = [len(replies[client].payload) if client in replies else 0 for client in clients]
     received = [downlink.bytes_for(client) if client in plans else 0 for client in clients]
-    for client in plans:
+    for client in set(clients) & set(plans):
         downlink.fetched(client)
     times = clock(task, round, clients, samples, sent, received)
     bits = {
