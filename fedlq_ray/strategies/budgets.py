@@ -22,7 +22,8 @@ def budgets(
     bits: `strategy.bits` for all. deadline, cohort: (tau - fixed_n) R_n, at most the cap; tau is `deadline_s`, or the
     time of the slowest member at the floor, which every member then has time for. The floor is `floor_bits`, or the
     one of least tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds a round, times how the bound on
-    convergence (docs/theory.md) grows with the levels, to a factor. Without `noise`, that of min-max on a Gaussian.
+    convergence (docs/theory.md) grows with the levels, to a factor; the cap where no rate below it can be sent.
+    Without `noise`, that of min-max on a Gaussian.
     """
     if config.budget == "bits":
         return [bytes_at(config.bits)] * len(cohort)
@@ -50,7 +51,8 @@ def budgets(
         heard = sum((m.samples / total) ** 2 * noise(max(bits, rate)) for m, rate in zip(cohort, rates, strict=True))
         return tau * (1 + config.noise_cost * heard)
 
-    return at_floor(min((b for b in FLOORS if b <= config.cap_bits and math.isfinite(noise(b))), key=cost))[1]
+    possible = [b for b in FLOORS if b <= config.cap_bits and math.isfinite(noise(b))]
+    return at_floor(min(possible, key=cost, default=config.cap_bits))[1]
 
 
 def sent_in_equal_time(config: StrategyConfig, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:

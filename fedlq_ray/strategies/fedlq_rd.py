@@ -88,4 +88,4 @@ class EcsqFixed(FedLQRD):
     timeless = True
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(replace(setting, config=setting.config.model_copy(update={"budget": "bits"})))
+        super().__init__(replace(setting, config=setting.config.model_copy(update={"budget": "bits", "metric": None})))
