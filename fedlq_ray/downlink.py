@@ -27,9 +27,7 @@ class Downlink:
 
     def __init__(self, setting: Setting, bits: float | None, weights: Tensor, whole: int, clients: int) -> None:
         self.model, self.whole, self.seed = weights, whole, setting.seed
-        self.choose: OneStep | None = None
-        if bits is not None:
-            self.choose = one_step(setting, bytes_at_rate(setting, bits, "network.downlink_bits"))
+        self.choose: OneStep | None = one_step(setting, bytes_at_rate(setting, bits)) if bits is not None else None
         self.sizes: list[int] = []  # of each broadcast, bytes
         self.held = [0] * clients  # how many of them each client has
 

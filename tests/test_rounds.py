@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fedlq_ray import ClientError, ConfigError, simulate
+from fedlq_ray import ClientError, ConfigError, rounds, simulate
 from fedlq_ray.config import load
-from fedlq_ray.strategies import STRATEGIES, Strategy
+from fedlq_ray.serial import SerialHost
+from fedlq_ray.strategies import STRATEGIES, Strategy, make
+from fedlq_ray.task import Workplace, prepare
 
 QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
 
@@ -168,7 +170,7 @@ def test_probes_on_clients_samples_and_by_metric_weigh_layers(name):
     "settings",
     [
         ["train.adaptive_work=10", "rounds=2"],  # the first round has the same work for all
-        ["train.adaptive_work=10", "rounds=2", "network.downlink_bits=8", "strategy.error_feedback=ef21"],
+        ["train.adaptive_work=10", "rounds=2", "network.downlink_bits=20", "strategy.error_feedback=ef21"],
         ["server.lr=3.0", "rounds=1"],
         ["server.optimizer=adam", "rounds=1"],
     ],
@@ -196,3 +198,24 @@ def test_a_finished_folder_is_not_written_over():
     run("out=here")
     with pytest.raises(ConfigError, match="finished run"):
         run("out=here")
+
+
+@pytest.mark.parametrize("late", ["wait", "drop", "partial"])
+def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late, monkeypatch):
+    folds = []
+
+    class Kept(rounds._Fold):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            folds.append(self)
+
+    monkeypatch.setattr(rounds, "_Fold", Kept)
+    settings = ["strategy.error_feedback=ef21", "clients.dropout=0.4", "clients.profiles=thin", "train.adaptive_work=2"]
+    deadline = ["strategy.budget=deadline", "strategy.deadline_s=0.15", f"strategy.late={late}", "rounds=6"]
+    task = prepare(load(None, [*QUICK, *settings, *deadline]))
+    place = Workplace(task)
+    host = SerialHost(task)
+    records = list(rounds.run(task, make(place.setting), host, rounds.Outcome(place.model.vector.clone())))
+    answered = {client for record in records for client in record["answered"]}
+    assert answered == set(host.memories) == set(folds[-1].tracked) and len(answered) < 24
+    assert all(torch.equal(host.memories[client], folds[-1].tracked[client]) for client in answered)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from fedlq_ray.config import StrategyConfig
-from fedlq_ray.quantization import LAYER_HEADER
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq
 from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.strategies.base import Member, Setting
 
@@ -118,6 +119,14 @@ def bytes_at_rate(setting: Setting, bits: float) -> float:
     """Bytes of a payload of `bits` a parameter, its headers among them; buffers, which are float32, come on top."""
     buffers = sum(LAYER_HEADER + 4 * layer.size for layer in setting.layers if layer.buffer)
     return bits * sum(layer.size for layer in setting.quantized) / 8 + buffers
+
+
+def require_rate(setting: Setting, bits: float, key: str) -> None:
+    """Raises ConfigError where headers take all of a rate of entropy-coded layers: only zeros would be sent."""
+    layers = setting.quantized
+    least = 8 * (PAYLOAD_HEADER + len(layers) * (LAYER_HEADER + Ecsq.HEADER.size)) / sum(layer.size for layer in layers)
+    if bits <= least:
+        raise ConfigError(f"{key}: {bits:g} bits a parameter, where this model's headers alone take {least:.3g}")
 
 
 def one_step(setting: Setting, budget: float, weights: Sequence[float] | None = None) -> OneStep:

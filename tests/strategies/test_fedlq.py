@@ -28,7 +28,13 @@ def news(levels, error=1.0, spread=2.0):
 @pytest.mark.parametrize("name", ["fedlq", "fedlq_rd", "fedhq", "fedmpq", "kimad"])
 @pytest.mark.parametrize(
     "config",
-    [{"levels": (3, 8)}, {"levels": (16, 32)}, {"levels": (8,), "cap_bits": 4.0}, {"cap_bits": 0.5}, {"cap_bits": 0.01}],
+    [
+        {"levels": (3, 8)},
+        {"levels": (16, 32)},
+        {"levels": (8,), "cap_bits": 4.0},
+        {"cap_bits": 0.5},
+        {"cap_bits": 0.01},
+    ],
 )
 def test_a_floor_by_the_bound_whatever_levels_and_cap(name, config):
     made = strategy(name, floor_bits=None, **config)
