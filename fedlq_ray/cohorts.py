@@ -27,6 +27,11 @@ def drops_out(task: Task, round: int, client: int) -> bool:
     return chance > 0 and float(numpy_rng(task.config.seed, "dropout", round, client).random()) < chance
 
 
+def downlink(task: Task, client: int) -> float:
+    """A client's mean downlink, bytes a second."""
+    return task.profiles[client].downlink_mbps * 1e6 / 8
+
+
 def base_work(task: Task, samples: int) -> int:
     """Samples that a client goes through in a round, in all passes, where it does no more than it must."""
     return samples * task.config.train.local_epochs

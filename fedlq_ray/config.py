@@ -155,9 +155,12 @@ class StrategyConfig(Section):
 class NetworkConfig(Section):
     bill: Literal["upload", "both"] = key("upload", "what the simulated clock counts; downloads are logged anyway")
     downlink_bits: float | None = key(
-        None, "rate at which the change of the model is broadcast; null: whole models as float32",
-        unit="bits a parameter", gt=0, le=32,
+        None, "clients fetch the model's change, coded: the cohort's slowest link at this rate, the others as much as "
+        "that takes them time for; null: whole models as float32", unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
+    downlink_cap_bits: float = key(
+        4.0, "downlink_bits: rate beyond which bits buy nothing", unit="bits a parameter", gt=0, le=32
+    )
     uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit")
 
 

@@ -1,7 +1,7 @@
 """Clients as Ray actors: `dedicated`, an actor each, or `packed`, many in a few actors."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ class RayHost:
     def publish(self, weights: Tensor) -> Any:
         return ray.put(weights.numpy())
 
-    def train(self, jobs: Sequence[Job], weights: Any) -> Iterator[tuple[int, Reply]]:
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply]]:
         waiting = sorted(jobs, key=lambda job: (len(self.task.shards[job.client]), job.client))
         under_way: dict[Any, tuple[Job, int]] = {}
         load = [0] * self.count
@@ -140,7 +140,7 @@ class RayHost:
                 load[at] += 1
                 memory = self.memories.get(job.client)
                 method = self.actors[at].train.options(num_returns=2)
-                ref, kept = method.remote(job, weights, memory)
+                ref, kept = method.remote(job, weights[job.client], memory)
                 under_way[ref] = job, at
                 if job.plan.error_feedback:
                     self.memories[job.client] = kept

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlq_ray import cohorts
 from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
-from fedlq_ray.downlink import Downlink
+from fedlq_ray.downlink import Downlink, Offer
 from fedlq_ray.errors import ClientError, FedLQError, PayloadError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import decode
@@ -43,7 +43,7 @@ class Host(Protocol):
 
     def publish(self, weights: Tensor) -> Any: ...
 
-    def train(self, jobs: Sequence[Job], weights: Any) -> Iterator[tuple[int, Reply]]: ...
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply]]: ...
 
     def evaluate(self, weights: Any) -> Future: ...
 
@@ -90,7 +90,11 @@ def run(
     """
     config, place = task.config, Workplace(task)
     downlink = Downlink(
-        place.setting, config.network.downlink_bits, outcome.weights, place.broadcast_size(), config.clients.count
+        place.setting,
+        config.network.downlink_bits,
+        config.network.downlink_cap_bits,
+        outcome.weights,
+        place.broadcast_size(),
     )
     server = ServerOptimizer(config.server)
     sim_time_s, payload_bytes = 0.0, None
@@ -115,7 +119,12 @@ def run(
         if config.stop_at_target and evaluation and target is not None and evaluation.accuracy >= target:
             raise _Reached
 
-    weights = host.publish(outcome.weights)
+    published = host.publish(outcome.weights)
+
+    def starting(model: Tensor) -> Any:
+        """What a client starts from, where the host can reach it."""
+        return published if model is outcome.weights else host.publish(model)
+
     last_evaluation: float | None = None
     try:
         for round in range(config.rounds):
@@ -123,7 +132,9 @@ def run(
                 for record in finished(wait=True):
                     last_evaluation = record["test_loss"] if record["test_loss"] is not None else last_evaluation
                     yield record
-            members = [cohorts.member(task, c, downlink.bytes_for(c)) for c in cohorts.draw(task, round)]
+            drawn = cohorts.draw(task, round)
+            offers = downlink.offer(outcome.weights, {c: cohorts.downlink(task, c) for c in drawn}, round)
+            members = [cohorts.member(task, c, offers[c].num_bytes) for c in drawn]
             if config.train.adaptive_work > 1:
                 expected = strategy.expected_bytes(members) or (payload_bytes and [payload_bytes] * len(members))
                 members = cohorts.with_own_work(task, members, expected) if expected else members
@@ -141,8 +152,8 @@ def run(
             # FedNova (Wang et al., NeurIPS 2020, eq. 6): each client sends its update by the unit of work, and the sum
             # is taken for the mean work, so that who trains more does not count more.
             work = sum(share * m.work for share, m in zip(shares, answering, strict=True))
-            fold = _Fold(task, downlink.model, jobs, shares, tracked)
-            for client, reply in host.train(jobs, weights):
+            fold = _Fold(task, offers, jobs, shares, tracked)
+            for client, reply in host.train(jobs, {j.client: starting(offers[j.client].model) for j in jobs}):
                 before = time.perf_counter()
                 fold.take(client, reply)
                 decode_s += time.perf_counter() - before
@@ -168,7 +179,9 @@ def run(
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
-            record = _record(task, place, round, members, plans, fold, downlink)
+            for client in plans:
+                downlink.fetched(client, offers[client])
+            record = _record(task, place, round, members, plans, fold, offers)
             payload_bytes = record["uplink_bytes"] / len(answering) if answering else payload_bytes
             round_time_s = record.pop("round_time_s")
             sim_time_s += round_time_s
@@ -176,11 +189,9 @@ def run(
             news = News(measurement, outcome.update, record["train_loss"], round_time_s, fold.spread)
             strategy.learn(round, news)
             record.update(strategy.report())
-            downlink.broadcast(outcome.weights, round + 1)
-            weights = host.publish(downlink.model)
+            published = host.publish(outcome.weights)
             due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds
-            evaluated = weights if downlink.model is outcome.weights or not due else host.publish(outcome.weights)
-            pending = (record, host.evaluate(evaluated) if due else None)
+            pending = (record, host.evaluate(published) if due else None)
         else:
             outcome.completed = True
         yield from finished(wait=True)
@@ -197,17 +208,22 @@ class _Fold:
     """Payloads folded into the average as they come, but summed in client order; one is decoded at a time.
 
     Args:
-        weights: (d,) float32, what the clients started from.
+        offers: what each client started from.
         shares: of each job's update in the sum.
         tracked: what the server has of each client by EF21, brought up to date here.
     """
 
     def __init__(
-        self, task: Task, weights: Tensor, jobs: Sequence[Job], shares: Sequence[float], tracked: dict[int, Tensor]
+        self,
+        task: Task,
+        offers: Mapping[int, Offer],
+        jobs: Sequence[Job],
+        shares: Sequence[float],
+        tracked: dict[int, Tensor],
     ) -> None:
-        self.jobs, self.shares, self.start, self.tracked = jobs, shares, weights.double(), tracked
+        self.jobs, self.shares, self.offers, self.tracked = jobs, shares, offers, tracked
         self.custom = task.quantizer
-        self.update = torch.zeros(len(weights), dtype=torch.float64)
+        self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
         self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
         self.waiting: dict[int, Reply] = {}
         self.replies: list[Reply] = []
@@ -234,7 +250,7 @@ class _Fold:
                 value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
             value = value.double()
             share = self.shares[len(self.replies)]
-            self.update += share * (value - self.start if kind == "model" else value)
+            self.update += share * (value - self.offers[job.client].model.double() if kind == "model" else value)
             self.energy += share**2 * float(value.square().sum())
             self.sent.append(payload.segments)
             self.replies.append(reply)
@@ -270,16 +286,14 @@ def _record(
     members: Sequence[Member],
     plans: Mapping[int, Plan],
     fold: _Fold,
-    downlink: Downlink,
+    offers: Mapping[int, Offer],
 ) -> Record:
     replies = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
     clients = [m.client for m in members]
     # Who has no plan takes no part: nothing is fetched, and nobody waits.
     samples = [_samples(task, m) if m.client in plans else 0 for m in members]
     sent = [len(replies[client].payload) if client in replies else 0 for client in clients]
-    received = [downlink.bytes_for(client) if client in plans else 0 for client in clients]
-    for client in set(clients) & set(plans):
-        downlink.fetched(client)
+    received = [offers[client].num_bytes if client in plans else 0 for client in clients]
     times = clock(task, round, clients, samples, sent, received)
     bits = {
         layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent))

@@ -1,6 +1,6 @@
 """Everything in this process, one thing after another: the host without Ray."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,9 @@ class SerialHost:
     def publish(self, weights: Tensor) -> Tensor:
         return weights
 
-    def train(self, jobs: Sequence[Job], weights: Tensor) -> Iterator[tuple[int, Reply]]:
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Tensor]) -> Iterator[tuple[int, Reply]]:
         for job in jobs:
-            reply, self.memories[job.client] = self.place.train(job, weights, self.memories.get(job.client))
+            reply, self.memories[job.client] = self.place.train(job, weights[job.client], self.memories.get(job.client))
             yield job.client, reply
 
     def evaluate(self, weights: Tensor) -> Done:

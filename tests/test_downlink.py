@@ -12,6 +12,7 @@ from fedlq_ray.downlink import Downlink
 from fedlq_ray.task import Workplace, prepare
 
 QUICK = ["rounds=6", "clients.hosting=serial", "clients.count=8", "clients.cohort=3", "tracking.uri=null"]
+LINKS = {0: 1000.0, 1: 2000.0, 2: 100_000.0}
 
 
 @pytest.fixture(autouse=True)
@@ -19,44 +20,55 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def downlink(bits, clients=3):
+def downlink(bits, cap_bits=4.0):
     place = Workplace(prepare(load(None, QUICK)))
     weights = place.model.vector.clone()
-    return Downlink(place.setting, bits, weights, place.broadcast_size(), clients), weights, place.broadcast_size()
+    return Downlink(place.setting, bits, cap_bits, weights, place.broadcast_size()), weights, place.broadcast_size()
+
+
+def moved(weights, seed=0, by=0.1):
+    return weights + by * torch.randn(len(weights), generator=torch.Generator().manual_seed(seed))
 
 
 def test_whole_models_are_exact_and_always_cost_the_same():
     sent, weights, whole = downlink(None)
-    assert sent.bytes_for(0) == whole
-    sent.broadcast(weights + 1, 1)
-    assert torch.equal(sent.model, weights + 1) and sent.bytes_for(0) == whole
+    for offer in sent.offer(weights, LINKS, 0).values():
+        assert offer.model is weights and offer.num_bytes == whole
 
 
-def test_a_client_fetches_what_it_missed_or_the_whole_where_that_is_less():
-    sent, weights, whole = downlink(1.0)
-    assert sent.bytes_for(0) == 0  # the initial weights come from the seed
-    noise = torch.Generator().manual_seed(0)
-    for round in range(1, 40):
-        sent.broadcast(weights + 0.1 * torch.randn(len(weights), generator=noise), round)
-        sent.fetched(1)
-        assert sent.bytes_for(1) == 0
-        assert sent.bytes_for(0) == min(whole, sum(sent.sizes))
-        assert sent.sizes[-1] <= len(weights) / 8
-    assert sum(sent.sizes) > whole == sent.bytes_for(0)
-
-
-def test_what_coding_loses_is_sent_later():
+def test_every_link_is_busy_for_as_long_as_the_slowest():
     sent, weights, _ = downlink(0.5)
-    goal = weights + 0.1 * torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
-    gaps = []
+    # The initial weights come from the seed.
+    assert all(offer.num_bytes == 0 and offer.model is weights for offer in sent.offer(weights, LINKS, 0).values())
+    offers, d = sent.offer(moved(weights), LINKS, 1), len(weights)
+    for client, bits in ((0, 0.5), (1, 1.0), (2, 4.0)):
+        assert 0.9 * bits * d / 8 < offers[client].num_bytes <= bits * d / 8
+    losses = [float((offers[c].model - moved(weights)).norm()) for c in LINKS]
+    assert losses[0] > losses[1] > losses[2] > 0
+
+
+def test_only_what_is_fetched_is_held_and_what_coding_loses_is_sent_later():
+    sent, weights, _ = downlink(0.5)
+    goal, gaps = moved(weights), []
     for round in range(1, 30):
-        sent.broadcast(goal, round)
-        gaps.append(float((goal - sent.model).norm()))
-    assert all(after < before for before, after in zip(gaps, gaps[1:], strict=False)) and gaps[-1] < 0.01 * gaps[0]
+        offers = sent.offer(goal, LINKS, round)
+        sent.fetched(0, offers[0])
+        gaps.append(float((goal - offers[0].model).norm()))
+    assert gaps[:8] == sorted(gaps[:8], reverse=True) and gaps[-1] < 0.01 * gaps[0]
+    again = sent.offer(goal, LINKS, 1)[1]  # never fetched
+    assert torch.equal(again.model, downlink(0.5)[0].offer(goal, LINKS, 1)[1].model)
+    assert sent.offer(offers[0].model, {0: 1.0}, 30)[0].num_bytes == 0  # it has just that
 
 
-def test_a_run_with_coded_downlinks_bills_their_bytes():
-    both = ["network.bill=both", "strategy.name=fedlq_rd"]
+def test_the_whole_model_is_sent_where_that_is_less():
+    sent, weights, whole = downlink(32.0, 32.0)
+    offers = sent.offer(moved(weights), LINKS, 1)
+    assert all(offer.num_bytes <= whole for offer in offers.values())
+
+
+@pytest.mark.parametrize("payload", ["update", "model"])
+def test_a_run_with_coded_downlinks_bills_their_bytes(payload):
+    both = ["network.bill=both", "strategy.name=fedlq_rd", f"strategy.payload={payload}"]
     coded = simulate(load(None, [*QUICK, *both, "network.downlink_bits=1", "name=coded"]))
     whole = simulate(load(None, [*QUICK, *both, "name=whole"]))
     lines = [json.loads(line) for line in (coded.path / "rounds.jsonl").read_text().splitlines()]

@@ -12,7 +12,8 @@ from fedlq_ray.quantization.scalar import Float32
 from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Segment
 
 _CLOSE = 0.993  # of the budget: nearer is not worth another pass
-_PASSES = 12
+_PASSES = 30
+_NEAR = 1e-3  # of a step: bytes that still miss the budget have a jump there
 _POINTS = 96  # of the curve
 
 
@@ -37,7 +38,8 @@ class OneStep:
         """The segments, designed.
 
         A curve of about how many bytes each step takes, scaled to what they were at the last step tried, says which to
-        try next: mostly two do. What is returned is the best that was seen to fit.
+        try next: mostly two do. Where bytes rise too steeply for that, halving does the rest. What is returned is the
+        best that was seen to fit.
         """
         weighted = list(zip(self.pieces, self.weights, strict=True))
         layers = [Magnitudes.of(vector[start:stop]) if weight else None for (start, stop), weight in weighted]
@@ -54,9 +56,9 @@ class OneStep:
         curve = np.log(size + sum(_rough(layer, steps / w) for layer, w in scaled))
         logs, goal = np.log(steps), math.log(self.budget * (1 + _CLOSE) / 2)
         high, low, shift = float(logs[0]), float(logs[-1]) - 1, 0.0
-        for _ in range(_PASSES):
+        for tried in range(_PASSES):
             step = float(np.interp(goal - shift, curve, logs))
-            if not low < step < high:
+            if not low < step < high or (tried > 3 and tried % 2):
                 step = (low + high) / 2
             segments, size = self._segments(layers, math.exp(step))
             if size > self.budget:
@@ -65,6 +67,8 @@ class OneStep:
                 best, high = segments, step
                 if size > _CLOSE * self.budget or step <= logs[-1]:
                     break
+            if high - low < _NEAR:
+                break
             shift = math.log(size) - float(np.interp(-step, -logs, curve))
         return best
 

@@ -106,3 +106,19 @@ def test_one_step_is_the_best_split_of_bytes_between_layers():
     even = error((1.0,) * 4)
     for other in ((1.5, 1, 1, 1), (1, 1.5, 1, 1), (1, 1, 1.5, 1), (1, 1, 1, 1.5), (0.6, 1, 1, 1), (1, 1, 0.6, 1)):
         assert even < 1.01 * error(other)
+
+
+@pytest.mark.parametrize("bits", [0.1, 0.25, 0.5, 1.0])
+def test_what_is_left_of_an_update_fills_its_budget_again_and_again(bits):
+    # All that a dead zone leaves lies right below its edge: bytes then rise steeply with the step.
+    noise = torch.Generator().manual_seed(0)
+    left = torch.cat([torch.randn(n, generator=noise) * scale for n, scale in ((416, 0.3), (12832, 0.1), (1280, 0.05))])
+    pieces, budget = ((0, 416), (416, 13248), (13248, 14528)), bits * 14528 / 8
+    norms = [float(left.norm())]
+    for _ in range(12):
+        segments = OneStep(pieces, (1.0, 1.0, 1.0), budget)(left)
+        payload = encode(left, segments, kind="update", round=0, client=0, rng=noise)
+        assert 0.9 * budget < len(payload) <= budget
+        left = left - decode(payload, len(left), kind="update", round=0, client=0).vector
+        norms.append(float(left.norm()))
+    assert norms == sorted(norms, reverse=True) and norms[-1] < 0.75 * norms[0]
