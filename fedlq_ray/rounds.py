@@ -171,7 +171,11 @@ def run(
             if probing:
                 measurement, wall_s = probing.result()
                 outcome.timing["probe_s"].append(wall_s)
-            outcome.update = server.step(strategy.combine(fold.update.float()) * (work or 1))
+            # Buffers are averages already: scaled or stepped beyond them, a variance could fall below zero.
+            update, parameters = fold.update.float(), place.model.num_parameters
+            update[:parameters] *= work
+            update = strategy.combine(update)
+            outcome.update = torch.cat([server.step(update)[:parameters], update[parameters:]])
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")

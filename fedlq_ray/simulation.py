@@ -23,6 +23,7 @@ from fedlq_ray.config import Config
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.models import FlatModel
 from fedlq_ray.strategies import make
+from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
 
 Event = dict[str, Any]
@@ -78,6 +79,8 @@ def simulate(
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     place = Workplace(task)
     make(place.setting, strategy)  # a wrong strategy is told before anything is written
+    if config.network.downlink_bits is not None:
+        require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
     folder = rundir.create(config)
     rundir.describe_clients(folder, task)
     track = rundir.track(folder, config, parent, tags(), dataset(task))

@@ -85,7 +85,8 @@ def train_locally(
     anchor = model.vector[: model.num_parameters].clone() if train.prox_mu else None
     total, seen = torch.zeros((), dtype=torch.float64), 0
     while seen < samples:
-        order = rng.permutation(len(y))[: min(samples_of(len(y), train), samples - seen)]
+        # Two samples at least, where there are two (batch-norm needs them), though one were left to go through.
+        order = rng.permutation(len(y))[: min(samples_of(len(y), train), max(2, samples - seen))]
         for batch in _batches(order, train.batch_size):
             index = torch.from_numpy(batch)
             model.grad.zero_()
@@ -122,7 +123,7 @@ def client_round(
         x, y: the client's training shard, as stored.
         weights: the global flat vector (d,) float32; not changed.
         memory: error feedback's (d,) float32, or None for none yet.
-        samples: to go through; the update is scaled to what the base work comes to (FedNova).
+        samples: to go through; the update of all but buffers is scaled to what the base work comes to (FedNova).
         custom: the user's quantizer by level, where there is one.
     Returns:
         The reply, and the new memory (None without error feedback).
@@ -137,7 +138,8 @@ def client_round(
             loss = train_locally(model, normalise(x), torch.from_numpy(y.copy()), train, samples=samples, rng=rng)
         _require_finite(model.vector, model.layers, round, client)
         started = time.perf_counter()
-        update = (model.vector - weights) * (train.local_epochs * samples_of(len(y), train) / samples)
+        update = model.vector - weights
+        update[: model.num_parameters] *= train.local_epochs * samples_of(len(y), train) / samples
         sent = update if plan.payload == "update" else weights + update
         if plan.error_feedback and memory is not None:
             sent = sent - memory if plan.error_feedback == "ef21" else sent + memory

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
-from fedlq_ray import simulate
+from fedlq_ray import ConfigError, simulate
 from fedlq_ray.config import load
 from fedlq_ray.downlink import Downlink
 from fedlq_ray.task import Workplace, prepare
@@ -77,3 +78,11 @@ def test_a_run_with_coded_downlinks_bills_their_bytes(payload):
     assert coded.summary["sim_time_s"] < whole.summary["sim_time_s"]
     again = simulate(load(None, [*QUICK, *both, "network.downlink_bits=1", "name=again"]))
     assert again.summary["weights_sha256"] == coded.summary["weights_sha256"]
+
+
+@pytest.mark.parametrize(("name", "setting"), [("fedavg", "network.downlink_bits=1.5"), ("ecsq", "strategy.bits=1.5")])
+def test_a_rate_that_headers_alone_take_is_refused(name, setting):
+    x, y = torch.randn(200, 6).numpy(), (torch.arange(200) % 3).numpy()
+    config = load(None, [*QUICK, setting, f"strategy.name={name}", "data.min_samples=2"])
+    with pytest.raises(ConfigError, match=rf"{setting.partition('=')[0]}: 1.5 bits .* headers alone take \d"):
+        simulate(config, model=lambda: nn.Linear(6, 3), data=(x, y, x, y))

@@ -46,6 +46,23 @@ def test_hosting_changes_no_byte():
         assert contents(run(*overrides)) == expected, hosting
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["strategy.error_feedback=ef21", "strategy.floor_bits=null", "strategy.probe_on=clients"],
+        ["strategy.name=fedlq_rd", "strategy.metric=fisher", "strategy.late=drop", "strategy.budget=deadline"],
+    ],
+)
+def test_hosting_changes_no_byte_of_adaptive_work_coded_downlinks_ef21_or_probes(settings):
+    both = ["train.adaptive_work=2", "network.downlink_bits=1", "network.bill=both", "clients.dropout=0.3"]
+    more = ["strategy.probe_every=1", "strategy.deadline_s=0.15", "clients.profiles=thin", "tracking.uri=null"]
+    serial, packed = (
+        contents(run(*settings, *both, *more, f"clients.hosting={hosting}", "clients.actors=2"))
+        for hosting in ("serial", "packed")
+    )
+    assert serial == packed
+
+
 def test_mlflow_has_the_run_and_syncing_twice_adds_nothing():
     from mlflow import MlflowClient
 

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from fedlq_ray import ClientError, ConfigError, simulate
+from fedlq_ray import ClientError, ConfigError, rounds, simulate
 from fedlq_ray.config import load
-from fedlq_ray.strategies import STRATEGIES, Strategy
+from fedlq_ray.serial import SerialHost
+from fedlq_ray.strategies import STRATEGIES, Strategy, make
+from fedlq_ray.task import Workplace, prepare
 
 QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
 
@@ -163,7 +166,56 @@ def test_probes_on_clients_samples_and_by_metric_weigh_layers(name):
         assert plain.summary["weights_sha256"] != proxy.summary["weights_sha256"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.adaptive_work=10", "rounds=2"],  # the first round has the same work for all
+        ["train.adaptive_work=10", "rounds=2", "network.downlink_bits=20", "strategy.error_feedback=ef21"],
+        ["server.lr=3.0", "rounds=1"],
+        ["server.optimizer=adam", "rounds=1"],
+    ],
+)
+def test_running_statistics_are_the_mean_of_the_clients_whatever_the_work_and_the_server(settings):
+    x, y = torch.randn(240, 6, generator=torch.Generator().manual_seed(0)).numpy(), torch.arange(240).numpy() % 2
+
+    def model():  # all inputs of batch-norm are small: its variances fall from 1 towards 0
+        return nn.Sequential(nn.Hardtanh(-0.01, 0.01), nn.BatchNorm1d(6), nn.Linear(6, 2))
+
+    settings = [*settings, "strategy.name=fedavg", "data.partition=iid", "clients.profiles=thin", "train.batch_size=4"]
+    result = run(*settings, model=model, data=(x, y, x, y))
+    variance = load_file(result.path / "model.safetensors")["1.running_var"]
+    assert bool((variance >= 0).all()) and bool((variance < 1).all())
+
+
+def test_signsgd_steps_as_far_however_much_work_there_is():
+    far = ["strategy.name=signsgd", "strategy.args={step: 0.01}", "train.adaptive_work=4", "rounds=2"]
+    one, two = (run(*far, f"rounds={n}").path / "model.safetensors" for n in (1, 2))
+    moved = (load_file(two)["fc1.weight"] - load_file(one)["fc1.weight"]).abs()
+    assert float(moved.max()) == pytest.approx(0.01, abs=1e-6)
+
+
 def test_a_finished_folder_is_not_written_over():
     run("out=here")
     with pytest.raises(ConfigError, match="finished run"):
         run("out=here")
+
+
+@pytest.mark.parametrize("late", ["wait", "drop", "partial"])
+def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late, monkeypatch):
+    folds = []
+
+    class Kept(rounds._Fold):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            folds.append(self)
+
+    monkeypatch.setattr(rounds, "_Fold", Kept)
+    settings = ["strategy.error_feedback=ef21", "clients.dropout=0.4", "clients.profiles=thin", "train.adaptive_work=2"]
+    deadline = ["strategy.budget=deadline", "strategy.deadline_s=0.15", f"strategy.late={late}", "rounds=6"]
+    task = prepare(load(None, [*QUICK, *settings, *deadline]))
+    place = Workplace(task)
+    host = SerialHost(task)
+    records = list(rounds.run(task, make(place.setting), host, rounds.Outcome(place.model.vector.clone())))
+    answered = {client for record in records for client in record["answered"]}
+    assert answered == set(host.memories) == set(folds[-1].tracked) and len(answered) < 24
+    assert all(torch.equal(host.memories[client], folds[-1].tracked[client]) for client in answered)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedlq_ray.config import TrainConfig
 from fedlq_ray.models import FlatModel
-from fedlq_ray.quantization import MinMax, Segment, decode
+from fedlq_ray.quantization import Float32, MinMax, Segment, decode
 from fedlq_ray.training import Plan, client_round, evaluate, train_locally
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
@@ -51,8 +51,8 @@ def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
     assert not torch.equal(model[0].weight, before[0].weight) and not torch.equal(model[2].bias, before[2].bias)
 
 
-def round_of(flat, weights, memory=None, *, payload="update", feedback=False, client=3, samples=80):
-    plan = Plan(payload, (Segment(MinMax(2), 0, len(weights)),), feedback)
+def round_of(flat, weights, memory=None, *, payload="update", feedback=False, client=3, samples=80, plan=None):
+    plan = plan or Plan(payload, (Segment(MinMax(2), 0, len(weights)),), feedback)
     return client_round(
         flat,
         X,
@@ -130,3 +130,19 @@ def test_evaluation_counts_what_is_right():
     assert found.accuracy == 0.75
     expected = np.mean([np.log1p(np.exp(-2 * m)) for m in (2, -1, 1, 3)])
     assert abs(found.loss - expected) < 1e-6
+
+
+def test_a_last_sample_alone_is_joined_by_another_for_batch_norm():
+    flat = FlatModel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)))
+    x, y = torch.from_numpy(X), torch.from_numpy(Y)
+    train_locally(flat, x, y, TrainConfig(batch_size=8), samples=41, rng=np.random.default_rng(1))
+
+
+def test_buffers_are_not_normalised_by_work():
+    flat = FlatModel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)))
+    weights = flat.vector.clone()
+    plan = Plan("update", (Segment(Float32(), 0, len(weights)),))
+    reply, _ = round_of(flat, weights, plan=plan, samples=160)
+    buffers = flat.num_parameters
+    torch.testing.assert_close(received(reply, weights)[:buffers], (flat.vector - weights)[:buffers] / 2)
+    torch.testing.assert_close(received(reply, weights)[buffers:], (flat.vector - weights)[buffers:])

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from fedlq_ray.config import StrategyConfig
-from fedlq_ray.quantization import LAYER_HEADER
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq
 from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.strategies.base import Member, Setting
 
@@ -22,7 +23,8 @@ def budgets(
     bits: `strategy.bits` for all. deadline, cohort: (tau - fixed_n) R_n, at most the cap; tau is `deadline_s`, or the
     time of the slowest member at the floor, which every member then has time for. The floor is `floor_bits`, or the
     one of least tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds a round, times how the bound on
-    convergence (docs/theory.md) grows with the levels, to a factor. Without `noise`, that of min-max on a Gaussian.
+    convergence (docs/theory.md) grows with the levels, to a factor; the cap where no rate below it can be sent.
+    Without `noise`, that of min-max on a Gaussian.
     """
     if config.budget == "bits":
         return [bytes_at(config.bits)] * len(cohort)
@@ -50,7 +52,8 @@ def budgets(
         heard = sum((m.samples / total) ** 2 * noise(max(bits, rate)) for m, rate in zip(cohort, rates, strict=True))
         return tau * (1 + config.noise_cost * heard)
 
-    return at_floor(min((b for b in FLOORS if b <= config.cap_bits and math.isfinite(noise(b))), key=cost))[1]
+    possible = [b for b in FLOORS if b <= config.cap_bits and math.isfinite(noise(b))]
+    return at_floor(min(possible, key=cost, default=config.cap_bits))[1]
 
 
 def sent_in_equal_time(config: StrategyConfig, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:
@@ -116,6 +119,14 @@ def bytes_at_rate(setting: Setting, bits: float) -> float:
     """Bytes of a payload of `bits` a parameter, its headers among them; buffers, which are float32, come on top."""
     buffers = sum(LAYER_HEADER + 4 * layer.size for layer in setting.layers if layer.buffer)
     return bits * sum(layer.size for layer in setting.quantized) / 8 + buffers
+
+
+def require_rate(setting: Setting, bits: float, key: str) -> None:
+    """Raises ConfigError where headers take all of a rate of entropy-coded layers: only zeros would be sent."""
+    layers = setting.quantized
+    least = 8 * (PAYLOAD_HEADER + len(layers) * (LAYER_HEADER + Ecsq.HEADER.size)) / sum(layer.size for layer in layers)
+    if bits <= least:
+        raise ConfigError(f"{key}: {bits:g} bits a parameter, where this model's headers alone take {least:.3g}")
 
 
 def one_step(setting: Setting, budget: float, weights: Sequence[float] | None = None) -> OneStep:

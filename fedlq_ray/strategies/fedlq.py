@@ -35,9 +35,10 @@ class FedLQ(Strategy):
         self.square, self.spread = 0.0, 1.0  # of the last round's update, and News.spread
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
-        headers = self.setting.fixed_size + LAYER_HEADER * len(self.counts)
         least = self.setting.fixed_size + int(self.sizes[:, 0].sum())
-        limits = taking_part(self.setting.config, cohort, self.budgets(cohort), least, headers)
+        bodies = self.sizes[:, 0] - LAYER_HEADER
+        scrap = least - int(bodies.sum() - bodies.min())  # one layer, and the headers of all
+        limits = taking_part(self.setting.config, cohort, self.budgets(cohort), least, scrap)
         made = {limit: self.setting.at_levels(self.levels(limit)) for limit in set(limits.values())}
         return {client: made[limit] for client, limit in limits.items()}
 
@@ -58,20 +59,21 @@ class FedLQ(Strategy):
             return levels
         bodies = self.sizes[:, 0] - LAYER_HEADER
         lost = self.drops.estimate(self.counts, config.levels)[:, 0]
-        for layer in np.argsort(lost / bodies, kind="stable"):
-            if sum(body for body, level in zip(bodies, levels, strict=True) if level) <= room:
-                break
-            levels[layer] = 0
+        for layer in np.argsort(-lost / bodies, kind="stable"):
+            if bodies[layer] > room:
+                levels[layer] = 0
+            else:
+                room -= bodies[layer]
         return levels
 
     def noise(self, bits: float) -> float:
         """Squared error of a payload at so many bits a parameter over the square of the mean update: as probed, the
         logarithm straight between levels; that of a Gaussian before."""
         levels = [level for level in self.setting.config.levels if level < 16]
+        if not levels or bits < levels[0]:
+            return math.inf
         if self.drops.distortion is None or not self.square:
             return minmax_noise(bits)
-        if bits < levels[0]:
-            return math.inf
         errors = self.drops.distortion.sum(0)[: len(levels)] / self.square
         return self.spread * float(np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
 
@@ -104,7 +106,9 @@ class FedLQ(Strategy):
         if news.measurement is not None:
             self.drops.add(news.measurement)
         self.square = float(news.update.double().square().sum())
-        self.spread = news.spread if news.spread is not None else self.spread
+        # What is probed is a whole model where clients send models: its error is that of each, without a spread.
+        if news.spread is not None and self.setting.config.payload == "update":
+            self.spread = news.spread
 
     def report(self) -> dict[str, Any]:
         """Significance A/M of each layer at the lowest level, and the noise of A there."""

@@ -15,7 +15,7 @@ import numpy as np
 from fedlq_ray.quantization import Ecsq
 from fedlq_ray.significance import Drops
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
-from fedlq_ray.strategies.budgets import budgets, bytes_at_rate, one_step, sent_in_equal_time, taking_part
+from fedlq_ray.strategies.budgets import budgets, bytes_at_rate, one_step, require_rate, sent_in_equal_time, taking_part
 from fedlq_ray.training import Plan
 
 # Normalised squared error at so many bits a parameter, on clients' updates (docs/quantizers.md).
@@ -88,4 +88,5 @@ class EcsqFixed(FedLQRD):
     timeless = True
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(replace(setting, config=setting.config.model_copy(update={"budget": "bits"})))
+        super().__init__(replace(setting, config=setting.config.model_copy(update={"budget": "bits", "metric": None})))
+        require_rate(setting, setting.config.bits, "strategy.bits")

@@ -1,0 +1,75 @@
+"""FedLQ's plans at the edges: few levels, low caps, late clients, models for payloads; FedLQ-RD's baseline."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedlq_ray.config import StrategyConfig
+from fedlq_ray.models import Layer
+from fedlq_ray.quantization import Absent
+from fedlq_ray.significance import Measurement
+from fedlq_ray.strategies import Member, News, Setting, make
+
+LAYERS = (Layer("a", 0, 1000), Layer("b", 1000, 1300), Layer("c", 1300, 1310, buffer=True))
+COHORT = [Member(0, 10, 1.0, 500.0), Member(1, 10, 1.0, 4000.0)]
+
+
+def strategy(name="fedlq", **config):
+    return make(Setting(StrategyConfig(name=name, **config), LAYERS, seed=0))
+
+
+def news(levels, error=1.0, spread=2.0):
+    table = np.ones((2, levels)) / 2 ** np.arange(levels)
+    return News(Measurement(table, 0 * table, error * table), torch.full((1310,), 0.1), 1.0, 1.0, spread)
+
+
+@pytest.mark.parametrize("name", ["fedlq", "fedlq_rd", "fedhq", "fedmpq", "kimad"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"levels": (3, 8)},
+        {"levels": (16, 32)},
+        {"levels": (8,), "cap_bits": 4.0},
+        {"cap_bits": 0.5},
+        {"cap_bits": 0.01},
+    ],
+)
+def test_a_floor_by_the_bound_whatever_levels_and_cap(name, config):
+    made = strategy(name, floor_bits=None, **config)
+    for round in range(3):
+        assert set(made.plan(round, COHORT)) == {0, 1}
+        made.learn(round, news(len(config.get("levels", (1, 2, 3, 4, 6, 8)))))
+
+
+def test_no_rate_below_the_lowest_level_before_any_probe_either():
+    made = strategy(levels=(4, 8))
+    assert made.noise(3.0) == math.inf and made.noise(4.0) < 1
+    made.learn(0, news(2))
+    assert made.noise(3.0) == math.inf
+
+
+def test_noise_is_the_error_over_the_mean_updates_square():
+    update, model = strategy(levels=(1, 8)), strategy(levels=(1, 8), payload="model")
+    update.learn(0, news(2, error=0.5, spread=3.0))
+    model.learn(0, news(2, error=0.5, spread=3e6))  # a model's square over that of the mean update
+    assert update.noise(1.0) == pytest.approx(3 * 2 * 0.5 / 13.1)
+    assert model.noise(1.0) == pytest.approx(2 * 0.5 / 13.1)
+
+
+def test_the_late_send_layers_in_part_but_never_nothing():
+    made = strategy(budget="deadline", deadline_s=0.5, late="partial", levels=(1, 8))
+    (plan,) = made.plan(0, COHORT).values()  # too late both: the faster sends the smaller layer
+    assert [isinstance(s.quantizer, Absent) for s in plan.segments] == [True, False, False]
+    first = int(made.sizes[0, 0])
+    assert made.levels(made.setting.fixed_size + 9 + first) == [1, 0]
+    # Of equal drops the smaller layer is of more significance for its bytes, but where both fit both go.
+    assert made.levels(made.setting.fixed_size + int(made.sizes[:, 0].sum())) == [1, 1]
+
+
+def test_ecsq_has_no_significance_whatever_the_metric():
+    for name, probes in (("ecsq", False), ("fedlq_rd", True)):
+        made = strategy(name, metric="fisher")
+        made.learn(0, News(None, torch.ones(1310), 1.0, 1.0))
+        assert (made.probe(1) is not None) == probes
