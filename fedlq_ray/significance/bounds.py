@@ -108,24 +108,28 @@ def mean_error(shares: ArrayLike, errors: ArrayLike) -> float:
 
 
 def convergence_bound(
-    problem: Problem, *, lr: float, local_steps: int, rounds: int, shares: ArrayLike, error: float
+    problem: Problem, *, lr: float, local_steps: ArrayLike, rounds: int, shares: ArrayLike, error: float
 ) -> Bound:
-    """Theorem 1, with the constants of its proof for this step size.
+    """Theorem 1, with the constants of its proof for this step size; Theorem 2 where clients' steps differ.
 
     Args:
         lr: eta; eta L tau must be such that rho > 0, as it is up to 3/4.
-        local_steps: tau.
+        local_steps: tau; or tau_i (clients,), where updates are normalised by them and summed for their mean (FedNova).
         shares: p_i (clients,), which sum to 1.
-        error: what `mean_error` gives, averaged over rounds.
+        error: what `mean_error` gives, averaged over rounds; of updates as they are sent, so normalised.
     """
-    kappa, rho = _constants(problem, lr, local_steps)
-    x = lr * problem.smoothness * local_steps
-    spread = problem.noise / 2 + (2 * local_steps - 1) * problem.heterogeneity / 6
+    p = _shares(shares)
+    steps = np.broadcast_to(np.asarray(local_steps, dtype=float), p.shape)
+    mean, most = float(p @ steps), float(steps.max())
+    kappa, rho = _constants(problem, lr, most)
+    x = lr * problem.smoothness * mean
+    spread = (mean - 1) * problem.noise / 2 + (most - 1) * (2 * most - 1) * problem.heterogeneity / 6
+    averaged = mean * float((p**2 / steps).sum())
     return Bound(
-        start=2 * problem.gap / (lr * local_steps * rounds) / rho,
-        noise=problem.smoothness * lr * problem.noise * float(np.square(_shares(shares)).sum()) / (1 - x) / rho,
-        drift=kappa * (lr * problem.smoothness) ** 2 * (local_steps - 1) * spread / rho,
-        quantization=problem.smoothness * error / (lr * local_steps) / rho,
+        start=2 * problem.gap / (lr * mean * rounds) / rho,
+        noise=problem.smoothness * lr * problem.noise * averaged / (1 - x) / rho,
+        drift=kappa * (lr * problem.smoothness) ** 2 * spread / rho,
+        quantization=problem.smoothness * error / (lr * mean) / rho,
     )
 
 
@@ -154,19 +158,27 @@ def fedpaq_bound(
 
     Source: Reisizadeh et al., AISTATS 2020, arXiv:1909.13014. Its setting: clients draw from one distribution, equal
     shares, lr 1 / (L sqrt(T)).
-    Departs from it: its condition on tau, which involves B_2 = q/n + 4 (n - r) (1 + q) / (r (n - 1)), is the caller's.
+
+    Raises:
+        ValueError: heterogeneity, or tau above what the theorem allows (its condition 16).
     """
     if problem.heterogeneity:
         raise ValueError("FedPAQ's theorem 2 knows no heterogeneity")
     n, r = clients, participants
-    sampling = n * (n - r) / (r * (n - 1)) if n > 1 else 0.0
-    first = (1 + q) * problem.noise / n * (1 + sampling)
+    absent = (n - r) / (r * (n - 1)) if n > 1 else 0.0
+    b2 = q / n + 4 * absent * (1 + q)
+    most = (sqrt(b2**2 + 0.8) - b2) / 8 * sqrt(iterations)
+    if iterations < 2 or local_steps > most:
+        raise ValueError(
+            f"local_steps={local_steps}, and FedPAQ's theorem 2 holds up to {most:.3g} at this q: lower it"
+        )
+    first = (1 + q) * problem.noise / n * (1 + n * absent)
     second = problem.noise * (n + 1) / n
     start = 2 * problem.smoothness * problem.gap
     return (start + first) / sqrt(iterations) + second * (local_steps - 1) / iterations
 
 
-def _constants(problem: Problem, lr: float, local_steps: int) -> tuple[float, float]:
+def _constants(problem: Problem, lr: float, local_steps: float) -> tuple[float, float]:
     """kappa and rho of the drift lemma. Raises ValueError where the step is too long for the theorem."""
     step = lr * problem.smoothness
     root = 1 - step * sqrt(local_steps * (local_steps - 1) / 2)

@@ -114,17 +114,21 @@ class Run:
     spans: np.ndarray
 
 
-def fedavg(losses, quantizers, lr, *, payload="update", seed=0):
-    """FedAvg with all clients, in float64; quantizers (clients, layers) send each layer as their own bytes."""
+def fedavg(losses, quantizers, lr, *, payload="update", seed=0, steps=STEPS):
+    """FedAvg with all clients, in float64; quantizers (clients, layers) send each layer as their own bytes.
+
+    Where clients take steps of their own (clients,), updates are normalised by them.
+    """
+    steps = np.broadcast_to(steps, SHARES.shape)
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     w = np.tile(losses.start, (SEEDS, 1))
     gradients, norms, spans = [], [], []
     for _ in range(ROUNDS):
         local = np.repeat(w[:, None], len(SHARES), 1)
         gradients.append((np.einsum("i,nid->nd", SHARES, losses.gradients(local)) ** 2).sum(1))
-        for _ in range(STEPS):
-            local = local - lr * losses.noisy(local, rng)
-        sent = local - w[:, None] if payload == "update" else local
+        for k in range(steps.max()):
+            local = local - lr * losses.noisy(local, rng) * (k < steps)[:, None]
+        sent = (local - w[:, None]) * (SHARES @ steps / steps)[:, None] if payload == "update" else local
         pieces = np.split(sent, EDGES[1:-1], axis=2)
         norms.append(np.stack([(p**2).sum(2) for p in pieces], 2))
         spans.append(np.stack([np.ptp(p, 2) for p in pieces], 2))
@@ -198,6 +202,25 @@ def test_the_bound_holds_where_drift_and_quantization_are_most_of_it():
         assert run.gradients.mean() <= bound(losses, x / STEPS, mean_error(SHARES, minmax_q(1, LAYERS) * run.norms))
 
 
+def test_the_bound_holds_where_clients_steps_differ_and_updates_are_normalised():
+    losses, steps = Quadratics(spread=4.0, noise=25.0), np.array([12, 1, 6, 3, 2])
+    for bits, x in ((1, 1 / 8), (8, 1 / 8), (8, 3 / 4)):
+        lr = x / steps.max()
+        run = fedavg(losses, uniform(MinMax, bits), lr, steps=steps)
+        error = mean_error(SHARES, minmax_error(bits, LAYERS, run.spans))
+        due = convergence_bound(losses.problem, lr=lr, local_steps=steps, rounds=ROUNDS, shares=SHARES, error=error)
+        assert run.gradients.mean() <= due.total
+    # By hand: shares 1/4 and 3/4, steps 1 and 3, so 2.5 in the mean; eta L = 1/24, kappa and rho those of 3 steps;
+    # L eta sigma^2 * 2.5 (1/16 + 9/48) / (1 - 2.5/24) / rho, and kappa (1.5*4/2 + 2*5*9/6)/576/rho.
+    mixed = convergence_bound(
+        Problem(1.0, 4.0, 9.0, 3.0), lr=1 / 24, local_steps=[1, 3], rounds=10, shares=[0.25, 0.75], error=2.0
+    )
+    assert mixed.noise == pytest.approx(4 / 24 * 0.625 / (1 - 2.5 / 24) / 0.996639, rel=1e-5)
+    assert mixed.drift == pytest.approx(1.161615 * 18 / 576 / 0.996639, rel=1e-5)
+    assert mixed.start == pytest.approx(6 * 24 / 25 / 0.996639, rel=1e-5)
+    assert mixed.quantization == pytest.approx(48 / 2.5 / 0.996639, rel=1e-5)
+
+
 def test_the_worst_case_needs_no_norms_and_is_above_the_measured_bound():
     losses = Quadratics()
     lr = step(losses)
@@ -216,10 +239,10 @@ def test_the_terms_are_those_worked_out_by_hand():
     terms = convergence_bound(Problem(0.5, 4.0, 9.0, 3.0), lr=0.25, local_steps=1, rounds=10, shares=[0.5] * 2, error=7)
     assert terms.start == pytest.approx(2.4) and terms.drift == 0
     assert terms.noise == pytest.approx(0.5 * 0.25 * 4 * 0.5 * 8 / 7) and terms.quantization == pytest.approx(14)
-    # tau = 3, eta L = 1/24: y = sqrt(3)/24, kappa = 1/(1 - y)^2 = 1.161549, rho = 1 - kappa*10/(6*576) = 0.996639;
+    # tau = 3, eta L = 1/24: y = sqrt(3)/24, kappa = 1/(1 - y)^2 = 1.161615, rho = 1 - kappa*10/(6*576) = 0.996639;
     # drift = kappa*2*(4/2 + 5*9/6)/576/rho.
     terms = convergence_bound(Problem(1.0, 4.0, 9.0, 3.0), lr=1 / 24, local_steps=3, rounds=10, shares=[1], error=0)
-    assert terms.drift == pytest.approx(0.0384441, rel=1e-4)
+    assert terms.drift == pytest.approx(0.0384463, rel=1e-5)
     assert terms.start == pytest.approx(4.8 / 0.996639, rel=1e-5)
     # Two clients of 1/4 and 3/4, two layers: (1 + 2)/16 + 9(3 + 4)/16.
     assert mean_error([0.25, 0.75], [[1, 2], [3, 4]]) == pytest.approx(66 / 16)
@@ -336,6 +359,10 @@ def test_fedpaq_agrees_with_ours_where_both_apply():
         problem, q=q, clients=clients, participants=clients, local_steps=steps, iterations=steps * rounds
     )
     assert ours == pytest.approx(theirs, rel=0.01)
-    # r of n by hand: (2*2*5 + 1.5*3/10*(1 + 10*5/(5*9)))/sqrt(100) + 3*11/10*3/100.
-    half = fedpaq_bound(problem, q=q, clients=10, participants=5, local_steps=4, iterations=100)
-    assert half == pytest.approx((20 + 0.45 * (1 + 10 / 9)) / 10 + 0.099)
+    # r of n by hand: (2*2*5 + 1.5*3/10*(1 + 10*5/(5*9)))/sqrt(10^4) + 3*11/10*3/10^4.
+    half = fedpaq_bound(problem, q=q, clients=10, participants=5, local_steps=4, iterations=10**4)
+    assert half == pytest.approx((20 + 0.45 * (1 + 10 / 9)) / 100 + 0.00099)
+    # B_2 = .5/10 + 4*5*1.5/(5*9) = .716667, so tau <= (sqrt(B_2^2 + .8) - B_2)/8*100 = 5.37.
+    fedpaq_bound(problem, q=q, clients=10, participants=5, local_steps=5, iterations=10**4)
+    with pytest.raises(ValueError, match="5.37"):
+        fedpaq_bound(problem, q=q, clients=10, participants=5, local_steps=6, iterations=10**4)
