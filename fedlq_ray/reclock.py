@@ -27,6 +27,9 @@ def reclockable(config: Config) -> bool:
     """Whether nothing that trains depends on the clock."""
     if config.train.adaptive_work > 1 or config.strategy.budget == "deadline":  # the late may be left out
         return False
+    down = config.network.downlink_bits
+    if down is not None and down < config.network.downlink_cap_bits:  # the faster a link, the nearer the model it gets
+        return False
     name = config.strategy.name
     if name in STRATEGIES:
         return bool(getattr(STRATEGIES[name], "timeless", False))

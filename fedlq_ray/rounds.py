@@ -179,7 +179,7 @@ def run(
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
-            for client in plans:
+            for client in set(drawn) & set(plans):
                 downlink.fetched(client, offers[client])
             record = _record(task, place, round, members, plans, fold, offers)
             payload_bytes = record["uplink_bytes"] / len(answering) if answering else payload_bytes

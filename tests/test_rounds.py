@@ -134,6 +134,17 @@ class Signs:
         return 4 + count
 
 
+class ForAll(EightBits):
+    def plan(self, round, cohort, evaluation=None):
+        (plan,) = set(super().plan(round, cohort[:1]).values())
+        return dict.fromkeys(range(8), plan)
+
+
+@pytest.mark.parametrize("settings", [[], ["network.downlink_bits=2", "network.bill=both"]])
+def test_plans_of_who_is_not_in_the_cohort_change_nothing(settings):
+    assert run(*settings, strategy=ForAll).summary == run(*settings, strategy=EightBits).summary
+
+
 def test_own_parts_go_in_as_objects():
     x, y = torch.randn(200, 6).numpy(), (torch.arange(200) % 3).numpy()
     result = run(

@@ -195,7 +195,8 @@ def test_a_users_own_strategy_is_clocked_anew_only_if_it_says_so_itself(tmp_path
     names = ["fedavg", "fedlq", "own_timeless:Silent", "own_timeless:Sworn"]
     found = [reclock.reclockable(load_settings(None, [f"strategy.name={name}"])) for name in names]
     assert found == [True, False, False, True]
-    for timed in (["train.adaptive_work=4"], ["strategy.budget=deadline", "strategy.deadline_s=9"]):
+    coded = ["network.downlink_bits=1"]
+    for timed in (["train.adaptive_work=4"], ["strategy.budget=deadline", "strategy.deadline_s=9"], coded):
         assert not reclock.reclockable(load_settings(None, ["strategy.name=fedavg", *timed]))
 
 
