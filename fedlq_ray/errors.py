@@ -30,8 +30,12 @@ class ClientError(FedLQError):
         return f"round {self.round}, client {self.client}: {self.message}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _client_error, (self.message, self.round, self.client)
+        return _client_error, (type(self), self.message, self.round, self.client)
 
 
-def _client_error(message: str, round: int, client: int) -> ClientError:
-    return ClientError(message, round=round, client=client)
+def _client_error(kind: type[ClientError], message: str, round: int, client: int) -> ClientError:
+    return kind(message, round=round, client=client)
+
+
+class DivergedError(ClientError):
+    """A client's training left the finite numbers: its settings are to blame, not the machine."""

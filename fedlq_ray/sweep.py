@@ -2,7 +2,8 @@
 
 `tune` names settings and the values to try. Every run gets the values that do best for it on held-out training
 samples, on a seed of its own: the same effort for each scheme, and the test set chooses nothing. `tuning` has settings
-of those trials alone, such as `rounds=60`.
+of those trials alone, such as `rounds=60`. Where a run diverges with them in spite of that, the next best take their
+place for all its seeds.
 
 `populations` names settings, such as those of the clients' links, that every run is repeated under: eden-1 becomes
 eden-1@mixed and eden-1@thin. Where they move only the clock of a scheme that ignores time, it trains once. `targets`
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedlq_ray import reclock, rundir
 from fedlq_ray.config import Config, digest, parse
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.tracking import now_ms
 
 KEYS = ("base", "tune", "tuning", "runs", "populations", "seeds", "targets")
@@ -48,6 +49,7 @@ class Finished(NamedTuple):
     config: Config
     records: list[dict[str, Any]]
     summary: dict[str, Any] | None
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,23 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
             settings: _once(config, out / "tune" / label / settings, start, parent, tell, finished)
             for settings, config in comparison.tuning[label].items()
         }
-        if tried:
-            tuned[label] = max(tried, key=lambda settings: _merit(tried[settings]))
-            tell(f"{label}: {tuned[label]} did best on held-out training samples")
-            chosen = tuned[label].split()
-            configs = [_with(config.model_dump(mode="json"), chosen, label) for config in configs]
-        results[label] = [_once(c, out / f"{label}-{c.seed}", start, parent, tell, finished) for c in configs]
+        usable = [settings for settings, run in tried.items() if run.summary] or list(tried)[:1] or [""]
+        for settings in sorted(usable, key=lambda settings: _merit(tried[settings]) if tried else (), reverse=True):
+            if settings:
+                tuned[label] = settings
+                tell(f"{label}: {settings} did best on held-out training samples")
+            usable.remove(settings)
+            aside = out / "diverged" / label / settings
+            if usable and aside.exists():
+                continue
+            chosen = [_with(config.model_dump(mode="json"), settings.split(), label) for config in configs]
+            results[label] = [_once(c, out / f"{label}-{c.seed}", start, parent, tell, finished) for c in chosen]
+            if not usable or not any(run.diverged for run in results[label]):
+                break
+            aside.mkdir(parents=True)
+            for config in chosen:
+                (out / f"{label}-{config.seed}").rename(aside / f"{label}-{config.seed}")
+            finished = reclock.sources(out)
     return Outcome(results, tuned, comparison.targets)
 
 
@@ -174,7 +187,7 @@ def _once(
         return Finished(config, found.records, found.summary)
     if folder.exists():  # cut short before: kept aside, and run anew
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
-    here = config.model_copy(update={"out": str(folder)})
+    here, diverged = config.model_copy(update={"out": str(folder)}), False
     source = finished.get(reclock.key(config)) if reclock.reclockable(config) else None
     try:
         if source:
@@ -186,10 +199,11 @@ def _once(
         raise
     except FedLQError as exc:
         tell(f"{folder}: failed: {exc}")
+        diverged = isinstance(exc, DivergedError)
     found = rundir.read(folder)
     if found.summary:
         finished.setdefault(reclock.key(config), folder)
-    return Finished(config, found.records, found.summary)
+    return Finished(config, found.records, found.summary, diverged)
 
 
 def _merit(run: Finished) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedlq_ray.config import TrainConfig
-from fedlq_ray.errors import ClientError, PayloadError
+from fedlq_ray.errors import ClientError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Family, Segment, decode, encode
 from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
@@ -170,7 +170,7 @@ def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, clien
         piece = vector[layer.start : layer.stop]
         bad = int((~torch.isfinite(piece)).sum())
         if bad:
-            raise ClientError(
+            raise DivergedError(
                 f"training diverged: layer {layer.name} has {bad} of {layer.size} values that are NaN or infinite; "
                 "lower train.lr",
                 round=round,

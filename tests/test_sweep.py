@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fedlq_ray import ConfigError, reclock
 from fedlq_ray.analysis import compare
 from fedlq_ray.config import load as load_settings
+from fedlq_ray.config import to_yaml
 from fedlq_ray.simulation import simulate
 from fedlq_ray.sweep import Outcome, load, run
 
@@ -53,6 +55,29 @@ def test_tuning_takes_what_does_best_on_held_out_samples_of_another_seed(tmp_pat
     tried = load_config(tmp_path / "out/tune/a/train.lr=0.0001")
     assert "evaluate_on: holdout" in tried and "seed: 2" in tried
     assert "evaluate_on: test" in load_config(tmp_path / "out/a-0")
+
+
+def test_where_runs_diverge_the_next_best_settings_take_their_place(tmp_path):
+    told = []
+    text = "runs: {a: [strategy.name=fedavg]}\ntune: {train.lr: [0.05, 0.2, 1000]}\nseeds: [0, 1]"
+    (tmp_path / "s.yaml").write_text(BASE + text)
+
+    def start(config, parent):
+        # 0.2 does best in its trial, and diverges in one of its two runs.
+        trial, lr = config.evaluate_on == "holdout", config.train.lr
+        trained = {0.05: 0.001 if trial else 0.05, 0.2: 1e6 if config.seed == 1 else 0.2, 1000: 1000}[lr]
+        try:
+            simulate(config.model_copy(update={"train": config.train.model_copy(update={"lr": trained})}))
+        finally:  # the folder of the run that was asked for
+            (Path(config.out) / "config.yaml").write_text(to_yaml(config))
+
+    found = run(load(tmp_path / "s.yaml"), tmp_path / "out", start, told.append)
+    assert [line.split()[1] for line in told if "did best" in line] == ["train.lr=0.2", "train.lr=0.05"]
+    assert found.tuned == {"a": "train.lr=0.05"} and found.failed == 0 and len(found.runs["a"]) == 2
+    assert {f.name for f in (tmp_path / "out/diverged/a/train.lr=0.2").iterdir()} == {"a-0", "a-1"}
+    (tmp_path / "out/tune/a/train.lr=1000").rename(tmp_path / "elsewhere")  # failed, so that it would be tried again
+    again = run(load(tmp_path / "s.yaml"), tmp_path / "out", start, told.append)
+    assert again.tuned == found.tuned and again.failed == 0
 
 
 def test_trials_have_settings_of_their_own_and_some_runs_can_be_done_alone(tmp_path):
