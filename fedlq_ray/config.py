@@ -105,14 +105,17 @@ class StrategyConfig(Section):
         "clients add what quantization lost in a round to what they send in the next; ef21: they send the difference "
         "from what the server has of them; null: as the strategy has it",
     )
-    levels: tuple[Level, ...] = key((1, 2, 3, 4, 6, 8), "fedlq: the levels to choose from", unit="bits a parameter")
+    levels: tuple[Level, ...] = key(
+        (1, 2, 3, 4, 6, 8), "fedlq, fedhq, kimad: the levels to choose from", unit="bits a parameter"
+    )
     budget: Literal["bits", "deadline", "cohort"] = key(
         "cohort",
         "bytes for each client from `bits`, from a fixed deadline_s, or from the cohort: the slowest member at "
         "floor_bits sets the time that the others may fill",
     )
     floor_bits: float | None = key(
-        2.0, "budget=cohort: rate of the slowest; null: what the convergence bound finds best for a round",
+        2.0, "budget=cohort: rate of the slowest; null: what the convergence bound finds best for a round. "
+        "fedlq_rd, budget=deadline: who cannot send at this rate in time is late; null: at 0.02",
         unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
     noise_cost: float = key(
@@ -122,7 +125,8 @@ class StrategyConfig(Section):
     deadline_s: Positive | None = key(None, "budget=deadline: simulated length of a round", unit="s")
     late: Literal["wait", "drop", "partial"] = key(
         "wait",
-        "budget=deadline: what becomes of clients that cannot send all layers in time: the round waits for them, goes "
+        "fedlq, fedlq_rd, budget=deadline: what becomes of clients that cannot send all layers in time: the "
+        "round waits for them, goes "
         "on without them, or they send the most significant layers that fit",
     )
     allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
@@ -136,9 +140,9 @@ class StrategyConfig(Section):
     probe_on: Literal["proxy", "clients"] = key(
         "proxy", "whose held-out samples: all clients', drawn once, or those of the round's cohort (time not billed)"
     )
-    probe_every: int = key(10, "fedlq: rounds between measurements of the drop", unit="rounds", ge=1)
-    probe_samples: int = key(512, "fedlq: held-out samples to measure on", unit="samples", ge=8)
-    probe_decay: float = key(0.5, "fedlq: weight of the past in the running average of drops", ge=0, lt=1)
+    probe_every: int = key(10, "fedlq, fedlq_rd: rounds between measurements of the drop", unit="rounds", ge=1)
+    probe_samples: int = key(512, "fedlq, fedlq_rd: held-out samples to measure on", unit="samples", ge=8)
+    probe_decay: float = key(0.5, "fedlq, fedlq_rd: weight of the past in the running average", ge=0, lt=1)
     args: Args = key({}, "the strategy's own arguments, such as {fraction: 0.01} for topk")
 
     @model_validator(mode="after")
@@ -292,7 +296,7 @@ def describe(path: str, field: Any) -> str:
         [*parts]
         + ([f"unit: {unit}"] if unit else [])
         + ([f"bounds: {' and '.join(dict.fromkeys(bounds))}"] if bounds else [])
-        + ([f"one of: {', '.join(choices)}"] if choices else [])
+        + ([f"one of: {', '.join(choices)}"] if choices and bool not in kinds else [])
     )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlq_ray.quantization import Quantizer, Segment
+from fedlq_ray.quantization import Quantizer
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.training import Plan
@@ -54,8 +54,4 @@ class AdaQuantFL(Strategy):
 
 def same_for_all(setting: Setting, quantizer: Quantizer) -> Plan:
     """A plan with one quantizer: layer by layer, or (`strategy.scope=model`) over all layers at once."""
-    layers = setting.quantized
-    segments = setting.segments([quantizer] * len(layers))
-    if setting.config.scope == "model":
-        segments = (Segment(quantizer, layers[0].start, layers[-1].stop), *segments[len(layers) :])
-    return Plan(setting.config.payload, segments, setting.error_feedback)
+    return Plan(setting.config.payload, setting.one(quantizer), setting.error_feedback)

@@ -8,16 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.strategies.base import Member, Setting
+from fedlq_ray.strategies.base import Setting
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 Table = NDArray[np.float64]
-
-
-def bytes_by(member: Member, seconds: float) -> float:
-    """Bytes that a member can have sent when a round is `seconds` old."""
-    left = seconds - member.fixed_s
-    return left * member.uplink_bytes_per_s if left > 0 else 0.0
 
 
 def layer_sizes(setting: Setting, levels: Sequence[int]) -> NDArray[np.int64]:

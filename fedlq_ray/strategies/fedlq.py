@@ -18,6 +18,7 @@ from fedlq_ray.quantization import LAYER_HEADER
 from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_saving
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, sent_in_equal_time, taking_part
+from fedlq_ray.strategies.costs import layer_sizes
 from fedlq_ray.training import Plan
 
 
@@ -29,7 +30,7 @@ class FedLQ(Strategy):
         config = setting.config
         if config.late == "partial" and config.payload == "model":
             raise ConfigError("strategy.late: partial leaves layers out, which payload=model cannot; use update")
-        self.sizes = np.array([[setting.size(layer, b) for b in config.levels] for layer in setting.quantized])
+        self.sizes = layer_sizes(setting, config.levels)
         self.counts = [layer.size for layer in setting.quantized]
         self.drops = Drops(config.probe_decay)
         self.square, self.spread = 0.0, 1.0  # of the last round's update, and News.spread

@@ -22,8 +22,8 @@ from torch import Tensor
 from fedlq_ray.quantization import Segment
 from fedlq_ray.significance import Allocation, exact, greedy
 from fedlq_ray.strategies.base import Member, Setting, Strategy
-from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
-from fedlq_ray.strategies.costs import Table, bytes_by, layer_sizes, squared_errors
+from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, in_time
+from fedlq_ray.strategies.costs import Table, layer_sizes, squared_errors
 from fedlq_ray.training import Plan
 
 STEPS = 1000
@@ -82,7 +82,7 @@ class Kimad(Strategy):
             limits = budgets(config, cohort, partial(bytes_at_levels, self.setting))
         else:
             top = bytes_at_levels(self.setting, config.levels[-1])
-            limits = [min(top, bytes_by(member, self.round_s)) for member in cohort]
+            limits = [min(top, in_time(member, self.round_s, top)) for member in cohort]
         return {
             member.client: Plan(config.payload, ByError(self.setting, limit), self.setting.error_feedback)
             for member, limit in zip(cohort, limits, strict=True)
