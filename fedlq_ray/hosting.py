@@ -130,7 +130,7 @@ class RayHost:
         return ray.put(weights.numpy())
 
     def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply]]:
-        waiting = sorted(jobs, key=lambda job: (len(self.task.shards[job.client]), job.client))
+        waiting = sorted(jobs, key=lambda job: (job.samples, job.client))
         under_way: dict[Any, tuple[Job, int]] = {}
         load = [0] * self.count
         while waiting or under_way:
