@@ -57,8 +57,9 @@ def member(task: Task, client: int, downlink_bytes: int) -> Member:
 def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence[float]) -> list[Member]:
     """Members that train for as long as the others, not as much: the slow less, the fast more.
 
-    Each does 1/w to w times the base in whole steps, w = `train.adaptive_work`, and the round ends as soon as the mean
-    over the cohort (by samples) is sqrt(w).
+    Each does 1/sqrt(w) to w times the base in whole steps, w = `train.adaptive_work`, and the round ends as soon as the
+    mean over the cohort (by samples) is sqrt(w). Less than that is not worth it: an update is scaled to the mean work,
+    and the noise of a step with it.
 
     Args:
         payload_bytes: what each is to send; the rest of its time is for training.
@@ -70,7 +71,7 @@ def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence
     other_s = np.array([m.fixed_s for m in members]) + upload_s - bases * sample_s
 
     def work(deadline: float) -> NDArray[np.float64]:
-        return np.clip((deadline - other_s) / (bases * sample_s), 1 / limit, limit)
+        return np.clip((deadline - other_s) / (bases * sample_s), limit**-0.5, limit)
 
     # The mean rises with the deadline: halve between one that all can make and one that nobody can.
     low, high = float(other_s.min()), float((other_s + limit * bases * sample_s).max())

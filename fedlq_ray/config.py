@@ -77,8 +77,8 @@ class TrainConfig(Section):
     local_epochs: int = key(2, "passes over the shard in a round", ge=1)
     prox_mu: float = key(0.0, "FedProx's pull to the global weights (Li et al., MLSys 2020)", ge=0, le=1e3)
     adaptive_work: float = key(
-        1.0, "above 1, a cohort's members train for equally long: from one over this to this many times the base, its "
-        "root in the mean; updates are normalised by work (FedNova)", ge=1, le=100,
+        1.0, "above 1, a cohort's members train for equally long: from 1 / sqrt(w) to w times the base, "
+        "sqrt(w) in the mean; updates are normalised by work (FedNova)", ge=1, le=100,
     )  # fmt: skip
     max_samples: int | None = key(None, "samples of a pass at most, drawn anew each round", unit="samples", ge=1)
 

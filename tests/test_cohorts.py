@@ -36,7 +36,7 @@ def test_members_train_for_as_long_as_each_other_and_as_much_in_the_mean(limit):
     ends = []
     for before, after, base in zip(members, own, bases, strict=True):
         sample_s = task.flops / (task.profiles[before.client].compute_gflops * 1e9)
-        assert 1 / limit - 1 / base <= after.work <= limit and after.work * base == pytest.approx(
+        assert limit**-0.5 - 1 / base <= after.work <= limit and after.work * base == pytest.approx(
             round(after.work * base)
         )
         assert after.fixed_s == pytest.approx(before.fixed_s + (after.work - 1) * base * sample_s)
@@ -44,7 +44,7 @@ def test_members_train_for_as_long_as_each_other_and_as_much_in_the_mean(limit):
     total = sum(m.work * base for m, base in zip(own, bases, strict=True))
     goal = limit**0.5 * sum(bases)
     assert goal - len(own) <= total <= goal * (1 + 1e-9)  # each rounds down to a whole step of a sample
-    free = [end for end, m in zip(ends, own, strict=True) if 1.01 / limit < m.work < 0.99 * limit]
+    free = [end for end, m in zip(ends, own, strict=True) if 1.01 * limit**-0.5 < m.work < 0.99 * limit]
     assert len(free) < 2 or max(free) - min(free) < 0.1 * max(free)
 
 

@@ -70,9 +70,7 @@ class SignSGD(Fixed):
         if setting.config.payload == "model":
             raise ConfigError("strategy.payload: signsgd votes on updates, not on models")
         if setting.error_feedback == "ef21":
-            raise ConfigError(
-                "strategy.error_feedback: signsgd counts votes, which ef21 would add up; use false"
-            )
+            raise ConfigError("strategy.error_feedback: signsgd counts votes, which ef21 would add up; use false")
         super().__init__(setting, Sign(scaled=False))
         self.step, self.voted = step, [(layer.start, layer.stop) for layer in setting.quantized]
 
