@@ -40,9 +40,9 @@ MODELS = {
         (5, 40),
     ),
     "vgg9": (
-        ["train.max_samples=100", "train.batch_size=8", "train.lr=0.03", "train.momentum=0.9"],
-        ["strategy.levels=[1,2,4,8]", "strategy.probe_samples=256"],
-        (5, 30),
+        ["train.max_samples=100", "train.batch_size=8", "train.lr=0.04", "train.momentum=0.9"],
+        ["strategy.levels=[1,2,4,8]", "strategy.probe_samples=128"],
+        (5, 20),
     ),
 }
 PAYLOADS = ("update", "model")
