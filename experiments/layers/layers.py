@@ -35,9 +35,9 @@ MODELS = {
         (5, 40),
     ),
     "resnet8_gn": (
-        ["train.max_samples=300", "train.batch_size=16", "train.lr=0.03", "train.momentum=0.9"],
+        ["train.max_samples=300", "train.batch_size=32", "train.lr=0.1"],
         ["strategy.levels=[1,2,3,4,6,8]", "strategy.probe_samples=512"],
-        (5, 40),
+        (5, 80),
     ),
     "vgg9": (
         ["train.max_samples=100", "train.batch_size=8", "train.lr=0.04", "train.momentum=0.9"],
