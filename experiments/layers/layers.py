@@ -132,17 +132,16 @@ def tell(name: str, given: dict) -> None:
     for one in given["tables"]:
         if one["payload"] == PAYLOADS[0]:
             print(f"{one['rounds']} rounds: loss {one['before']['loss']}, accuracy {one['before']['accuracy']}")
-    print("| payload | rounds | bits | most | least | ratio | Fisher: most | least | ratio | seen | rank corr. |")
+    print("| payload | rounds | bits | beyond noise | most | least | ratio | by size | Fisher: most | least | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for payload in PAYLOADS:
         for one in (one for one in given["tables"] if one["payload"] == payload):
             significance, seen, fisher = arrays(one, given)
             for bits in TABLE:
                 column = given["levels"].index(bits)
-                cells = extremes(significance[:, column], seen[:, column], given["layers"])
-                cells += extremes(fisher[:, column], np.ones(len(fisher), bool), given["layers"])
-                cells.append(f"{seen[:, column].sum()}/{len(seen)}")
-                cells.append(f"{spearmanr(significance[:, column], fisher[:, column]).statistic:.2f}")
+                cells = [f"{seen[:, column].sum()} of {len(seen)}"]
+                cells += extremes(significance[:, column], seen[:, column], given)
+                cells += extremes(fisher[:, column], np.ones(len(fisher), bool), given)[:3]
                 print(f"| {payload} | {one['rounds']} | {bits} | {' | '.join(cells)} |")
     print("| payload | bits | seen | below zero | late / early | Fisher: late / early | Fisher: rank correlation |")
     for payload in PAYLOADS:
@@ -159,16 +158,15 @@ def tell(name: str, given: dict) -> None:
             print(f"| {payload} | {bits} | {' | '.join(cells)} |")
 
 
-def extremes(values: np.ndarray, seen: np.ndarray, names: list[str]) -> list[str]:
+def extremes(values: np.ndarray, seen: np.ndarray, given: dict) -> list[str]:
+    """The most and the least significant layer, their ratio, and that of their sizes (what equal rises would make)."""
     order = [i for i in np.argsort(values) if seen[i] and values[i] > 0]
     if len(order) < 2:
-        return ["", "", ""]
-    most, least = order[-1], order[0]
-    return [
-        f"{names[most]} {values[most]:.2g}",
-        f"{names[least]} {values[least]:.2g}",
-        f"{values[most] / values[least]:.2g}",
-    ]
+        return ["", "", "", ""]
+    least, most = order[0], order[-1]
+    sizes, names = given["parameters"], given["layers"]
+    told = [f"{names[i]} {plots.short(values[i])}" for i in (most, least)]
+    return [*told, *(f"{float(f'{x:.2g}'):,g}" for x in (values[most] / values[least], sizes[least] / sizes[most]))]
 
 
 def main() -> None:

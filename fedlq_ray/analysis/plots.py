@@ -85,7 +85,7 @@ def layers(
         axis.imshow(np.ma.masked_invalid(ranks), aspect="auto", cmap="viridis", vmin=0, vmax=1)
         for (row, column), value in np.ndenumerate(panel.values):
             shade = "0.6" if not seen[row, column] else "white" if ranks[row, column] < 0.6 else "black"
-            axis.text(column, row, _short(float(value)), ha="center", va="center", color=shade, fontsize=7)
+            axis.text(column, row, short(float(value)), ha="center", va="center", color=shade, fontsize=7)
         axis.set_title(panel.title, fontsize=9)
         axis.set_xticks(range(len(levels)), [str(b) for b in levels])
         axis.set_yticks(range(len(names)), list(names), fontsize=8)
@@ -96,7 +96,7 @@ def layers(
     plt.close(figure)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Two digits, in the fewest characters."""
     if value == 0 or 0.01 <= abs(value) < 100:
         return f"{value:.2g}"

@@ -57,4 +57,4 @@ def test_heat_maps_in_rows_with_noise_and_all_kinds_of_figures(tmp_path, seen):
     rows = [[plots.Panel(f"{i} {j}", values, seen) for j in range(2)] for i in range(2)]
     plots.layers(rows, ["a", "block3.shortcut"], [1, 2], "title", tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
-    assert [plots._short(v) for v in (0.0, 0.25, 1e30, -2.5e-7, 123.0)] == ["0", "0.25", "1e30", "-2.5e-7", "1.2e2"]
+    assert [plots.short(v) for v in (0.0, 0.25, 1e30, -2.5e-7, 123.0)] == ["0", "0.25", "1e30", "-2.5e-7", "1.2e2"]
