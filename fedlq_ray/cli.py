@@ -145,30 +145,51 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
 @ARGUMENTS
 @click.option("--out", default="layers.png", help="File of the heat map.", show_default=True)
 def layers(arguments: tuple[str, ...], out: str) -> None:
-    """Train `rounds` rounds of FedAvg, then tell what each layer saves and costs at each level."""
+    """Train `rounds` rounds of FedAvg, then tell what each layer saves and costs at each level.
+
+    The loss rise is what rounding costs on average, with its standard error over samples and rounding; the significance
+    is the rise per memory saved, in parentheses where the rise is below twice its error.
+    """
     from rich.table import Table
 
     from fedlq_ray.analysis import plots
     from fedlq_ray.analysis.layers import analyse
 
     config = _config(arguments)
-    found = analyse(config)
-    table = Table(title=f"payload {config.strategy.payload}, {config.strategy.probe_samples} held-out samples at most")
-    for heading in ("layer", "bits", "saved", "loss rise", "± noise", "acc. drop", "significance"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+
+    def watch(record: dict[str, Any]) -> None:
+        done = record["round"] + 1
+        click.echo(f"round {done}/{config.rounds}  train loss {record['train_loss'] or 0:.4f}", err=True)
+        if done == config.rounds:
+            click.echo("quantizing each layer at each level", err=True)
+
+    found = analyse(config, watch)
+    before = f"loss {found.before.loss:.4f}, accuracy {found.before.accuracy:.2%}"
+    table = Table(title=f"payload {found.payload}; {found.samples} held-out samples: {before}")
+    for heading in ("layer", "parameters", "bits", "saved", "loss rise", "± noise", "acc. drop", "significance"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
     for row, name in enumerate(found.names):
         for column, bits in enumerate(found.levels):
+            significance = f"{found.significance[row, column]:.2e}"
             table.add_row(
-                name,
+                "" if column else name,
+                "" if column else f"{found.sizes[row]:,}",
                 str(bits),
                 f"{found.saving[row, column]:.2%}",
                 f"{found.loss.drop[row, column]:.2e}",
                 f"{found.loss.noise[row, column]:.1e}",
                 f"{found.accuracy.drop[row, column]:+.2%}",
-                f"{found.significance[row, column]:.2e}",
+                f"{significance} " if found.seen[row, column] else f"({significance})",
+                end_section=column + 1 == len(found.levels),
             )
-    Console().print(table)
-    plots.layers(found.significance, found.names, found.levels, "significance: loss rise per memory saved", Path(out))
+    terminal = Console()
+    (terminal if terminal.is_terminal else Console(width=120)).print(table)
+    for column, bits in enumerate(found.levels):
+        order = [row for row in found.significance[:, column].argsort()[::-1] if found.seen[row, column]]
+        ranked = ", ".join(f"{found.names[row]} {found.significance[row, column]:.1e}" for row in order)
+        click.echo(f"{bits} bit{'s' if bits > 1 else ''}, most significant first: {ranked or 'nothing but noise'}")
+    panel = plots.Panel(f"after {found.rounds} rounds, payload {found.payload}", found.significance, found.seen)
+    plots.layers([[panel]], found.names, found.levels, "loss rise per memory saved\n(grey: only noise)", Path(out))
     click.echo(f"heat map: {out}")
 
 

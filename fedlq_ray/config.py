@@ -73,6 +73,7 @@ class TrainConfig(Section):
     lr: Positive = key(0.1, "learning rate of the clients' SGD", le=1e3)
     momentum: float = key(0.0, "momentum of the clients' SGD, fresh each round", ge=0, lt=1)
     weight_decay: float = key(0.0, "L2 penalty of the clients' SGD", ge=0, le=1)
+    max_grad_norm: Positive | None = key(None, "gradients of a step are scaled down to this Euclidean norm")
     batch_size: int = key(16, "samples in a step", unit="samples", ge=1)
     local_epochs: int = key(2, "passes over the shard in a round", ge=1)
     prox_mu: float = key(0.0, "FedProx's pull to the global weights (Li et al., MLSys 2020)", ge=0, le=1e3)

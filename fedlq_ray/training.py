@@ -94,6 +94,8 @@ def train_locally(
             loss.backward()
             if anchor is not None:  # the gradient of mu / 2 |w - anchor|^2
                 model.grad.add_(model.vector[: model.num_parameters] - anchor, alpha=train.prox_mu)
+            if train.max_grad_norm is not None:
+                model.grad.mul_(min(1.0, train.max_grad_norm / max(float(model.grad.norm()), 1e-30)))
             optimizer.step()
             total += loss.detach() * len(batch)
             seen += len(batch)

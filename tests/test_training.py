@@ -41,6 +41,21 @@ def test_training_is_pytorchs_own_sgd():
     torch.testing.assert_close(flat.vector, FlatModel(plain).vector)
 
 
+def test_gradients_are_clipped_as_pytorch_does():
+    flat, plain, rng = trained(module(), lr=0.5, max_grad_norm=0.1), module(), np.random.default_rng(1)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    for _ in range(2):
+        order = rng.permutation(40)
+        for start in range(0, 40, 8):
+            batch = order[start : start + 8]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(torch.from_numpy(X[batch])), torch.from_numpy(Y[batch])).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            optimizer.step()
+    torch.testing.assert_close(flat.vector, FlatModel(plain).vector, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(flat.vector, trained(module(), lr=0.5).vector)
+
+
 def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
     model = module()
     model[0].bias.requires_grad_(False)

@@ -1,6 +1,7 @@
 """Pictures of runs, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,51 @@ def labels(counts: Sequence[Sequence[int]], file: Path) -> None:
     plt.close(figure)
 
 
-def layers(values: np.ndarray[Any, Any], names: Sequence[str], levels: Sequence[int], title: str, file: Path) -> None:
-    """A table (layers, levels) as a heat map, with its figures written in; colours by rank, as scales differ much."""
-    figure, axis = plt.subplots(figsize=(1.6 + 0.9 * len(levels), 1.4 + 0.45 * len(names)), layout="constrained")
-    ranks = np.argsort(np.argsort(values, axis=None)).reshape(values.shape)
-    axis.imshow(ranks, aspect="auto", cmap="viridis")
-    for (row, column), value in np.ndenumerate(values):
-        shade = "white" if ranks[row, column] < ranks.size * 0.6 else "black"
-        axis.text(column, row, f"{value:.2g}", ha="center", va="center", color=shade, fontsize=8)
-    axis.set(title=title, xlabel="level, bits a parameter")
-    axis.set_xticks(range(len(levels)), [str(b) for b in levels])
-    axis.set_yticks(range(len(names)), list(names))
-    figure.savefig(file, dpi=120)
+@dataclass(frozen=True)
+class Panel:
+    """A table (layers, levels), and where it tells more than noise (everywhere, by default)."""
+
+    title: str
+    values: np.ndarray[Any, Any]
+    seen: np.ndarray[Any, Any] | None = None
+
+
+def layers(
+    panels: Sequence[Sequence[Panel]], names: Sequence[str], levels: Sequence[int], title: str, file: Path
+) -> None:
+    """Heat maps in rows, with their figures written in. Colours go by rank in a map, as scales differ much; what is
+    only noise has none."""
+    rows, columns = len(panels), len(panels[0])
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.6 + max(0.55 * len(levels), 2.2) * columns, 0.8 + (0.7 + max(0.26 * len(names), 1)) * rows),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    for axis, panel in zip(grid.flat, (panel for row in panels for panel in row), strict=True):
+        seen = np.ones(panel.values.shape, bool) if panel.seen is None else panel.seen
+        ranks = np.full(panel.values.shape, np.nan)
+        ranks[seen] = np.argsort(np.argsort(panel.values[seen])) / max(1, seen.sum() - 1)
+        axis.imshow(np.ma.masked_invalid(ranks), aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(panel.values):
+            shade = "0.6" if not seen[row, column] else "white" if ranks[row, column] < 0.6 else "black"
+            axis.text(column, row, short(float(value)), ha="center", va="center", color=shade, fontsize=7)
+        axis.set_title(panel.title, fontsize=9)
+        axis.set_xticks(range(len(levels)), [str(b) for b in levels])
+        axis.set_yticks(range(len(names)), list(names), fontsize=8)
+        axis.tick_params(length=0)
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("level, bits a parameter", fontsize=9)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def short(value: float) -> str:
+    """Two digits, in the fewest characters."""
+    if value == 0 or 0.01 <= abs(value) < 100:
+        return f"{value:.2g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
