@@ -151,7 +151,7 @@ def run(
             shares = strategy.weights(answering) if answering else []
             # FedNova (Wang et al., NeurIPS 2020, eq. 6): each client sends its update by the unit of work, and the sum
             # is taken for the mean work, so that who trains more does not count more.
-            work = sum(share * m.work for share, m in zip(shares, answering, strict=True))
+            work = sum(share * m.work for share, m in zip(shares, answering, strict=True)) / (sum(shares) or 1)
             fold = _Fold(task, offers, jobs, shares, tracked)
             for client, reply in host.train(jobs, {j.client: starting(offers[j.client].model) for j in jobs}):
                 before = time.perf_counter()

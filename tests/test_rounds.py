@@ -120,6 +120,16 @@ class EightBits(Strategy):
         return {m.client: self.setting.at_levels([8] * len(self.setting.quantized)) for m in cohort}
 
 
+class Halved(EightBits):
+    def weights(self, cohort):
+        return [share / 2 for share in super().weights(cohort)]
+
+
+def test_weights_need_not_sum_to_one():
+    whole, half = run(strategy=EightBits), run("server.lr=2", strategy=Halved)
+    torch.testing.assert_close(torch.from_numpy(half.weights), torch.from_numpy(whole.weights), rtol=0, atol=1e-3)
+
+
 class Signs:
     """One bit an element, and a scale: a user's quantizer, with no base class."""
 
