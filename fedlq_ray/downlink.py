@@ -53,12 +53,13 @@ class Downlink:
         change = weights - held
         if not bool(change.any()):
             return Offer(held, 0)
-        where = {"kind": "update", "round": round, "client": client}
         noise = torch_rng(self.setting.seed, "downlink", round, client)
-        payload = encode(change, one_step(self.setting, budget)(change), rng=noise, **where)  # type: ignore[arg-type]
+        segments = one_step(self.setting, budget)(change)
+        payload = encode(change, segments, kind="update", round=round, client=client, rng=noise)
         if len(payload) >= self.whole_bytes:
             return Offer(weights, self.whole_bytes)
-        return Offer(held + decode(payload, len(change), **where).vector, len(payload))  # type: ignore[arg-type]
+        decoded = decode(payload, len(change), kind="update", round=round, client=client)
+        return Offer(held + decoded.vector, len(payload))
 
     def fetched(self, client: int, offer: Offer) -> None:
         """The client holds this from now on."""

@@ -27,32 +27,28 @@ def trained(model, **settings):
     return flat
 
 
-def test_training_is_pytorchs_own_sgd():
-    flat = trained(module(), lr=0.1, momentum=0.9, weight_decay=0.01)
+def trained_by_pytorch(max_grad_norm=float("inf"), **settings):
     plain, rng = module(), np.random.default_rng(1)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizer = torch.optim.SGD(plain.parameters(), **settings)
     for _ in range(2):
         order = rng.permutation(40)
         for start in range(0, 40, 8):
             batch = order[start : start + 8]
             optimizer.zero_grad()
             nn.functional.cross_entropy(plain(torch.from_numpy(X[batch])), torch.from_numpy(Y[batch])).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
             optimizer.step()
-    torch.testing.assert_close(flat.vector, FlatModel(plain).vector)
+    return FlatModel(plain).vector
+
+
+def test_training_is_pytorchs_own_sgd():
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    torch.testing.assert_close(trained(module(), **settings).vector, trained_by_pytorch(**settings))
 
 
 def test_gradients_are_clipped_as_pytorch_does():
-    flat, plain, rng = trained(module(), lr=0.5, max_grad_norm=0.1), module(), np.random.default_rng(1)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
-    for _ in range(2):
-        order = rng.permutation(40)
-        for start in range(0, 40, 8):
-            batch = order[start : start + 8]
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(plain(torch.from_numpy(X[batch])), torch.from_numpy(Y[batch])).backward()
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-            optimizer.step()
-    torch.testing.assert_close(flat.vector, FlatModel(plain).vector, rtol=1e-4, atol=1e-6)
+    flat = trained(module(), lr=0.5, max_grad_norm=0.1)
+    torch.testing.assert_close(flat.vector, trained_by_pytorch(0.1, lr=0.5), rtol=1e-4, atol=1e-6)
     assert not torch.equal(flat.vector, trained(module(), lr=0.5).vector)
 
 

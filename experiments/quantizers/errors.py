@@ -10,7 +10,6 @@ elements and new rounding noise, or another client.
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,12 +105,11 @@ def quantizers() -> dict[str, Quantizer | float]:
 def measure(chosen: Quantizer | float, draw: Draw, seed: int) -> tuple[float, float]:
     """Bits a parameter of the payload, and the error of what it decodes to."""
     vector, pieces = draw
-    fit: Callable[[Tensor], tuple[Segment, ...]]
     if isinstance(chosen, float):
-        fit = OneStep(pieces, (1.0,) * len(pieces), chosen * len(vector) / 8)
+        segments = OneStep(pieces, (1.0,) * len(pieces), chosen * len(vector) / 8)(vector)
     else:
-        fit = lambda _: tuple(Segment(chosen, start, stop) for start, stop in pieces)  # noqa: E731
-    payload = encode(vector, fit(vector), rng=torch.Generator().manual_seed(seed), **WHERE)
+        segments = tuple(Segment(chosen, start, stop) for start, stop in pieces)
+    payload = encode(vector, segments, rng=torch.Generator().manual_seed(seed), **WHERE)
     lost = decode(payload, len(vector), **WHERE).vector.double() - vector.double()
     return 8 * len(payload) / len(vector), float(lost.square().sum() / vector.double().square().sum())
 
