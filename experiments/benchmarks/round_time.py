@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 
-from fedlq_ray import provenance, simulate
+from fedlq_ray import cohorts, provenance, simulate
 from fedlq_ray.config import load
 from fedlq_ray.data import inputs
 from fedlq_ray.models import build
-from fedlq_ray.rounds import cohort
 from fedlq_ray.task import prepare
 
 BASE = ["data.name=fashion-mnist", "data.partition=iid", "data.holdout=0", "clients.count=100", "clients.cohort=20"]
@@ -71,7 +70,7 @@ def bare_rounds(rounds: int, cores: int) -> list[float]:
         pipe.recv()
     seconds = []
     for round in range(rounds):
-        members = [member.client for member in cohort(task, round)]
+        members = cohorts.draw(task, round)
         started = time.perf_counter()
         for index, pipe in enumerate(pipes):
             pipe.send(members[index::cores])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlq_ray import provenance
+from fedlq_ray import cohorts, provenance
 from fedlq_ray.config import load
 from fedlq_ray.quantization import (
     Eden,
@@ -35,7 +35,7 @@ from fedlq_ray.quantization import (
     encode,
 )
 from fedlq_ray.quantization.rate import OneStep
-from fedlq_ray.rounds import Outcome, cohort, run
+from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Job, prepare
@@ -77,11 +77,12 @@ def updates(clients: int) -> list[Draw]:
     for record in run(task, strategy, host, outcome):
         accuracy = record["accuracy"]
     print(f"trained {config.rounds} rounds, accuracy {accuracy:.3f}", flush=True)
-    members = cohort(task, config.rounds)[:clients]
+    members = [cohorts.member(task, client, 0) for client in cohorts.draw(task, config.rounds)[:clients]]
+    samples = {m.client: cohorts.base_work(task, m.samples) for m in members}
     pieces = tuple((layer.start, layer.stop) for layer in place.model.layers)
     found = []
     for client, plan in strategy.plan(config.rounds, members).items():
-        reply, _ = place.train(Job(config.rounds, client, plan), outcome.weights, None)
+        reply, _ = place.train(Job(config.rounds, client, plan, samples[client]), outcome.weights, None)
         sent = decode(reply.payload, len(outcome.weights), kind="update", round=config.rounds, client=client)
         found.append(Draw(sent.vector, pieces))
     return found
