@@ -6,14 +6,14 @@ from fedlq_ray.config import Config
 from fedlq_ray.errors import ClientError, ConfigError, FedLQError, PayloadError
 
 if TYPE_CHECKING:
-    from fedlq_ray.simulation import Result, simulate
+    from fedlq_ray.simulation import Result, resume, simulate
 
-__all__ = ["ClientError", "Config", "ConfigError", "FedLQError", "PayloadError", "Result", "simulate"]
+__all__ = ["ClientError", "Config", "ConfigError", "FedLQError", "PayloadError", "Result", "resume", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
     # pandas and the rest are for who calls `simulate`: client processes never import them.
-    if name in ("Result", "simulate"):
+    if name in ("Result", "resume", "simulate"):
         from fedlq_ray import simulation
 
         return getattr(simulation, name)

@@ -49,9 +49,32 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
     from fedlq_ray.simulation import simulate
 
     config = _config(arguments)
-    console = Console(stderr=True)
-    with watch(config, console, as_json) as report:
+    with watch(config, Console(stderr=True), as_json) as report:
         result = simulate(config, watch=report)
+    _tell(result, config, as_json)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(), metavar="RUN_DIR")
+@click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+@click.option("--json", "as_json", is_flag=True, help="Print each round's record, then the summary, a JSON line each.")
+def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Go on with a run that was interrupted, killed, or failed, from its last checkpoint.
+
+    The result is the one that it would have had. `rounds` may be raised, and what cannot change a result may differ,
+    such as clients.hosting.
+    """
+    from fedlq_ray import simulation
+    from fedlq_ray.progress import watch
+
+    config = configuration.load(Path(folder) / "config.yaml", overrides)
+    with watch(config, Console(stderr=True), as_json) as report:
+        result = simulation.resume(folder, overrides, watch=report)
+    _tell(result, config, as_json)
+
+
+def _tell(result: Any, config: Config, as_json: bool) -> None:
+    """What came of a run."""
     if as_json:
         click.echo(json.dumps({"summary": result.summary, "path": str(result.path)}))
         return
@@ -266,7 +289,7 @@ def main() -> None:
         click.echo(f"failed: {exc}", err=True)
         code = 1
     except (KeyboardInterrupt, click.Abort) as exc:
-        click.echo("interrupted; results so far are kept", err=True)
+        click.echo("interrupted; results so far are kept, and `fedlq resume RUN_DIR` goes on", err=True)
         cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps what it meets
         code = 143 if type(cause).__name__ == "Terminated" else 130
     sys.exit(code)

@@ -67,6 +67,13 @@ class ClientsConfig(Section):
     profiles: Text = key("mixed", "a population's name, or a CSV with a row a client")
     variation: float = key(0.0, "sigma of the log-normal variation of bandwidth and compute by round", ge=0, le=3)
     dropout: float = key(0.0, "probability that a client fails to answer in a round", ge=0, le=1)
+    retries: int = key(2, "times that a client whose actor died or failed is run again in a round", ge=0)
+    timeout_s: Positive = key(
+        600.0, "wall time after which a silent actor is given up, and its client run again", unit="s"
+    )
+    on_failure: Literal["fail", "skip_client"] = key(
+        "fail", "when a client has failed for good: the run fails, or the round goes on without it (record: skipped)"
+    )
 
 
 class TrainConfig(Section):
@@ -169,6 +176,12 @@ class NetworkConfig(Section):
     uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit")
 
 
+class CheckpointConfig(Section):
+    every_rounds: int | None = key(None, "rounds between checkpoints; null: as often as takes 5 % of the time", ge=1)
+    keep: int = key(2, "checkpoints that are kept while a run is going on; 0: none are written", ge=0)
+    path: Text | None = key(None, "their folder, or an address such as s3://bucket/run; null: in the run's folder")
+
+
 class TrackingConfig(Section):
     uri: Text | None = key("sqlite:///mlflow.db", "MLflow's tracking store or server; null: none")
     experiment: Text = key("fedlq", "MLflow's experiment", min_length=1, max_length=500)
@@ -194,6 +207,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     strategy: StrategyConfig = StrategyConfig()
     network: NetworkConfig = NetworkConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -210,7 +224,10 @@ class Config(Section):
 
 
 # Keys that cannot change a result: they are left out of config_sha256.
-WITHOUT_EFFECT = ("name", "out", "tracking", "clients.hosting", "clients.actors")
+WITHOUT_EFFECT = (
+    "name", "out", "tracking", "checkpoint", "clients.hosting", "clients.actors", "clients.retries",
+    "clients.timeout_s", "clients.on_failure",
+)  # fmt: skip
 
 
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:

@@ -1,16 +1,19 @@
 """The driver: an actor that runs the rounds, tracks them, and streams their records to who started it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
+from fedlq_ray import rundir
 from fedlq_ray.hosting import RayHost, choose
 from fedlq_ray.parts import make_importable
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
+from fedlq_ray.storage import Folder, Saver, latest
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Task, Workplace
 from fedlq_ray.tracking import Tracker, Tracking
@@ -18,22 +21,42 @@ from fedlq_ray.tracking import Tracker, Tracking
 Event = dict[str, Any]
 
 
-def drive(task: Task, given: Any, host: Any, tracking: Tracking | None, stopped: Any) -> Iterator[Event]:
-    """Run the rounds on a host, and track them.
+def drive(
+    task: Task, given: Any, host: Any, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
+) -> Iterator[Event]:
+    """Run the rounds on a host, from the last checkpoint where there is one; keep the journal, and track.
 
     Yields:
-        {"record": ...} for each round, and at last {"weights", "completed", "timing", "tracked"}.
+        {"resumed": round, "records": [...], "faults": [...]} first where it goes on from a checkpoint, {"record": ...}
+        for each round, {"warning": ...} for a checkpoint that could not be written, and at last {"weights",
+        "completed", "timing", "tracked"}.
     """
-    place = Workplace(task)
+    place, config = Workplace(task), task.config
     strategy = make(place.setting, given)
     outcome = Outcome(place.model.vector.clone())
-    tracker = Tracker(tracking, task.config) if tracking else None
+    where = Folder(rundir.checkpoints(folder, config))
+    before, faults = latest(where, len(rundir.journal(folder)))
+    records = rundir.journal(folder)[: before["round"] if before else 0]
+    if before or faults:
+        yield {"resumed": len(records), "records": records, "faults": faults}
+    tracker = Tracker(tracking, config, records) if tracking else None
     status = "FAILED"
     try:
-        for record in run(task, strategy, host, outcome, stopped):
-            if tracker:
-                tracker.log(record)
-            yield {"record": record}
+        with rundir.Journal(folder, records) as journal:
+            saver = Saver(where, config.checkpoint, host.recall, journal.sync)
+            try:
+                for record in run(task, strategy, host, outcome, stopped, before, saver.offer):
+                    journal.write(record)
+                    if tracker:
+                        tracker.log(record)
+                    yield {"record": record}
+                    if saver.failure:
+                        yield {"warning": saver.failure}
+                        saver.failure = None
+            finally:
+                saver.finish(outcome.completed)
+            if saver.failure:
+                yield {"warning": saver.failure}
         status = "FINISHED" if outcome.completed else "KILLED"
     finally:
         tracked = tracker.finish(status) if tracker else None
@@ -54,19 +77,21 @@ class Driver:
         torch.set_num_threads(1)
         self.stopping = False
 
-    def run(self, task: Task, given: Any, tracking: Tracking | None) -> Iterator[Event]:
+    def run(self, task: Task, given: Any, tracking: Tracking | None, folder: Path) -> Iterator[Event]:
         started = time.perf_counter()
         kind, why = choose(task.config.clients)
         host = RayHost(task, kind)
         yield {"hosting": kind, "why": why, "actors": host.count, "startup_s": time.perf_counter() - started}
-        yield from drive(task, given, host, tracking, lambda: self.stopping)
+        yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
 
     def stop(self) -> None:
         """End after the payload that is being folded."""
         self.stopping = True
 
 
-def drive_serially(task: Task, given: Any, tracking: Tracking | None, stopped: Any) -> Iterator[Event]:
+def drive_serially(
+    task: Task, given: Any, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
+) -> Iterator[Event]:
     """The same without Ray."""
     yield {"hosting": "serial", "why": "as configured", "actors": 0, "startup_s": 0.0}
-    yield from drive(task, given, SerialHost(task), tracking, stopped)
+    yield from drive(task, given, SerialHost(task), tracking, stopped, folder)

@@ -13,6 +13,10 @@ class PayloadError(FedLQError):
     """Bytes that are not a well-formed payload of this program."""
 
 
+class CheckpointError(FedLQError):
+    """A checkpoint cannot be written, read or used. The exit code is 1."""
+
+
 class ClientError(FedLQError):
     """A client's round failed. The exit code is 1.
 

@@ -1,20 +1,21 @@
 """Clients as Ray actors: `dedicated`, an actor each, or `packed`, many in a few actors."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
 from fedlq_ray import forkserver
 from fedlq_ray.config import ClientsConfig
-from fedlq_ray.errors import ClientError, FedLQError
+from fedlq_ray.errors import ClientError, DivergedError, FedLQError
 from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply
@@ -53,25 +54,14 @@ class ClientActor:
         return timed(self.place.probe, probe, _tensor(base), _tensor(sent), round)
 
 
-@dataclass(frozen=True)
-class RayFuture:
-    """A result that is due from an actor."""
-
-    ref: Any
-
-    def ready(self) -> bool:
-        return bool(ray.wait([self.ref], timeout=0)[0])
-
-    def result(self) -> Any:
-        try:
-            return _get(self.ref)
-        except RayActorError as exc:
-            raise FedLQError(f"the actor that evaluates died ({type(exc).__name__}); too little memory?") from None
+def _why(exc: Exception) -> str:
+    """What happened to an actor, in a line."""
+    return f"{type(exc).__name__}: {str(exc).splitlines()[0].rstrip('.:')}"
 
 
-def _get(ref: Any) -> Any:
+def _get(ref: Any, timeout: float | None = None) -> Any:
     try:
-        return ray.get(ref)
+        return ray.get(ref, timeout=timeout)
     except RayTaskError as exc:
         cause = exc.cause
         raise (cause if isinstance(cause, FedLQError) else FedLQError(f"in an actor: {cause!r}")) from None
@@ -106,58 +96,130 @@ def choose(clients: ClientsConfig) -> tuple[str, str]:
     return "dedicated", figures
 
 
+class Attempt(NamedTuple):
+    """A job under way: where, by whom, and the reference of what its client will remember."""
+
+    job: Job
+    at: int
+    actor: Any
+    kept: Any
+
+
 class RayHost:
-    """Dispatches jobs to actors, the longest first, as many at a time as there are cores."""
+    """Dispatches jobs to actors, the longest first, as many at a time as there are cores.
+
+    An actor that dies, or says nothing for `clients.timeout_s`, is replaced, and what it had to do is done again from
+    the same state: a retry gives the same bytes, and what an actor given up still sends reaches nobody.
+    """
 
     def __init__(self, task: Task, kind: str) -> None:
-        self.kind, self.task = kind, task
+        self.kind, self.task, self.clients = kind, task, task.config.clients
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        packed = min(task.config.clients.actors or cores, task.config.clients.count)
-        self.count = task.config.clients.count if kind == "dedicated" else packed
+        packed = min(self.clients.actors or cores, self.clients.count)
+        self.count = self.clients.count if kind == "dedicated" else packed
         self.depth = cores if kind == "dedicated" else 2 * packed  # packed: the next job waits at the actor
-        shared = ray.put(task)
+        self.shared = ray.put(task)
         forked = fork_command()
-        actor = ClientActor.options(runtime_env={"py_executable": forked} if forked else None)  # type: ignore[attr-defined]
-        self.actors = [actor.remote(shared) for _ in range(self.count)]
-        self.evaluator = actor.remote(shared)
-        try:
-            ray.get([actor.alive.remote() for actor in [*self.actors, self.evaluator]])
-        except RayActorError as exc:
-            raise FedLQError(f"a client's actor did not start: {str(exc).splitlines()[0]}") from None
+        self.actor = ClientActor.options(runtime_env={"py_executable": forked} if forked else None)  # type: ignore[attr-defined]
+        *self.actors, self.evaluator = self.start(self.count + 1)
         self.memories: dict[int, Any] = {}
+
+    def start(self, count: int) -> list[Any]:
+        """New actors, once they are ready."""
+        actors = [self.actor.remote(self.shared) for _ in range(count)]
+        try:
+            ray.get([actor.alive.remote() for actor in actors])
+        except RayActorError as exc:
+            raise FedLQError(f"a client's actor did not start: {_why(exc)}") from None
+        return actors
 
     def publish(self, weights: Tensor) -> Any:
         return ray.put(weights.numpy())
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply]]:
+    def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]:
+        return {client: torch.from_numpy(ray.get(kept)) for client, kept in memories.items()}
+
+    def remember(self, memories: Mapping[int, Tensor]) -> None:
+        self.memories = {client: ray.put(memory.numpy()) for client, memory in memories.items()}
+
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | None]]:
         waiting = sorted(jobs, key=lambda job: (job.samples, job.client))
-        under_way: dict[Any, tuple[Job, int]] = {}
+        under_way: dict[Any, Attempt] = {}
         load = [0] * self.count
+        heard = [time.monotonic()] * self.count  # since when an actor has been silent
+        tries: Counter[int] = Counter()
         while waiting or under_way:
             while waiting and len(under_way) < self.depth:
                 job = waiting.pop()
                 at = job.client if self.kind == "dedicated" else min(range(self.count), key=load.__getitem__)
+                heard[at] = heard[at] if load[at] else time.monotonic()
                 load[at] += 1
-                memory = self.memories.get(job.client)
+                tries[job.client] += 1
                 method = self.actors[at].train.options(num_returns=2)
-                ref, kept = method.remote(job, weights[job.client], memory)
-                under_way[ref] = job, at
+                ref, kept = method.remote(job, weights[job.client], self.memories.get(job.client))
+                under_way[ref] = Attempt(job, at, self.actors[at], kept)
+            done, _ = ray.wait(list(under_way), num_returns=1, timeout=min(5.0, self.clients.timeout_s / 4))
+            if not done:
+                self._give_up_silent(under_way.values(), heard)
+                continue
+            job, at, actor, kept = under_way.pop(done[0])
+            load[at], heard[at] = load[at] - 1, time.monotonic()
+            try:
+                reply = _get(done[0])
                 if job.plan.error_feedback:
                     self.memories[job.client] = kept
-            done, _ = ray.wait(list(under_way), num_returns=1)
-            job, at = under_way.pop(done[0])
-            load[at] -= 1
-            try:
-                yield job.client, _get(done[0])
+                yield job.client, reply
+                continue
             except RayActorError as exc:
-                raise ClientError(
-                    f"its actor died ({type(exc).__name__}); too little memory? fewer clients.actors use less",
+                fault = ClientError(
+                    f"its actor died ({_why(exc)}); too little memory? fewer clients.actors use less",
                     round=job.round,
                     client=job.client,
-                ) from None
+                )
+                if self.actors[at] is actor:  # else another of its jobs has brought a new one
+                    (self.actors[at],) = self.start(1)
+                    heard = [time.monotonic()] * self.count  # nobody was listened to in the meantime
+            except ClientError as exc:
+                fault = exc
+            if tries[job.client] <= self.clients.retries and not isinstance(fault, DivergedError):
+                waiting.append(job)
+            elif self.clients.on_failure == "skip_client":
+                yield job.client, None
+            else:
+                raise fault from None
 
-    def evaluate(self, weights: Any) -> RayFuture:
-        return RayFuture(self.evaluator.evaluate.remote(weights))
+    def _give_up_silent(self, attempts: Iterable[Attempt], heard: Sequence[float]) -> None:
+        """End actors that have been silent for too long: their jobs then fail as those of any dead actor do."""
+        for at in {attempt.at for attempt in attempts}:
+            if time.monotonic() - heard[at] > self.clients.timeout_s:
+                ray.kill(self.actors[at])
 
-    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> RayFuture:
-        return RayFuture(self.evaluator.probe.remote(probe, base.numpy(), sent.numpy(), round))
+    def evaluate(self, weights: Any) -> "Ask":
+        return Ask(self, lambda evaluator: evaluator.evaluate.remote(weights))
+
+    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> "Ask":
+        return Ask(self, lambda evaluator: evaluator.probe.remote(probe, base.numpy(), sent.numpy(), round))
+
+
+class Ask:
+    """A result that is due from the evaluator; asked for again where that dies or hangs."""
+
+    def __init__(self, host: RayHost, ask: Callable[[Any], Any]) -> None:
+        self.host, self.ask, self.of = host, ask, host.evaluator
+        self.ref = ask(host.evaluator)
+
+    def ready(self) -> bool:
+        return bool(ray.wait([self.ref], timeout=0)[0])
+
+    def result(self) -> Any:
+        for _ in range(self.host.clients.retries + 1):
+            try:
+                return _get(self.ref, timeout=self.host.clients.timeout_s)
+            except (RayActorError, GetTimeoutError) as exc:
+                why = _why(exc)
+                if self.of is self.host.evaluator:  # else another question has brought a new one
+                    ray.kill(self.of)
+                    (self.host.evaluator,) = self.host.start(1)
+                self.of = self.host.evaluator
+                self.ref = self.ask(self.of)
+        raise FedLQError(f"the actor that evaluates died or hung ({why}); too little memory?")

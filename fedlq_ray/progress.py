@@ -38,6 +38,12 @@ def watch(config: Config, console: Console, as_json: bool) -> Iterator[Callable[
             console.print(f"{config.name}: hosting {event['hosting']}{actors} ({event['why']})", highlight=False)
         if "stopping" in event:
             console.print(f"{config.name}: stopping; interrupt again to end at once", highlight=False)
+        if "resumed" in event:
+            console.print(f"{config.name}: goes on after round {event['resumed']}", highlight=False)
+            sent = sum(record["uplink_bytes"] for record in event["records"])
+        if "restarted" in event:
+            console.print(f"{config.name}: {event['restarted']}; starting it again", highlight=False)
+            sent = 0
         if "record" not in event:
             return
         record = event["record"]

@@ -11,6 +11,7 @@ from fedlq_ray import parts, rundir, simulation, tracking
 from fedlq_ray.clock import round_time
 from fedlq_ray.config import Config, digest
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.files import write_durably
 from fedlq_ray.rounds import Record, clock
 from fedlq_ray.strategies import STRATEGIES
 from fedlq_ray.task import Task, prepare
@@ -87,11 +88,11 @@ def write(config: Config, source: Path, parent: str | None) -> None:
     tags = simulation.tags() | {"fedlq.reclocked_from": origin}
     track = rundir.track(folder, config, parent, tags, simulation.dataset(task))
     records = clocked(task, trained.records)
-    rundir.write_whole(folder / "rounds.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
+    write_durably(folder / "rounds.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
     shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
-    rundir.write_whole(folder / "timing.json", json.dumps({"reclocked_from": origin, "status": "FINISHED"}, indent=1))
+    write_durably(folder / "timing.json", json.dumps({"reclocked_from": origin, "status": "FINISHED"}, indent=1))
     summary = rundir.summarise(config, records, trained.summary["weights_sha256"])
-    rundir.write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     if track:
         try:
             tracking.sync(track, config, records, "FINISHED", folder)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fedlq_ray import cohorts
+from fedlq_ray.checkpoint import Snapshot, fingerprints, remembered, remind, require_same
 from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
 from fedlq_ray.downlink import Downlink, Offer
-from fedlq_ray.errors import ClientError, FedLQError, PayloadError
+from fedlq_ray.errors import FedLQError
+from fedlq_ray.fold import Fold
 from fedlq_ray.models import Layer
-from fedlq_ray.quantization import decode
 from fedlq_ray.quantization.wire import Sent
 from fedlq_ray.server import ServerOptimizer
 from fedlq_ray.significance import Measurement
@@ -38,12 +39,20 @@ class Future(Protocol):
 class Host(Protocol):
     """Where clients live. `publish` makes weights known to all; the others take what it gave.
 
-    The futures of `evaluate` and `probe` give a `Timed`.
+    `train` gives each job's reply, in any order, or None where a client failed and the round may go on without it.
+    The futures of `evaluate` and `probe` give a `Timed`. `memories` has what clients keep for error feedback, in the
+    host's own form; `recall` gives it as tensors, and `remember` puts such tensors in its place.
     """
+
+    memories: dict[int, Any]
+
+    def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]: ...
+
+    def remember(self, memories: Mapping[int, Tensor]) -> None: ...
 
     def publish(self, weights: Tensor) -> Any: ...
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply]]: ...
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | None]]: ...
 
     def evaluate(self, weights: Any) -> Future: ...
 
@@ -80,10 +89,20 @@ class _Reached(Exception):
 
 
 def run(
-    task: Task, strategy: Strategy, host: Host, outcome: Outcome, stopped: Callable[[], bool] = lambda: False
+    task: Task,
+    strategy: Strategy,
+    host: Host,
+    outcome: Outcome,
+    stopped: Callable[[], bool] = lambda: False,
+    saved: Snapshot | None = None,
+    keep: Callable[[Snapshot], None] = lambda snapshot: None,
 ) -> Iterator[Record]:
     """Each round's record, as soon as it is known; `outcome` has the weights that belong to the last record.
 
+    Args:
+        saved: where to go on from; None: from the start.
+        keep: called after each record with what a run needs to go on from there. Its values are replaced from round to
+            round, never changed in place; `memories` are in the host's form.
     Raises:
         ClientError: a client failed.
         FedLQError: the average is not finite.
@@ -97,16 +116,38 @@ def run(
         place.broadcast_size(),
     )
     server = ServerOptimizer(config.server)
-    sim_time_s, payload_bytes = 0.0, None
+    start, sim_time_s, payload_bytes, last_evaluation = 0, 0.0, None, None
     tracked: dict[int, Tensor] = {}  # by EF21: what the server has of each client
-    pending: tuple[Record, Future | None] | None = None
+    pending: tuple[Record, Future | None, Snapshot] | None = None
+    if saved is not None:
+        start, sim_time_s, payload_bytes = saved["round"], saved["sim_time_s"], saved["payload_bytes"]
+        last_evaluation, outcome.weights, outcome.update = saved["test_loss"], saved["weights"], saved["update"]
+        server.momentum, server.square = saved["server"]
+        downlink.held, tracked = dict(saved["held"]), dict(saved["tracked"])
+        host.remember(saved["memories"])
+        remind(strategy, saved["strategy"])
+    constant = fingerprints(strategy)
+
+    def snapshot(following: int) -> Snapshot:
+        return {
+            "round": following,
+            "weights": outcome.weights,
+            "update": outcome.update,
+            "sim_time_s": sim_time_s,
+            "payload_bytes": payload_bytes,
+            "server": (server.momentum, server.square),
+            "held": dict(downlink.held),
+            "tracked": dict(tracked),
+            "strategy": remembered(strategy),
+            "memories": {client: memory for client, memory in host.memories.items() if memory is not None},
+        }
 
     def finished(wait: bool) -> Iterator[Record]:
         """The record that waits for its evaluation, if it can be had."""
-        nonlocal pending
+        nonlocal pending, last_evaluation
         if pending is None or not (wait or pending[1] is None or pending[1].ready()):
             return
-        record, future = pending
+        record, future, after = pending
         pending = None
         evaluation: Evaluation | None = None
         if future is not None:
@@ -114,7 +155,9 @@ def run(
             outcome.timing["evaluation_s"].append(wall_s)
         record["accuracy"] = evaluation.accuracy if evaluation else None
         record["test_loss"] = evaluation.loss if evaluation and math.isfinite(evaluation.loss) else None
+        last_evaluation = record["test_loss"] if record["test_loss"] is not None else last_evaluation
         yield record
+        keep(after | {"test_loss": last_evaluation})
         target = config.target_accuracy
         if config.stop_at_target and evaluation and target is not None and evaluation.accuracy >= target:
             raise _Reached
@@ -125,13 +168,10 @@ def run(
         """What a client starts from, where the host can reach it."""
         return published if model is outcome.weights else host.publish(model)
 
-    last_evaluation: float | None = None
     try:
-        for round in range(config.rounds):
+        for round in range(start, config.rounds):
             if strategy.needs_evaluation:
-                for record in finished(wait=True):
-                    last_evaluation = record["test_loss"] if record["test_loss"] is not None else last_evaluation
-                    yield record
+                yield from finished(wait=True)
             drawn = cohorts.draw(task, round)
             offers = downlink.offer(outcome.weights, {c: cohorts.downlink(task, c) for c in drawn}, round)
             members = [cohorts.member(task, c, offers[c].num_bytes) for c in drawn]
@@ -149,10 +189,7 @@ def run(
 
             started, decode_s = time.perf_counter(), 0.0
             shares = strategy.weights(answering) if answering else []
-            # FedNova (Wang et al., NeurIPS 2020, eq. 6): each client sends its update by the unit of work, and the sum
-            # is taken for the mean work, so that who trains more does not count more.
-            work = sum(share * m.work for share, m in zip(shares, answering, strict=True)) / (sum(shares) or 1)
-            fold = _Fold(task, offers, jobs, shares, tracked)
+            fold = Fold(task, offers, jobs, shares, tracked)
             for client, reply in host.train(jobs, {j.client: starting(offers[j.client].model) for j in jobs}):
                 before = time.perf_counter()
                 fold.take(client, reply)
@@ -163,7 +200,7 @@ def run(
             if stopped():  # this round is not counted; the one before it is
                 break
             outcome.timing["round_s"].append(time.perf_counter() - started)
-            outcome.timing["encode_s"].append(sum(reply.encode_s for reply in fold.replies))
+            outcome.timing["encode_s"].append(sum(reply.encode_s for reply in fold.replies.values()))
             outcome.timing["decode_s"].append(decode_s)
             yield from finished(wait=True)
 
@@ -171,8 +208,12 @@ def run(
             if probing:
                 measurement, wall_s = probing.result()
                 outcome.timing["probe_s"].append(wall_s)
+            # FedNova (Wang et al., NeurIPS 2020, eq. 6): each client sends its update by the unit of work, and the sum
+            # is taken for the mean work, so that who trains more does not count more.
+            came = [(share, m.work) for share, m in zip(shares, answering, strict=True) if m.client in fold.replies]
+            work = sum(share * done for share, done in came) / (fold.answered or 1)
             # Buffers are averages already: scaled or stepped beyond them, a variance could fall below zero.
-            update, parameters = fold.update.float(), place.model.num_parameters
+            update, parameters = fold.mean().float(), place.model.num_parameters
             update[:parameters] *= work
             update = strategy.combine(update)
             outcome.update = torch.cat([server.step(update)[:parameters], update[parameters:]])
@@ -182,16 +223,17 @@ def run(
             for client in set(drawn) & set(plans):
                 downlink.fetched(client, offers[client])
             record = _record(task, place, round, members, plans, fold, offers)
-            payload_bytes = record["uplink_bytes"] / len(answering) if answering else payload_bytes
+            payload_bytes = record["uplink_bytes"] / len(fold.replies) if fold.replies else payload_bytes
             round_time_s = record.pop("round_time_s")
             sim_time_s += round_time_s
             record["sim_time_s"] = sim_time_s
             news = News(measurement, outcome.update, record["train_loss"], round_time_s, fold.spread)
             strategy.learn(round, news)
             record.update(strategy.report())
+            require_same(strategy, constant)
             published = host.publish(outcome.weights)
             due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds
-            pending = (record, host.evaluate(published) if due else None)
+            pending = (record, host.evaluate(published) if due else None, snapshot(round + 1))
         else:
             outcome.completed = True
         yield from finished(wait=True)
@@ -202,58 +244,6 @@ def run(
 def _samples(task: Task, member: Member) -> int:
     """Samples that a member goes through in a round."""
     return int(0.5 + member.work * cohorts.base_work(task, member.samples))
-
-
-class _Fold:
-    """Payloads folded into the average as they come, but summed in client order; one is decoded at a time.
-
-    Args:
-        offers: what each client started from.
-        shares: of each job's update in the sum.
-        tracked: what the server has of each client by EF21, brought up to date here.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        offers: Mapping[int, Offer],
-        jobs: Sequence[Job],
-        shares: Sequence[float],
-        tracked: dict[int, Tensor],
-    ) -> None:
-        self.jobs, self.shares, self.offers, self.tracked = jobs, shares, offers, tracked
-        self.custom = task.quantizer
-        self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
-        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
-        self.waiting: dict[int, Reply] = {}
-        self.replies: list[Reply] = []
-        self.sent: list[tuple[Sent, ...]] = []
-
-    @property
-    def spread(self) -> float | None:
-        """`News.spread` of these payloads."""
-        square = float(self.update.square().sum()) * sum(share**2 for share in self.shares)
-        return self.energy / square if square else None
-
-    def take(self, client: int, reply: Reply) -> None:
-        self.waiting[client] = reply
-        while len(self.replies) < len(self.jobs) and self.jobs[len(self.replies)].client in self.waiting:
-            job = self.jobs[len(self.replies)]
-            reply = self.waiting.pop(job.client)
-            kind, where = job.plan.payload, {"round": job.round, "client": job.client}
-            try:
-                payload = decode(reply.payload, len(self.update), kind=kind, custom=self.custom, **where)
-            except PayloadError as exc:
-                raise ClientError(f"its payload is refused: {exc}", **where) from exc
-            value = payload.vector
-            if job.plan.error_feedback == "ef21":
-                value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
-            value = value.double()
-            share = self.shares[len(self.replies)]
-            self.update += share * (value - self.offers[job.client].model.double() if kind == "model" else value)
-            self.energy += share**2 * float(value.square().sum())
-            self.sent.append(payload.segments)
-            self.replies.append(reply)
 
 
 def clock(
@@ -285,10 +275,10 @@ def _record(
     round: int,
     members: Sequence[Member],
     plans: Mapping[int, Plan],
-    fold: _Fold,
+    fold: Fold,
     offers: Mapping[int, Offer],
 ) -> Record:
-    replies = {job.client: reply for job, reply in zip(fold.jobs, fold.replies, strict=True)}
+    replies = fold.replies
     clients = [m.client for m in members]
     # Who has no plan takes no part: nothing is fetched, and nobody waits.
     samples = [_samples(task, m) if m.client in plans else 0 for m in members]
@@ -299,15 +289,17 @@ def _record(
         layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent))
         for layer in place.model.layers
     }
-    losses = [share * reply.train_loss for share, reply in zip(fold.shares, fold.replies, strict=True)]
+    shares = {job.client: share for job, share in zip(fold.jobs, fold.shares, strict=True)}
+    losses = [shares[client] * reply.train_loss for client, reply in replies.items()]
     return {
         "round": round,
         "cohort": clients,
-        "answered": [job.client for job in fold.jobs],
+        "answered": list(replies),
+        "skipped": fold.lost,
         "round_time_s": round_time(times),
         "uplink_bytes": sum(sent),
         "downlink_bytes": sum(received),
-        "train_loss": sum(losses) if losses else None,
+        "train_loss": sum(losses) * (sum(fold.shares) / fold.answered if fold.lost else 1) if losses else None,
         "bits_per_parameter": bits,
         "client_samples": samples,
         "client_uplink_bytes": sent,

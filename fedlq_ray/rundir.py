@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.files import write_durably
 from fedlq_ray.models import FlatModel
 from fedlq_ray.profiles import Profile
 from fedlq_ray.task import Task
@@ -37,10 +38,9 @@ def create(config: Config) -> Path:
             if (folder / "summary.json").exists():
                 raise ConfigError(f"out: {folder} holds a finished run; name another, or remove it")
             if folder.exists():
-                raise ConfigError(
-                    f"out: {folder} holds an unfinished run or other files; start it anew with "
-                    f"`fedlq run {folder}/config.yaml`, which makes a folder of its own, or remove it"
-                )
+                if (folder / "config.yaml").exists():
+                    raise ConfigError(f"out: {folder} holds an unfinished run; go on with it: fedlq resume {folder}")
+                raise ConfigError(f"out: {folder} is there already; name another, or remove it")
             folder.mkdir(parents=True)
         else:
             stem, number = f"runs/{config.name}-{config.seed}", 1
@@ -51,20 +51,10 @@ def create(config: Config) -> Path:
                     break
                 except FileExistsError:
                     number += 1
-        (folder / "config.yaml").write_text(to_yaml(config, commented=False))
+        write_durably(folder / "config.yaml", to_yaml(config, commented=False))
     except OSError as exc:
         raise ConfigError(f"out: {folder}: {exc.strerror}") from exc
     return folder
-
-
-def write_whole(file: Path, text: str) -> None:
-    """A file that is there whole, or as it was before."""
-    part = file.with_name(f".{file.name}.part")
-    with part.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
 
 
 def describe_clients(folder: Path, task: Task) -> None:
@@ -88,7 +78,7 @@ def track(
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
     tracking = Tracking(uri, config.tracking.experiment, uuid.uuid4().hex, now_ms(), parent, tags, dataset)
-    write_whole(folder / "tracking.json", json.dumps(asdict(tracking), indent=1))
+    write_durably(folder / "tracking.json", json.dumps(asdict(tracking), indent=1))
     return tracking
 
 
@@ -121,9 +111,56 @@ def summarise(config: Config, records: list[Record], weights_sha256: str) -> dic
 
 def save_model(folder: Path, model: FlatModel) -> None:
     """model.safetensors: an ordinary state_dict."""
-    part = folder / ".model.part"
-    save_file(model.state_dict(), part)
-    part.replace(folder / "model.safetensors")
+    write_durably(folder / "model.safetensors", save(model.state_dict()))
+
+
+def checkpoints(folder: Path, config: Config) -> str:
+    """Where a run's checkpoints lie."""
+    return config.checkpoint.path or str(folder / "checkpoints")
+
+
+def journal(folder: Path) -> list[Record]:
+    """The records of rounds.jsonl that are whole; one that was being written when its process was killed is not."""
+    file = folder / "rounds.jsonl"
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    records: list[Record] = []
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or record.get("round") != number:
+            break
+        records.append(record)
+    return records
+
+
+class Journal:
+    """rounds.jsonl as it is written: a line a round."""
+
+    def __init__(self, folder: Path, records: list[Record]) -> None:
+        """Begins with these records, whatever else was in the file."""
+        self.file = folder / "rounds.jsonl"
+        write_durably(self.file, "".join(map(_line, records)))
+
+    def __enter__(self) -> "Journal":
+        self._stream = self.file.open("a")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stream.close()
+
+    def write(self, record: Record) -> None:
+        self._stream.write(_line(record))
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """All that was written is on the disk when this returns."""
+        os.fsync(self._stream.fileno())
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 class Run(NamedTuple):
@@ -150,11 +187,13 @@ def read(folder: str | Path) -> Run:
         return json.loads((folder / name).read_text()) if (folder / name).exists() else None
 
     try:
-        lines = (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
         summary, tracking, timing = parsed("summary.json"), parsed("tracking.json"), parsed("timing.json")
+        records = journal(folder)
+        if summary and summary["rounds"] != len(records):
+            raise ValueError(f"rounds.jsonl has {len(records)} whole rounds of {summary['rounds']}")
         return Run(
             load(folder / "config.yaml"),
-            [json.loads(line) for line in lines],
+            records,
             summary,
             Tracking(**tracking) if tracking else None,
             # A run that was killed outright had no time to write how it ended.

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlq_ray.errors import ClientError
 from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Workplace, timed
 from fedlq_ray.training import Reply
@@ -29,14 +30,27 @@ class SerialHost:
 
     def __init__(self, task: Task) -> None:
         self.place = Workplace(task)
-        self.memories: dict[int, Tensor | None] = {}
+        self.memories: dict[int, Any] = {}
+        self.skip = task.config.clients.on_failure == "skip_client"
+
+    def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]:
+        return dict(memories)
+
+    def remember(self, memories: Mapping[int, Tensor]) -> None:
+        self.memories = dict(memories)
 
     def publish(self, weights: Tensor) -> Tensor:
         return weights
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Tensor]) -> Iterator[tuple[int, Reply]]:
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Tensor]) -> Iterator[tuple[int, Reply | None]]:
         for job in jobs:
-            reply, self.memories[job.client] = self.place.train(job, weights[job.client], self.memories.get(job.client))
+            reply: Reply | None = None
+            try:
+                reply, kept = self.place.train(job, weights[job.client], self.memories.get(job.client))
+                self.memories[job.client] = kept
+            except ClientError:
+                if not self.skip:
+                    raise
             yield job.client, reply
 
     def evaluate(self, weights: Tensor) -> Done:

@@ -1,5 +1,6 @@
 """From a Config to a Result: wires the parts, owns no logic."""
 
+import contextlib
 import copy
 import getpass
 import json
@@ -8,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ import torch
 from numpy.typing import NDArray
 
 from fedlq_ray import provenance, rundir, tracking
-from fedlq_ray.config import Config
-from fedlq_ray.errors import FedLQError
+from fedlq_ray.config import Config, digest, load, to_yaml
+from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.files import locked, write_durably
 from fedlq_ray.models import FlatModel
+from fedlq_ray.storage import Folder
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
 
 Event = dict[str, Any]
-_GRACE_S = 20.0  # that an interrupted driver has to tell what it has
+_RESTARTS = 3  # of a driver that dies
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,69 @@ def simulate(
     if config.network.downlink_bits is not None:
         require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
     folder = rundir.create(config)
-    rundir.describe_clients(folder, task)
-    track = rundir.track(folder, config, parent, tags(), dataset(task))
+    with locked(folder), _told(folder):
+        rundir.describe_clients(folder, task)
+        track = rundir.track(folder, config, parent, tags(), dataset(task))
+        return _carry_out(task, strategy, folder, track, watch)
+
+
+def resume(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: Any = None,
+    data: Any = None,
+    strategy: Any = None,
+    quantizer: Any = None,
+    watch: Callable[[Event], None] | None = None,
+) -> Result:
+    """Go on with a run that did not finish, from its last checkpoint: what it gives is what it would have given.
+
+    Args:
+        folder: the run's.
+        overrides: key=value settings: more `rounds`, or what cannot change a result, such as clients.hosting.
+        model, data, strategy, quantizer: as they were given to `simulate`.
+        watch: as for `simulate`; hears of {"resumed": round, ...} too.
+    Raises:
+        ConfigError: no such run, or it is finished, or running, or a setting may not change.
+        CheckpointError: there are checkpoints, and none can be used.
+        FedLQError: the run failed again.
+    """
+    folder = Path(folder)
+    found = rundir.read(folder)
+    if found.summary:
+        raise ConfigError(f"{folder}: the run is finished, after {found.summary['rounds']} rounds")
+    config = load(folder / "config.yaml", [*overrides, f"out={folder}"])
+    if digest(config, without=["rounds"]) != digest(found.config, without=["rounds"]):
+        raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
+    if config.rounds < found.config.rounds:
+        raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
+    task = prepare(config, model=model, data=data, quantizer=quantizer)
+    make(Workplace(task).setting, strategy)
+    with locked(folder), _told(folder):
+        write_durably(folder / "config.yaml", to_yaml(config))
+        track = found.tracking or rundir.track(folder, config, None, tags(), dataset(task))
+        return _carry_out(task, strategy, folder, track, watch)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """A full disk and its like as one message: what was written before is whole."""
+    try:
+        yield
+    except OSError as exc:
+        raise FedLQError(f"{exc.filename or folder}: {exc.strerror or exc}; go on with: fedlq resume {folder}") from exc
+
+
+def _carry_out(
+    task: Task,
+    strategy: Any,
+    folder: Path,
+    track: tracking.Tracking | None,
+    watch: Callable[[Event], None] | None,
+) -> Result:
+    """Run in a folder that is ready, from its last checkpoint where it has one."""
+    config = task.config
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {}
@@ -91,18 +155,23 @@ def simulate(
     interrupts = Interrupts()
     host = _serial if config.clients.hosting == "serial" else _on_ray
     try:
-        with (folder / "rounds.jsonl").open("w") as journal:
-            for event in host(task, strategy, track, interrupts):
-                if "record" in event:
-                    records.append(event["record"])
-                    journal.write(json.dumps(event["record"], allow_nan=False) + "\n")
-                    journal.flush()
-                elif "weights" in event:
-                    last = event
-                elif "hosting" in event:
-                    timing |= event
-                if watch:
-                    watch(event)
+        for event in host(task, strategy, track, interrupts, folder.resolve()):
+            if "record" in event:
+                records.append(event["record"])
+            elif "resumed" in event:
+                records[:] = event["records"]
+                for fault in event["faults"]:
+                    warnings.warn(f"{fault}; going on from the one before", stacklevel=3)
+            elif "restarted" in event:
+                records.clear()
+            elif "warning" in event:
+                warnings.warn(event["warning"], stacklevel=3)
+            elif "weights" in event:
+                last = event
+            elif "hosting" in event:
+                timing |= event
+            if watch:
+                watch(event)
         status = "FINISHED" if last.get("completed") else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -111,7 +180,8 @@ def simulate(
         if not last:
             _mark(folder, track, config, records, status)
         timing |= last.get("timing", {}) | {"status": status}
-        rundir.write_whole(folder / "timing.json", json.dumps(timing, indent=1))
+        with contextlib.suppress(OSError):  # what else went wrong is told
+            write_durably(folder / "timing.json", json.dumps(timing, indent=1))
     weights = np.array(last["weights"])
     flat = FlatModel(copy.deepcopy(task.module))
     flat.load(torch.from_numpy(weights))
@@ -119,12 +189,13 @@ def simulate(
     if last.get("tracked"):
         warnings.warn(
             f"MLflow at {config.tracking.uri} failed ({last['tracked']}); log the run later: fedlq sync {folder}",
-            stacklevel=2,
+            stacklevel=3,
         )
     if status == "KILLED":
         raise Terminated if interrupts.received == signal.SIGTERM else KeyboardInterrupt
     summary = rundir.summarise(config, records, rundir.sha256(weights))
-    rundir.write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    Folder(rundir.checkpoints(folder, config)).clear()
     if track and not last["tracked"]:
         _attach(folder, track, config, records)
     return Result(pd.DataFrame(records), summary, weights, folder)
@@ -199,14 +270,14 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts) -> Iterator[Event]:
+def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
     from fedlq_ray.driver import drive_serially
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with interrupts:
-            yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None)
+            yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None, folder)
     finally:
         torch.set_num_threads(threads)
 
@@ -218,38 +289,59 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
 
 
-def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts) -> Iterator[Event]:
+def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
+    """The driver actor's events; a driver that dies, or loses what it needs, is started again from the checkpoint."""
     import ray
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
+    start_ray()
+    shared = ray.put(task)
+    with interrupts:
+        for left in reversed(range(_RESTARTS + 1)):
+            try:
+                yield from _driven(shared, strategy, track, interrupts, folder)
+                return
+            except RayTaskError as exc:
+                cause = exc.cause
+                if isinstance(cause, FedLQError | OSError):
+                    raise cause from None
+                fault = f"the driver failed: {cause!r}"
+                if not isinstance(cause, RayError) or not left:
+                    raise FedLQError(fault) from None
+            except RayActorError as exc:
+                fault = f"the driver actor died: {str(exc).splitlines()[0]}"
+                if not left:
+                    raise FedLQError(fault) from None
+            except RayError as exc:
+                raise FedLQError(f"Ray: {str(exc).splitlines()[0]}") from exc
+            yield {"restarted": fault}
+
+
+def _driven(task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
+    """One driver actor's events. It lives on this node: the run's folder is here."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from fedlq_ray.driver import Driver
 
-    start_ray()
-    with interrupts:
-        driver = Driver.options(max_concurrency=2).remote(os.getcwd())  # type: ignore[attr-defined]
-        stream = driver.run.options(num_returns="streaming").remote(ray.put(task), strategy, track)
-        told = False
-        try:
-            while True:
-                if interrupts.received is not None and not told:
-                    told = True
-                    driver.stop.remote()
-                    yield {"stopping": True}
-                if ray.wait([stream], timeout=0.2)[0]:
-                    try:
-                        yield ray.get(next(stream))
-                    except StopIteration:
-                        return
-        except RayTaskError as exc:
-            cause = exc.cause
-            raise (cause if isinstance(cause, FedLQError) else FedLQError(f"the driver failed: {cause!r}")) from None
-        except RayActorError as exc:
-            raise FedLQError(f"the driver actor died: {str(exc).splitlines()[0]}") from None
-        except RayError as exc:
-            raise FedLQError(f"Ray: {str(exc).splitlines()[0]}") from exc
-        finally:
-            ray.kill(driver)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    driver = Driver.options(max_concurrency=2, scheduling_strategy=here).remote(os.getcwd())  # type: ignore[attr-defined]
+    stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
+    told = False
+    try:
+        while True:
+            if interrupts.received is not None and not told:
+                told = True
+                driver.stop.remote()
+                yield {"stopping": True}
+            if ray.wait([stream], timeout=0.2)[0]:
+                try:
+                    yield ray.get(next(stream))
+                except StopIteration:
+                    return
+    finally:
+        ray.kill(driver)

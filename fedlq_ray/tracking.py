@@ -95,7 +95,14 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
             value = value[step]
         if path not in ("out", "name"):
             params.append(Param(path, str(value)))
-    client.log_batch(run_id, params=params)
+    there = client.get_run(run_id)
+    logged = there.data.params
+    client.log_batch(run_id, params=[param for param in params if param.key not in logged])
+    for param in params:  # MLflow's parameters cannot change: what a resume changed is a tag
+        if logged.get(param.key, param.value) != param.value:
+            client.set_tag(run_id, f"fedlq.resumed.{param.key}", param.value)
+    if there.info.status != "RUNNING":
+        client.update_run(run_id, status="RUNNING")
     client.log_text(run_id, to_yaml(config), "config.yaml")
     if tracking.dataset:
         context = [InputTag("mlflow.data.context", "training")]
@@ -129,10 +136,13 @@ def log_record(client: Any, run_id: str, tracking: Tracking, record: Mapping[str
 class Tracker:
     """Logs in a thread of its own. The first failure ends it: the records are kept, and `fedlq sync` logs them."""
 
-    def __init__(self, tracking: Tracking, config: Config) -> None:
+    def __init__(self, tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`records` are those of a run that goes on: what MLflow has of them already is not logged twice."""
         self.failure: str | None = None
         self._tracking, self._config = tracking, config
         self._queue: queue.Queue[Any] = queue.Queue()
+        for record in records:
+            self.log(record)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 

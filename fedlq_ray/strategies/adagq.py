@@ -28,6 +28,8 @@ class AdaGQ(Strategy):
         lam: levels that a doubling of the norm adds.
     """
 
+    remembers = ("s", "before", "rates", "norm")
+
     def __init__(self, setting: Setting, s0: float = 255.0, lam: float = 10.0) -> None:
         if not 1 <= s0 <= 255:
             raise ValueError(f"s0 must be 1 to 255, got {s0}")

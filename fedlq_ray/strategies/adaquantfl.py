@@ -26,6 +26,7 @@ class AdaQuantFL(Strategy):
         s_max: levels at most.
     """
 
+    remembers = ("first_loss", "levels")
     timeless = True
 
     def __init__(self, setting: Setting, s0: int = 2, s_max: int = 1024) -> None:

@@ -148,8 +148,12 @@ class News:
 class Strategy:
     """A plan and nothing else. A user's own needs `plan`; the rest has these defaults.
 
-    All that changes from round to round is in attributes, which pickle.
+    All that changes from round to round is in the attributes that `remembers` names: plain values, lists, dicts,
+    arrays, tensors, or a dataclass of such. Checkpoints hold them; another that changes is told as an error. Tensors
+    and arrays are replaced, not changed in place.
     """
+
+    remembers: tuple[str, ...] = ()
 
     error_feedback: Feedback = False  # what `strategy.error_feedback=null` means
     needs_evaluation = False  # plans from `evaluation`: the driver then waits for it before each plan

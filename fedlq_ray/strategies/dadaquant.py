@@ -28,6 +28,7 @@ class DAdaQuant(Strategy):
         phi: rounds across which it is compared.
     """
 
+    remembers = ("q", "running", "since")
     timeless = True
 
     def __init__(self, setting: Setting, q_min: int = 1, q_max: int = 16, psi: float = 0.9, phi: int = 10) -> None:

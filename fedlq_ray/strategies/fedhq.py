@@ -24,6 +24,8 @@ from fedlq_ray.training import Plan
 class FedHQ(Strategy):
     """One level a client, by its link; less weight to a client of more error."""
 
+    remembers = ("chosen", "errors")
+
     def __init__(self, setting: Setting) -> None:
         require_update(setting)
         self.setting = setting

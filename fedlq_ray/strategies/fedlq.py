@@ -25,6 +25,8 @@ from fedlq_ray.training import Plan
 class FedLQ(Strategy):
     """Levels by layer and client, from significance measured during training."""
 
+    remembers = ("drops", "square", "spread")
+
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         config = setting.config

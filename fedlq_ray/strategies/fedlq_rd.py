@@ -28,6 +28,7 @@ PROBED = (3.0, 8.0)  # steps to measure significance with, in root mean squares 
 class FedLQRD(Strategy):
     """One step size for each client, from its budget."""
 
+    remembers = ("drops", "spread", "rms")
     error_feedback = True
 
     def __init__(self, setting: Setting) -> None:

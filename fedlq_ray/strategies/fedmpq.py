@@ -26,6 +26,8 @@ from fedlq_ray.training import Plan
 class FedMPQ(Strategy):
     """Bits by layer: those that the last mean update occupied, pruned and grown to each client's budget."""
 
+    remembers = ("base",)
+
     def __init__(self, setting: Setting) -> None:
         require_update(setting)
         self.setting = setting

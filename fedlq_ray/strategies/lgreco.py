@@ -33,6 +33,7 @@ class LGreCo(Strategy):
         window: rounds before an adjustment whose mean updates are averaged.
     """
 
+    remembers = ("levels", "seen")
     timeless = True
 
     def __init__(self, setting: Setting, bits: int = 4, alpha: float = 1.0, every: int = 10, window: int = 1) -> None:

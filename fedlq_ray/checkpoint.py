@@ -1,0 +1,157 @@
+"""Checkpoints: what a run needs to go on, as one file that is there whole or not at all.
+
+A file is MAGIC, a version, the SHA-256 of the rest, and a safetensors body whose tensor `tree` is JSON: plain values,
+with a name in place of each array. Nothing in it is code, and nothing is believed before the checksum holds.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pickle
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+from fedlq_ray.errors import CheckpointError, FedLQError
+
+MAGIC = b"FQCKPT"
+VERSION = 1
+_HEAD = struct.Struct("<6sH32s")
+
+Snapshot = dict[str, Any]
+
+
+def pack(snapshot: Snapshot) -> bytes:
+    """A snapshot as bytes: None, bool, int, float, str, lists, tuples, dicts, tensors and arrays may be in it.
+
+    Raises:
+        CheckpointError: something else is in it; names where.
+    """
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    seen: dict[int, str] = {}
+    kept: list[Any] = []  # so that no id is given twice
+
+    def array(value: Any, kind: str) -> dict[str, str]:
+        if id(value) not in seen:
+            seen[id(value)] = str(len(arrays))
+            kept.append(value)
+            plain = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            arrays[seen[id(value)]] = np.ascontiguousarray(plain).reshape(plain.shape)
+        return {kind: seen[id(value)]}
+
+    def plain(value: Any, where: str) -> Any:
+        if value is None or isinstance(value, bool | int | str) and not isinstance(value, np.generic):
+            return value
+        if isinstance(value, float) and not isinstance(value, np.generic):
+            return value if np.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, Tensor):
+            return array(value, "tensor")
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+            return array(np.asarray(value), "scalar") if isinstance(value, np.generic) else array(value, "array")
+        if isinstance(value, list | tuple):
+            items = [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+            return items if type(value) is list else {"tuple": items}
+        if isinstance(value, Mapping):
+            return {"dict": [[plain(k, where), plain(v, f"{where}[{k!r}]")] for k, v in value.items()]}
+        raise CheckpointError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+    tree = json.dumps({name: plain(value, name) for name, value in snapshot.items()}, allow_nan=False)
+    arrays["tree"] = np.frombuffer(tree.encode(), np.uint8)
+    body = safetensors.numpy.save(arrays)
+    return _HEAD.pack(MAGIC, VERSION, hashlib.sha256(body).digest()) + body
+
+
+def unpack(data: bytes) -> Snapshot:
+    """The snapshot in these bytes.
+
+    Raises:
+        CheckpointError: they are damaged, no checkpoint, or one of another version.
+    """
+    if len(data) < _HEAD.size or data[: len(MAGIC)] != MAGIC:
+        raise CheckpointError("is no checkpoint, or cut off")
+    _, version, digest = _HEAD.unpack_from(data)
+    if version != VERSION:
+        raise CheckpointError(f"is of format {version}, and this program reads {VERSION}")
+    body = data[_HEAD.size :]
+    if hashlib.sha256(body).digest() != digest:
+        raise CheckpointError("is damaged (its checksum differs)")
+    try:
+        arrays = safetensors.numpy.load(body)
+        made: dict[str, Any] = {}
+
+        def tensor(name: str) -> Tensor:
+            if name not in made:
+                made[name] = torch.from_numpy(arrays[name].copy())
+            return made[name]  # type: ignore[no-any-return]
+
+        def value(tree: Any) -> Any:
+            if isinstance(tree, list):
+                return [value(item) for item in tree]
+            if not isinstance(tree, dict):
+                return tree
+            ((kind, content),) = tree.items()
+            if kind == "tuple":
+                return tuple(value(content))
+            if kind == "dict":
+                return {value(k): value(v) for k, v in content}
+            if kind == "float":
+                return float(content)
+            if kind == "tensor":
+                return tensor(content)
+            return arrays[content][()] if kind == "scalar" else arrays[content]
+
+        return {name: value(item) for name, item in json.loads(arrays["tree"].tobytes()).items()}
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as exc:
+        raise CheckpointError(f"cannot be read: {exc}") from exc
+
+
+def remembered(strategy: Any) -> Snapshot:
+    """What a strategy has in the attributes that it `remembers`; of a dataclass, its fields."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return value
+
+    return {name: plain(getattr(strategy, name)) for name in getattr(strategy, "remembers", ())}
+
+
+def remind(strategy: Any, state: Snapshot) -> None:
+    """Give a new strategy what `remembered` took from another."""
+    for name, value in state.items():
+        holder = getattr(strategy, name, None)
+        if dataclasses.is_dataclass(holder):
+            for field, content in value.items():
+                setattr(holder, field, content)
+        else:
+            setattr(strategy, name, value)
+
+
+def fingerprints(strategy: Any) -> dict[str, bytes]:
+    """A digest of each attribute that a strategy does not remember, to see that none of them changes."""
+    found = {}
+    for name, value in getattr(strategy, "__dict__", {}).items():
+        if name not in getattr(strategy, "remembers", ()):
+            with contextlib.suppress(Exception):  # what does not pickle cannot be told
+                found[name] = hashlib.sha256(pickle.dumps(value)).digest()
+    return found
+
+
+def require_same(strategy: Any, before: Mapping[str, bytes]) -> None:
+    """
+    Raises:
+        FedLQError: an attribute changed that the strategy does not remember, so that a resume would lose it.
+    """
+    changed = sorted(name for name, found in fingerprints(strategy).items() if before.get(name) != found)
+    if changed:
+        kind = type(strategy).__name__
+        raise FedLQError(
+            f"strategy {kind} changes {', '.join(changed)} from round to round; name what changes in its class, so "
+            f"that a resumed run has it: remembers = ({', '.join(repr(name) for name in changed)},)"
+        )

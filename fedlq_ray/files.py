@@ -1,0 +1,43 @@
+"""Files that are there whole, or not at all."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedlq_ray.errors import ConfigError
+
+
+def write_durably(file: Path, data: bytes | str) -> None:
+    """A file that is there whole, or as it was before, whatever happens: written beside, synced, renamed, synced."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(data.encode() if isinstance(data, str) else data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A run's folder for this process alone; the system frees it when the process ends, however it does.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise ConfigError(f"{folder}: another process is running it") from exc
+        yield

@@ -1,0 +1,87 @@
+"""A cohort's payloads, summed."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlq_ray.downlink import Offer
+from fedlq_ray.errors import ClientError, PayloadError
+from fedlq_ray.quantization import decode
+from fedlq_ray.quantization.wire import Sent
+from fedlq_ray.task import Job, Task
+from fedlq_ray.training import Reply
+
+
+class Fold:
+    """Payloads folded into the average as they come, but summed in client order; one is decoded at a time.
+
+    Args:
+        offers: what each client started from.
+        shares: of each job's update in the sum.
+        tracked: what the server has of each client by EF21, brought up to date here.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        offers: Mapping[int, Offer],
+        jobs: Sequence[Job],
+        shares: Sequence[float],
+        tracked: dict[int, Tensor],
+    ) -> None:
+        self.jobs, self.shares, self.offers, self.tracked = jobs, shares, offers, tracked
+        self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
+        self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
+        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
+        self.waiting: dict[int, Reply | None] = {}
+        self.turn = 0  # the job whose payload is the next to be summed
+        self.replies: dict[int, Reply] = {}
+        self.lost: list[int] = []  # clients that failed, and are passed over
+        self.sent: list[tuple[Sent, ...]] = []
+
+    @property
+    def answered(self) -> float:
+        """The share of the sum that came."""
+        return sum(s for j, s in zip(self.jobs, self.shares, strict=True) if j.client in self.replies)
+
+    def mean(self) -> Tensor:
+        """The cohort's mean update (d,) float64; where clients failed, that of the others."""
+        return self.update * (sum(self.shares) / self.answered) if self.lost and self.answered else self.update
+
+    @property
+    def spread(self) -> float | None:
+        """`News.spread` of these payloads."""
+        square = float(self.update.square().sum()) * sum(share**2 for share in self.shares)
+        return self.energy / square if square else None
+
+    def take(self, client: int, reply: Reply | None) -> None:
+        """A client's reply, or None where it failed for good.
+
+        Raises:
+            ClientError: its payload is refused.
+        """
+        self.waiting[client] = reply
+        while self.turn < len(self.jobs) and self.jobs[self.turn].client in self.waiting:
+            job, share = self.jobs[self.turn], self.shares[self.turn]
+            self.turn += 1
+            reply = self.waiting.pop(job.client)
+            if reply is None:
+                self.lost.append(job.client)
+                continue
+            kind, where = job.plan.payload, {"round": job.round, "client": job.client}
+            try:
+                payload = decode(reply.payload, len(self.update), kind=kind, custom=self.custom, **where)
+            except PayloadError as exc:
+                if self.skip:
+                    self.lost.append(job.client)
+                    continue
+                raise ClientError(f"its payload is refused: {exc}", **where) from exc
+            value = payload.vector
+            if job.plan.error_feedback == "ef21":
+                value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
+            value = value.double()
+            self.update += share * (value - self.offers[job.client].model.double() if kind == "model" else value)
+            self.energy += share**2 * float(value.square().sum())
+            self.sent.append(payload.segments)
+            self.replies[job.client] = reply

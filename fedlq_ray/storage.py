@@ -1,0 +1,172 @@
+"""Where checkpoints lie, when they are written, and which one a run goes on from."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedlq_ray.checkpoint import Snapshot, pack, unpack
+from fedlq_ray.config import CheckpointConfig
+from fedlq_ray.errors import CheckpointError
+from fedlq_ray.files import write_durably
+
+SUFFIX = ".ckpt"
+_FIRST_S = 10.0  # before the first checkpoint: a shorter run is as soon run again
+_SHARE = 0.05  # of the time, for checkpoints
+
+
+class Folder:
+    """Where a run's checkpoints lie: a local folder, or any filesystem of pyarrow by its address (s3://...)."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.remote = "://" in where
+
+    def _filesystem(self) -> tuple[Any, str]:
+        from pyarrow import fs
+
+        found, path = fs.FileSystem.from_uri(self.where)
+        return found, path
+
+    def names(self) -> list[str]:
+        """Checkpoints, the newest first."""
+        try:
+            if self.remote:
+                from pyarrow import fs
+
+                system, path = self._filesystem()
+                found = [info.base_name for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))]
+            else:
+                found = os.listdir(self.where) if os.path.isdir(self.where) else []
+        except (OSError, ValueError, ImportError) as exc:
+            raise CheckpointError(f"{self.where}: {exc}") from exc
+        return sorted((name for name in found if name.endswith(SUFFIX)), reverse=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Whole or not at all, and on the disk when this returns."""
+        if self.remote:
+            system, path = self._filesystem()
+            with system.open_output_stream(f"{path}/{name}.part") as stream:
+                stream.write(data)
+            system.move(f"{path}/{name}.part", f"{path}/{name}")
+            return
+        Path(self.where).mkdir(parents=True, exist_ok=True)
+        write_durably(Path(self.where) / name, data)
+
+    def read(self, name: str) -> bytes:
+        if self.remote:
+            system, path = self._filesystem()
+            with system.open_input_stream(f"{path}/{name}") as stream:
+                return bytes(stream.read())
+        return (Path(self.where) / name).read_bytes()
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the run is finished."""
+        for name in self.names():
+            self.remove(name)
+        if not self.remote and Path(self.where).is_dir() and not os.listdir(self.where):
+            Path(self.where).rmdir()
+
+    def remove(self, name: str) -> None:
+        if self.remote:
+            system, path = self._filesystem()
+            system.delete_file(f"{path}/{name}")
+        else:
+            (Path(self.where) / name).unlink(missing_ok=True)
+
+
+def name_of(round: int) -> str:
+    """The file of the checkpoint from which `round` comes next."""
+    return f"{round:08d}{SUFFIX}"
+
+
+def latest(folder: Folder, rounds: int) -> tuple[Snapshot | None, list[str]]:
+    """The newest checkpoint that can be used, or None where there is none; and what was wrong with newer ones.
+
+    Args:
+        rounds: that the journal holds; a checkpoint of more is not usable.
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used.
+    """
+    faults: list[str] = []
+    for name in folder.names():
+        try:
+            snapshot = unpack(folder.read(name))
+            if snapshot["round"] > rounds:
+                raise CheckpointError(f"is of round {snapshot['round']}, and rounds.jsonl has {rounds} whole rounds")
+            return snapshot, faults
+        except (CheckpointError, OSError, KeyError) as exc:
+            faults.append(f"{folder.where}/{name} {exc}")
+    if faults:
+        raise CheckpointError("no checkpoint can be used: " + "; ".join(faults))
+    return None, faults
+
+
+class Saver:
+    """Writes checkpoints in a thread of its own, one at a time, and keeps the last few.
+
+    Without `checkpoint.every_rounds` it takes no more than a twentieth of the time. A checkpoint that cannot be written
+    ends nothing: `failure` tells, and those before it stay.
+
+    Args:
+        recall: gives memories in a host's form as tensors.
+        sync: puts the journal on the disk; called before a checkpoint that builds on it.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        config: CheckpointConfig,
+        recall: Callable[[Mapping[int, Any]], Mapping[int, Tensor]],
+        sync: Callable[[], None],
+    ) -> None:
+        self.folder, self.config, self.recall, self.sync = folder, config, recall, sync
+        self.failure: str | None = None
+        self.last: Snapshot | None = None
+        self.saved = -1
+        self._thread: threading.Thread | None = None
+        self._ended, self._took = time.monotonic(), 0.0
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Take a round's snapshot, and write it if it is time."""
+        self.last = snapshot
+        every = self.config.every_rounds
+        if every is None:
+            writing = self._thread is not None and self._thread.is_alive()
+            wait_s = max(_FIRST_S, self._took * (1 / _SHARE - 1))
+            due = not writing and time.monotonic() - self._ended >= wait_s
+        else:
+            due = snapshot["round"] % every == 0
+        if due and self.config.keep:
+            self._join()
+            self._thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+            self._thread.start()
+
+    def finish(self, completed: bool) -> None:
+        """Wait for what is being written; a run that is to go on later also leaves the last round's."""
+        self._join()
+        if not completed and self.config.keep and self.last is not None and self.saved != self.last["round"]:
+            self._write(self.last)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        started = time.monotonic()
+        try:
+            self.sync()
+            data = pack(snapshot | {"memories": dict(self.recall(snapshot["memories"]))})
+            self.folder.write(name_of(snapshot["round"]), data)
+            self.saved = snapshot["round"]
+            for name in self.folder.names()[self.config.keep :]:
+                self.folder.remove(name)
+        except Exception as exc:  # a full disk, a filesystem that is gone: the training itself goes on
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            self.failure = f"no checkpoint of round {snapshot['round']} in {self.folder.where}: {reason}"
+        self._ended = time.monotonic()
+        self._took = self._ended - started

@@ -1,0 +1,110 @@
+"""What the reliability tests share: a run in a process of its own that ends, or fails, at its N-th fault point."""
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from fedlq_ray import config as configuration
+from fedlq_ray import files, rundir
+from fedlq_ray.errors import FedLQError
+from fedlq_ray.rundir import Journal
+from fedlq_ray.simulation import resume, simulate
+
+SMALL = (
+    "rounds=4", "clients.count=6", "clients.cohort=3", "clients.hosting=serial", "train.local_epochs=1",
+    "train.max_samples=32", "evaluate_every=2", "tracking.uri=null", "checkpoint.every_rounds=1",
+)  # fmt: skip
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Do some work in a forked process: its exit code, minus the signal that ended it; 3 for a FedLQError."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 4
+        warnings.simplefilter("ignore")  # a checkpoint that could not be written is one
+        with contextlib.suppress(BaseException):
+            try:
+                work()
+                code = 0
+            except FedLQError as exc:
+                code = 3
+                os.write(2, f"{exc}\n".encode())
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def start(out: Path, *settings: str) -> None:
+    simulate(configuration.load(None, [*SMALL, *settings, f"out={out}"]))
+
+
+def go_on(out: Path, *settings: str) -> None:
+    """As a user would after a crash: resume, or start again where the folder was not even made."""
+    if not (out / "config.yaml").exists():
+        if out.exists():
+            for file in out.iterdir():
+                file.unlink()
+            out.rmdir()
+        start(out, *settings)
+    elif not (out / "summary.json").exists():
+        resume(out)
+
+
+def evidence(out: Path) -> tuple[bytes, str]:
+    """What two runs that gave the same have in common."""
+    found = rundir.read(out)
+    assert found.summary is not None
+    return (out / "rounds.jsonl").read_bytes(), found.summary["weights_sha256"]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def at_point(number: int, happens: Callable[[], None]) -> Any:
+    """Something happens at the N-th of these points: before and after each write, sync and rename of a run's files, and
+    in the middle of each line of the journal."""
+    count = 0
+
+    def point() -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            happens()
+
+    real_sync, real_replace, real_write = os.fsync, Path.replace, Journal.write
+    real_line = rundir._line
+
+    def sync(descriptor: int) -> None:
+        point()
+        real_sync(descriptor)
+        point()
+
+    def replace(file: Path, target: Path) -> Path:
+        point()
+        result = real_replace(file, target)
+        point()
+        return result
+
+    def write(journal: Journal, record: Any) -> None:
+        line = real_line(record)
+        journal._stream.write(line[: len(line) // 2])
+        journal._stream.flush()
+        point()
+        with mock.patch.object(rundir, "_line", lambda record: line[len(line) // 2 :]):
+            real_write(journal, record)
+        point()
+
+    with (
+        mock.patch.object(files.os, "fsync", sync),
+        mock.patch.object(Path, "replace", replace),
+        mock.patch.object(Journal, "write", write),
+    ):
+        yield

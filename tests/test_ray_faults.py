@@ -1,0 +1,192 @@
+"""Actors, drivers and nodes that die, hang or fail while a run is going on: the same bytes, or one clear message."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fedlq_ray
+from fedlq_ray import rundir
+from fedlq_ray.config import load
+from fedlq_ray.errors import ClientError, FedLQError
+from fedlq_ray.strategies import Strategy
+from fedlq_ray.training import Plan
+
+pytestmark = pytest.mark.ray
+QUICK = [
+    "rounds=6", "clients.count=6", "clients.cohort=4", "clients.actors=2", "strategy.name=fedlq_rd",
+    "strategy.metric=fisher", "strategy.probe_every=1", "tracking.uri=null", "checkpoint.every_rounds=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here(tmp_path_factory):
+    import ray
+
+    where = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("runs"))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    os.chdir(where)
+
+
+def run(*overrides, **given):
+    return fedlq_ray.simulate(load(None, [*QUICK, *overrides]), **given)
+
+
+def contents(result):
+    return [(result.path / name).read_bytes() for name in ("rounds.jsonl", "summary.json")]
+
+
+@pytest.fixture(scope="module")
+def expected(ray_here):
+    return contents(run("clients.hosting=serial"))
+
+
+def workers(name):
+    """The processes of this Ray's actors whose name starts so: those whose raylet is this process's child."""
+
+    def ours(folder):
+        environment = (folder / "environ").read_text().split("\0")
+        raylet = next(v.partition("=")[2] for v in environment if v.startswith("RAY_RAYLET_PID="))
+        return int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid()
+
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_text().startswith(f"ray::{name}") and ours(folder):
+                found.append(int(folder.name))
+        except (OSError, StopIteration):
+            pass  # it has ended in the meantime
+    return found
+
+
+def once(after, what):
+    """Something to do when so many rounds are done, once."""
+    rounds = []
+
+    def watch(event):
+        if "record" in event:
+            rounds.append(event["record"]["round"])
+            if len(rounds) == after:
+                what()
+
+    return watch
+
+
+def send(number, name):
+    hit = workers(name)
+    assert hit, f"no {name}"
+    for pid in hit:
+        os.kill(pid, number)
+
+
+@pytest.mark.parametrize("hosting", ["packed", "dedicated"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_client_actors_that_die_or_hang_are_replaced(hosting, number, expected):
+    """All of them at once, the one that evaluates too."""
+    result = run(
+        f"clients.hosting={hosting}", "clients.timeout_s=4", watch=once(2, lambda: send(number, "ClientActor"))
+    )
+    assert contents(result) == expected
+
+
+def test_a_driver_that_dies_goes_on_from_its_checkpoint(expected):
+    events = []
+    kill = once(3, lambda: send(signal.SIGKILL, "Driver"))
+
+    def watch(event):
+        events.append(next(iter(event)))
+        kill(event)
+
+    assert contents(run("clients.hosting=packed", watch=watch)) == expected
+    assert events.count("restarted") == 1 and events.count("resumed") == 1
+
+
+def test_a_run_that_is_killed_outright_goes_on():
+    """The whole program; on Ray's side the checkpoint holds what is in the object store."""
+    command = [
+        sys.executable,
+        "-m",
+        "fedlq_ray.cli",
+        "run",
+        *QUICK,
+        "rounds=40",
+        "out=killed",
+        "clients.hosting=packed",
+    ]
+    process = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": ""}, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 90
+    while time.monotonic() < end and not list(Path("killed").glob("checkpoints/*.ckpt")):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = len(rundir.journal(Path("killed")))
+    assert 0 < done < 40
+    result = fedlq_ray.resume("killed")
+    assert contents(result) == contents(run("rounds=40", "clients.hosting=serial"))
+
+
+class Choice:
+    """Pieces for one client; another's cannot be chosen."""
+
+    def __init__(self, segments, client, bad):
+        self.segments, self.client, self.bad = segments, client, bad
+
+    def __call__(self, vector):
+        if self.client == self.bad:
+            raise RuntimeError("the cat sat on it")
+        return self.segments
+
+
+class Picky(Strategy):
+    """Client 3 fails whenever it takes part."""
+
+    def __init__(self, setting):
+        self.setting = setting
+
+    def plan(self, round, cohort, evaluation=None):
+        segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
+        return {m.client: Plan("update", Choice(segments, m.client, 3)) for m in cohort}
+
+
+@pytest.mark.parametrize("hosting", ["serial", "packed"])
+def test_a_client_that_fails_for_good(hosting):
+    with pytest.raises(ClientError, match=r"round \d, client 3: RuntimeError: the cat sat on it"):
+        run(f"clients.hosting={hosting}", strategy=Picky)
+    result = run(f"clients.hosting={hosting}", "clients.on_failure=skip_client", strategy=Picky)
+    for record in result.history.to_dict("records"):
+        assert record["skipped"] == [c for c in record["cohort"] if c == 3]
+        assert record["answered"] == [c for c in record["cohort"] if c != 3]
+    assert result.history["skipped"].map(len).sum() > 0
+    assert result.history["train_loss"].notna().all()
+
+
+def test_an_actor_that_cannot_be_made_stops_the_run_at_once():
+    class Broken:
+        """Loads here, and in no other process."""
+
+        def __init__(self):
+            self.levels = range(1, 9)
+
+        def __call__(self, bits):
+            from fedlq_ray.quantization import MinMax
+
+            return MinMax(bits)
+
+        def __reduce__(self):
+            return _only_here, (os.getpid(),)
+
+    started = time.monotonic()
+    with pytest.raises(FedLQError, match="only in the process that made it"):
+        run("clients.hosting=packed", quantizer=Broken())
+    assert time.monotonic() - started < 60
+
+
+def _only_here(pid):
+    raise ValueError("only in the process that made it")

@@ -1,0 +1,215 @@
+"""A run that is killed anywhere, or whose disk fails anywhere, goes on to the same bytes."""
+
+import errno
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+from faults import SMALL, at_point, die, evidence, go_on, in_child, start
+
+from fedlq_ray import config as configuration
+from fedlq_ray import rundir
+from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
+from fedlq_ray.files import locked
+from fedlq_ray.simulation import resume, simulate
+from fedlq_ray.storage import Folder
+from fedlq_ray.strategies import STRATEGIES as BY_NAME
+
+# Between them, all that a run remembers: strategy state, error memory, EF21, coded downlink, server moments, work.
+KINDS = {
+    "fedlq": ["strategy.name=fedlq", "strategy.probe_every=1", "strategy.probe_samples=16"],
+    "rd": ["strategy.name=fedlq_rd", "network.downlink_bits=1", "strategy.floor_bits=null", "train.adaptive_work=4"],
+    "ef21": ["strategy.name=ecsq", "strategy.error_feedback=ef21", "strategy.bits=1", "server.optimizer=adam"],
+}
+STRATEGIES = ["adaquantfl", "dadaquant", "feddq", "adagq", "fedhq", "fedmpq", "lgreco", "kimad", "stc"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, str]]:
+    """Each kind's run without a fault."""
+    found = {}
+    for kind, settings in KINDS.items():
+        out = tmp_path_factory.mktemp("whole") / kind
+        start(out, *settings)
+        found[kind] = evidence(out)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_point(kind: str, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
+    number = 0
+    while True:
+        number += 1
+        out = tmp_path / str(number)
+
+        def run(out: Path = out, number: int = number) -> None:
+            with at_point(number, die):
+                start(out, *KINDS[kind])
+
+        code = in_child(run)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        finished = (out / "summary.json").exists()
+        assert in_child(lambda out=out: go_on(out, *KINDS[kind])) == 0, f"after point {number}"
+        assert evidence(out) == whole[kind], f"killed at point {number}"
+        assert finished or not (out / "checkpoints").exists()
+    assert number > 50  # the points were passed
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO])
+def test_disk_fails_at_every_point(fault: int, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    number = failed = 0
+    while True:
+        number += 1
+        out = tmp_path / str(number)
+
+        def run(out: Path = out, number: int = number) -> None:
+            with at_point(number, fail):
+                start(out, *KINDS["rd"])
+
+        code = in_child(run)
+        assert code in (0, 3), f"point {number}"  # done all the same, or one message
+        failed += code == 3
+        assert in_child(lambda out=out: go_on(out, *KINDS["rd"])) == 0, f"after point {number}"
+        assert evidence(out) == whole["rd"], f"failed at point {number}"
+        if number > 80:
+            break
+    assert failed > 10
+
+
+@pytest.mark.parametrize("limit", [0, 700, 3_000, 60_000, 200_000])
+def test_files_cannot_grow(limit: int, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
+    """A real limit of the system: no file may be larger than so many bytes."""
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        start(tmp_path / "run", *KINDS["rd"])
+
+    assert in_child(run) in (0, 3)
+    assert in_child(lambda: go_on(tmp_path / "run", *KINDS["rd"])) == 0
+    assert evidence(tmp_path / "run") == whole["rd"]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_remembers(name: str, tmp_path: Path) -> None:
+    """Cut short after each round in turn by what a signal does, then resumed."""
+    settings = [f"strategy.name={name}", "rounds=5"]
+    start(tmp_path / "whole", *settings)
+    out = tmp_path / "cut"
+
+    def cut() -> None:
+        seen = []
+
+        def watch(event: dict[str, object]) -> None:
+            seen.extend("record" for name in event if name == "record")
+            if "record" in event and len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        if out.exists():
+            resume(out, watch=watch)
+        else:
+            own = [*SMALL, "checkpoint.every_rounds=null", *settings, f"out={out}"]
+            simulate(configuration.load(None, own), watch=watch)
+
+    for _ in range(8):
+        if in_child(cut) == 0:
+            break
+    assert evidence(out) == evidence(tmp_path / "whole")
+
+
+def _cut(out: Path, *settings: str, after: int = 3) -> None:
+    """A run that ends abruptly after some rounds, with checkpoints."""
+
+    def run() -> None:
+        rounds = []
+
+        def watch(event: dict[str, object]) -> None:
+            rounds.append("record" in event)
+            if sum(rounds) == after:
+                die()
+
+        simulate(configuration.load(None, [*SMALL, *settings, f"out={out}"]), watch=watch)
+
+    assert in_child(run) == -signal.SIGKILL
+
+
+def test_damaged_checkpoints(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
+    _cut(tmp_path / "run", *KINDS["fedlq"])
+    newest, older = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):
+        resume(tmp_path / "run")
+    assert evidence(tmp_path / "run") == whole["fedlq"]
+
+    _cut(tmp_path / "all", *KINDS["fedlq"])
+    for file in (tmp_path / "all" / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="no checkpoint can be used"):
+        resume(tmp_path / "all")
+
+
+def test_journal_that_lost_its_end(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
+    """A checkpoint of more rounds than the journal has is passed over."""
+    _cut(tmp_path / "run", *KINDS["fedlq"])
+    journal = tmp_path / "run" / "rounds.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    rounds = [int(f.stem) for f in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    journal.write_bytes(b"".join(lines[: rounds[-1] - 1]) + lines[rounds[-1] - 1][:20])
+    with pytest.warns(UserWarning, match="whole rounds"):
+        resume(tmp_path / "run")
+    assert evidence(tmp_path / "run") == whole["fedlq"]
+
+
+def test_more_rounds(tmp_path: Path) -> None:
+    start(tmp_path / "long", *KINDS["rd"], "rounds=6")
+    _cut(tmp_path / "run", *KINDS["rd"], after=2)
+    result = resume(tmp_path / "run", ["rounds=6", "clients.hosting=serial"])
+    assert evidence(tmp_path / "run") == evidence(tmp_path / "long")
+    assert result.summary["rounds"] == 6
+    assert result.summary["config_sha256"] == rundir.read(tmp_path / "long").summary["config_sha256"]  # type: ignore[index]
+
+
+def test_what_may_not_be(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _cut(out, after=2)
+    with pytest.raises(ConfigError, match="may only have more rounds"):
+        resume(out, ["train.lr=0.5"])
+    with pytest.raises(ConfigError, match="not fewer"):
+        resume(out, ["rounds=1"])
+    with pytest.raises(ConfigError, match=f"fedlq resume {out}"):
+        start(out)
+    with locked(out), pytest.raises(ConfigError, match="another process is running it"):
+        resume(out)
+    resume(out)
+    with pytest.raises(ConfigError, match="is finished"):
+        resume(out)
+    with pytest.raises(ConfigError, match="holds no run"):
+        resume(tmp_path / "nowhere")
+
+
+def test_remote_filesystem(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
+    """By pyarrow, as s3:// would be."""
+    (tmp_path / "store").mkdir()
+    where = f"file://{tmp_path}/store"
+    _cut(tmp_path / "run", *KINDS["rd"], f"checkpoint.path={where}")
+    assert Folder(where).names()
+    resume(tmp_path / "run")
+    assert evidence(tmp_path / "run") == whole["rd"]
+    assert not Folder(where).names()
+
+
+def test_strategy_that_forgets(tmp_path: Path) -> None:
+    class Forgetful(BY_NAME["uniform"]):  # type: ignore[valid-type,misc]
+        def learn(self, round: int, news: object) -> None:
+            self.seen = round
+
+    with pytest.raises(FedLQError, match=r"Forgetful changes seen .*remembers = \('seen',\)"):
+        simulate(configuration.load(None, [*SMALL, f"out={tmp_path / 'run'}"]), strategy=Forgetful)
