@@ -63,6 +63,22 @@ def evidence(out: Path) -> tuple[bytes, str]:
     return (out / "rounds.jsonl").read_bytes(), found.summary["weights_sha256"]
 
 
+def workers(name: str, program: int) -> list[int]:
+    """The processes of Ray's actors whose class starts so, of a program that started its own Ray."""
+
+    def its_own(folder: Path) -> bool:
+        environment = (folder / "environ").read_text().split("\0")
+        raylet = next(v.partition("=")[2] for v in environment if v.startswith("RAY_RAYLET_PID="))
+        return int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")", 1)[1].split()[1]) == program
+
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, StopIteration):  # it has ended in the meantime
+            if (folder / "cmdline").read_text().startswith(f"ray::{name}") and its_own(folder):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

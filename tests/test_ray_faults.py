@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from faults import workers
 
 import fedlq_ray
 from fedlq_ray import rundir
@@ -50,24 +51,6 @@ def expected(ray_here):
     return contents(run("clients.hosting=serial"))
 
 
-def workers(name):
-    """The processes of this Ray's actors whose name starts so: those whose raylet is this process's child."""
-
-    def ours(folder):
-        environment = (folder / "environ").read_text().split("\0")
-        raylet = next(v.partition("=")[2] for v in environment if v.startswith("RAY_RAYLET_PID="))
-        return int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid()
-
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_text().startswith(f"ray::{name}") and ours(folder):
-                found.append(int(folder.name))
-        except (OSError, StopIteration):
-            pass  # it has ended in the meantime
-    return found
-
-
 def once(after, what):
     """Something to do when so many rounds are done, once."""
     rounds = []
@@ -82,7 +65,7 @@ def once(after, what):
 
 
 def send(number, name):
-    hit = workers(name)
+    hit = workers(name, os.getpid())
     assert hit, f"no {name}"
     for pid in hit:
         os.kill(pid, number)

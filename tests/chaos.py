@@ -1,0 +1,92 @@
+"""Kills a run at random moments, goes on, and compares bytes: `python tests/chaos.py TARGET --moments 50`.
+
+TARGET is what SIGKILL hits: `serial`, the whole program without Ray; `program`, the whole program with Ray under it;
+`driver`, `client` (one client actor) or `clients` (all of them). A line a moment is appended to --out.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from faults import evidence, workers
+
+RUN = (
+    "rounds=40", "clients.count=12", "clients.cohort=6", "clients.actors=2", "strategy.name=fedlq_rd",
+    "strategy.metric=fisher", "strategy.probe_every=2", "network.downlink_bits=1", "evaluate_every=3",
+    "tracking.uri=null", "checkpoint.every_rounds=3", "clients.timeout_s=60",
+)  # fmt: skip
+
+
+def fedlq(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "fedlq_ray.cli", *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, **quiet)  # type: ignore[call-overload, no-any-return]
+
+
+def lines(out: Path) -> int:
+    file = out / "rounds.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def strike(target: str, moment: float, folder: Path) -> dict[str, object]:
+    """A run that is hit when this share of its rounds is done, and what came of it."""
+    out, rounds = folder / f"run-{moment:.6f}", int(RUN[0].partition("=")[2])
+    hosting = "serial" if target == "serial" else "packed"
+    process = fedlq("run", *RUN, f"clients.hosting={hosting}", f"out={out}")
+    while process.poll() is None and lines(out) < int(moment * rounds):
+        time.sleep(0.01)
+    time.sleep(moment * rounds % 1 * 0.2)  # somewhere in a round, too
+    done, hit = lines(out), 0
+    if target in ("serial", "program"):
+        process.kill()
+        hit = 1
+    else:
+        kind = "Driver" if target == "driver" else "ClientActor"
+        for pid in workers(kind, process.pid)[: 1 if target == "client" else None]:
+            os.kill(pid, signal.SIGKILL)
+            hit += 1
+    code = process.wait()
+    resumed = 0
+    if not (out / "summary.json").exists():
+        resumed = 1
+        again = ("resume", str(out)) if (out / "config.yaml").exists() else ("run", *RUN, f"out={out}")
+        code = fedlq(*again).wait()
+    same = code == 0 and evidence(out) == evidence(folder / "whole")
+    shutil.rmtree(out)
+    return {"target": target, "round": done, "hit": hit, "resumed": resumed, "same": same}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=["serial", "program", "driver", "client", "clients"])
+    parser.add_argument("--moments", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("chaos.jsonl"))
+    given = parser.parse_args()
+    draw = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        if fedlq("run", *RUN, "clients.hosting=serial", f"out={folder / 'whole'}").wait():
+            sys.exit("the run without a fault failed")
+        results = []
+        for _ in range(given.moments):
+            results.append(strike(given.target, draw.random(), folder))
+            with given.out.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    lost = [result for result in results if not result["same"]]
+    hits = sum(result["hit"] != 0 for result in results)
+    print(f"{given.target}: {len(results)} moments, {hits} hit, {len(lost)} differ")
+    sys.exit(bool(lost))
+
+
+if __name__ == "__main__":
+    main()
