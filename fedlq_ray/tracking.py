@@ -95,14 +95,11 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
             value = value[step]
         if path not in ("out", "name"):
             params.append(Param(path, str(value)))
-    there = client.get_run(run_id)
-    logged = there.data.params
+    logged = client.get_run(run_id).data.params
     client.log_batch(run_id, params=[param for param in params if param.key not in logged])
     for param in params:  # MLflow's parameters cannot change: what a resume changed is a tag
         if logged.get(param.key, param.value) != param.value:
             client.set_tag(run_id, f"fedlq.resumed.{param.key}", param.value)
-    if there.info.status != "RUNNING":
-        client.update_run(run_id, status="RUNNING")
     client.log_text(run_id, to_yaml(config), "config.yaml")
     if tracking.dataset:
         context = [InputTag("mlflow.data.context", "training")]
@@ -162,6 +159,7 @@ class Tracker:
         try:
             client = _client(self._tracking.uri)
             run_id = open_run(client, self._tracking, self._config)
+            client.update_run(run_id, status="RUNNING")  # a run that goes on was KILLED or FAILED
             totals: dict[str, int] = {}
             while not isinstance(item := self._queue.get(), str):
                 log_record(client, run_id, self._tracking, item, totals)

@@ -1,17 +1,24 @@
 """MLflow: a server that is down or hangs costs no result, and what it missed can be logged later."""
 
+import http.server
 import json
+import os
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
-from fedlq_ray import ClientError, simulate
+from fedlq_ray import ClientError, resume, simulate
 from fedlq_ray.config import load
+from fedlq_ray.rundir import journal
+from fedlq_ray.simulation import Terminated
 
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
 QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
@@ -45,6 +52,20 @@ def test_a_run_is_there_with_its_files_its_pictures_and_its_data():
     assert {"version.ray", "fedlq.config_sha256", "fedlq.run_key"} <= set(tags)
     keys = {key for (key,) in rows("select distinct key from metrics")}
     assert {"accuracy", "sim_time_s", "uplink_mb", "downlink_mb", "bits_per_parameter/fc1"} <= keys
+
+
+def test_a_run_that_goes_on_runs_and_then_is_finished():
+    def stop(event):
+        if event.get("record", {}).get("round") == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        simulate(load(None, [*QUICK, "rounds=8", "out=cut"]), watch=stop)
+    assert rows("select status from runs") == [("KILLED",)] and len(journal(Path("cut"))) < 8
+    resume("cut", ["rounds=9"])
+    assert rows("select status from runs") == [("FINISHED",)]
+    assert rows("select value from tags where key = 'fedlq.resumed.rounds'") == [("9",)]
+    assert rows("select count(*) from metrics where key = 'train_loss'") == [(9,)]
 
 
 def test_runs_of_one_comparison_are_children_of_one_parent():
@@ -84,6 +105,51 @@ def test_a_server_that_does_not_answer_costs_seconds_and_no_result(hangs):
         counts.append([rows(f"select count(*) from {table}") for table in ("runs", "metrics", "inputs", "params")])
     assert counts[0] == counts[1] and counts[0][0] == [(1,)] and counts[0][1][0][0] > 20
     assert rows("select status from runs") == [("FINISHED",)]
+
+
+@pytest.mark.parametrize("status", [500, 429, 404])
+def test_a_server_that_answers_with_errors_costs_seconds_and_no_result(status):
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Retry-After", "600")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_PATCH = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start = time.monotonic()
+        with pytest.warns(UserWarning, match="fedlq sync"):
+            result = run(f"tracking.uri=http://127.0.0.1:{server.server_port}")
+        assert time.monotonic() - start < 60
+        server.shutdown()
+    assert json.loads((result.path / "timing.json").read_text())["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize("locked_s", [1, 60])
+def test_a_locked_store_delays_a_run_by_a_bounded_time(locked_s):
+    """Locked before the run begins: 1 s is waited out, 60 s are not, and a sync makes good."""
+    run("rounds=1", "out=first")  # makes the store
+    lock = sqlite3.connect("mlflow.db", isolation_level=None, check_same_thread=False)
+    lock.execute("BEGIN EXCLUSIVE")
+    free = threading.Timer(locked_s, lock.rollback)
+    free.start()
+    start = time.monotonic()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = run("out=second")
+    assert time.monotonic() - start < 50
+    assert len([w for w in told if "fedlq sync" in str(w.message)]) == (locked_s == 60)
+    free.join()
+    subprocess.run([*FEDLQ, "sync", "second"], check=True, capture_output=True)
+    count = rows("select count(*) from metrics join runs using (run_uuid) where key = 'train_loss'")
+    assert count == [(1 + len(result.history),)]
+    assert rows("select status from runs") == [("FINISHED",)] * 2
 
 
 def test_ui_finds_the_store_of_the_runs():
