@@ -136,14 +136,14 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     from fedlq_ray import sweep as sweeps
     from fedlq_ray.analysis import compare
     from fedlq_ray.progress import watch
-    from fedlq_ray.simulation import simulate
+    from fedlq_ray.simulation import run_or_resume
 
     comparison = sweeps.load(file, overrides, only)
     console = Console(stderr=True)
 
     def start(config: Config, parent: str) -> None:
         with watch(config, console, False) as report:
-            simulate(config, watch=report, parent=parent)
+            run_or_resume(config, watch=report, parent=parent)
 
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False))
     table = compare.rows(outcome)

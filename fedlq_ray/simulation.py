@@ -130,6 +130,13 @@ def resume(
         return _carry_out(task, strategy, folder, track, watch)
 
 
+def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Result:
+    """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
+    if config.out is not None and (Path(config.out) / "config.yaml").exists():
+        return resume(config.out, watch=watch)
+    return simulate(config, watch=watch, parent=parent)
+
+
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
     """A full disk and its like as one message: what was written before is whole."""

@@ -145,7 +145,8 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
     """Tune, then run what is not finished in `out` yet; a run that fails is told, and the others go on.
 
     Args:
-        start: called with a configuration and the name of the MLflow parent; runs it, with nothing but what it says.
+        start: called with a configuration and the name of the MLflow parent; runs it, with nothing but what it says,
+            or goes on with it where its folder holds an unfinished run.
         tell: called with a line about what failed, and about what tuning chose.
     """
     parent = f"{out.resolve()}/{comparison.name}"
@@ -181,15 +182,16 @@ def _once(
     config: Config, folder: Path, start: Start, parent: str, tell: Callable[[str], None], finished: dict[str, Path]
 ) -> Finished:
     """A run's result: from its folder where it is finished, or from that of one that only the clock sets apart."""
-    if (folder / "summary.json").exists():
+    source = finished.get(reclock.key(config)) if reclock.reclockable(config) else None
+    if (folder / "config.yaml").exists():
         found = rundir.read(folder)
         if digest(found.config) != digest(config):
             raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
-        return Finished(config, found.records, found.summary)
-    if folder.exists():  # cut short before: kept aside, and run anew
+        if found.summary:
+            return Finished(config, found.records, found.summary)
+    if folder.exists() and (source or not (folder / "config.yaml").exists()):  # cut short, and nothing to go on from
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
     here, diverged = config.model_copy(update={"out": str(folder)}), False
-    source = finished.get(reclock.key(config)) if reclock.reclockable(config) else None
     try:
         if source:
             reclock.write(here, source, parent)

@@ -1,6 +1,9 @@
 """Sweeps: what is refused, how tuning chooses, and that a run that fails stops no other."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,8 @@ from fedlq_ray import ConfigError, reclock
 from fedlq_ray.analysis import compare
 from fedlq_ray.config import load as load_settings
 from fedlq_ray.config import to_yaml
-from fedlq_ray.simulation import simulate
+from fedlq_ray.rundir import journal
+from fedlq_ray.simulation import run_or_resume, simulate
 from fedlq_ray.sweep import Outcome, load, run
 
 BASE = "base: {rounds: 3, name: s, tracking: {uri: null}, clients: {hosting: serial, count: 8, cohort: 4}}\n"
@@ -25,7 +29,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def sweep(tmp_path, text, told):
     (tmp_path / "s.yaml").write_text(BASE + text)
     comparison = load(tmp_path / "s.yaml")
-    return run(comparison, tmp_path / "out", lambda config, parent: simulate(config, parent=parent), told.append)
+    return run(comparison, tmp_path / "out", lambda config, parent: run_or_resume(config, parent=parent), told.append)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,26 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path):
     assert good["final_accuracy_sd"] is not None and good["by_seed"][1]["seed"] == 1
     compare.plot(found, tmp_path / "a.png")
     again = sweep(tmp_path, text, told)
-    assert again.runs["fedavg"] == found.runs["fedavg"] and len(list((tmp_path / "out").glob("*.unfinished-*"))) == 2
+    assert again.runs["fedavg"] == found.runs["fedavg"]
+    assert again.failed == 2 and len(journal(tmp_path / "out/bad-0")) == 1  # it went on, and failed as before
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path):
+    text = "runs: {fedavg: [strategy.name=fedavg, rounds=6, checkpoint.every_rounds=1]}"
+    whole = sweep(tmp_path, text, [])
+    shutil.rmtree(tmp_path / "out")
+
+    def cut(event):
+        if event.get("record", {}).get("round") == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    comparison = load(tmp_path / "s.yaml")
+    with pytest.raises(KeyboardInterrupt):
+        run(comparison, tmp_path / "out", lambda config, parent: simulate(config, watch=cut), [].append)
+    assert 0 < len(journal(tmp_path / "out/fedavg-0")) < 6
+    resumed = []
+    again = run(comparison, tmp_path / "out", lambda config, _: run_or_resume(config, watch=resumed.append), [].append)
+    assert again.runs == whole.runs and any("resumed" in event for event in resumed)
 
 
 def test_a_target_counts_where_every_seed_reached_it():

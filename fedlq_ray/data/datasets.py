@@ -260,7 +260,16 @@ def _npz(path: str | None) -> dict[str, Any]:
             return {key: file[key] for key in ARRAYS}
     except FileNotFoundError as exc:
         raise ConfigError(f"data.path: {path}: no such file") from exc
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as exc:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+        AttributeError,
+        TypeError,
+    ) as exc:
         raise ConfigError(f"data.path: {path}: cannot be read as an .npz of plain arrays ({exc})") from exc
 
 
