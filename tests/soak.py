@@ -24,10 +24,13 @@ SETTINGS = (
 )  # fmt: skip
 
 
+KIND = os.environ.get("SOAK_KIND", "Pss:")
+
+
 def pss_mb(pids: list[int]) -> float:
     """Proportional memory of some processes together."""
     lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
+    return sum(int(line.split()[1]) for line in lines if line.startswith(KIND)) / 1e3
 
 
 def main() -> None:
@@ -57,6 +60,8 @@ def main() -> None:
             "mb_at_the_end": round(late[-1, column], 1),
             "mb_per_100_rounds": round(100 * slope, 2),
         }
+    if os.environ.get("SOAK_SERIES"):
+        print([tuple(map(int, row)) for row in seen[::10]])
     print(json.dumps(found))
 
 
