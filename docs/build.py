@@ -25,8 +25,8 @@ import nbformat
 import yaml
 
 import fedlq_ray
-from fedlq_ray import config as settings
 from fedlq_ray.cli import cli
+from fedlq_ray.config import describe, keys
 
 ROOT = Path(__file__).parent.parent
 FROM_ELSEWHERE = ("ARCHITECTURE.md", "CHANGELOG.md", "experiments/**/README.md", "experiments/**/*.png")
@@ -53,14 +53,14 @@ def settings_page() -> str:
         "is `train.lr=0.05`. `fedlq config` prints them with the values that a run would have.",
     ]
     section = None
-    for path, field, default in settings.keys():
+    for path, field, default in keys():
         head = path.rpartition(".")[0]
         if head != section:
             section = head
             lines += [f"\n## {head or 'The run'}\n", "| key | default | meaning |", "| --- | --- | --- |"]
         plain = list(default) if isinstance(default, tuple) else default
         value = yaml.safe_dump(plain, default_flow_style=True, width=1000).split("\n")[0]
-        meaning = settings.describe(path, field).replace("|", "\\|").replace("<", "&lt;")
+        meaning = describe(path, field).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f'| <span id="{path}">`{path}`</span> | `{value}` | {meaning} |')
     return "\n".join(lines) + "\n"
 
@@ -127,12 +127,12 @@ def formulas(text: str) -> str:
         found = latex2mathml.converter.convert(latex.strip(), display=display)
         for sign in "*_|\\`$":  # what Markdown would read
             found = found.replace(sign, f"&#{ord(sign)};")
-        return found
+        return f"<div>{found}</div>" if display == "block" else f"<span>{found}</span>"
 
     parts = CODE.split(text)
     for i, part in enumerate(parts):
         if part.startswith("```math"):
-            parts[i] = f"\n<div>{mathml(part[7:-3], 'block')}</div>\n"
+            parts[i] = f"\n{mathml(part[7:-3], 'block')}\n"
         elif i % 2 == 0:
             parts[i] = re.sub(
                 r"(?<![\\$\w])\$([^$\n](?:[^$]*?[^\s$])?)\$(?!\w)", lambda m: mathml(m[1], "inline"), part
