@@ -31,7 +31,7 @@ def main() -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     rounds = {name: last_round(*settings) for name, settings in SCHEMES.items()}
     order = sorted(range(8), key=lambda i: rounds["FedLQ"].client_upload_s[i] / rounds["FedLQ"].client_uplink_bytes[i])
-    _, axes = plt.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
     for axis, (name, record) in zip(axes, rounds.items(), strict=True):
         compute, upload = ([record[f"client_{part}_s"][i] for i in order] for part in ("compute", "upload"))
         sent = [record.client_uplink_bytes[i] for i in order]
@@ -39,12 +39,13 @@ def main() -> None:
         axis.barh(range(8), upload, left=compute, color=UPLOAD, label="uploads")
         ends = [c + u for c, u in zip(compute, upload, strict=True)]
         for row, (end, size) in enumerate(zip(ends, sent, strict=True)):
-            axis.text(end + 0.03, row, f"{size / 1e3:.0f} kB", va="center")
+            axis.text(end + 0.04, row, f"{size / 1e3:.0f} kB", va="center", backgroundcolor="white")
         axis.axvline(max(ends), color="0.4", linestyle="--", linewidth=1)
         axis.set_title(f"{name}: {sum(sent) / 1e6:.2f} MB in {max(ends):.2f} s", loc="left", fontweight="bold")
         axis.set_yticks(range(8), ["fastest link", *[""] * 6, "slowest link"])
         axis.invert_yaxis()
-    axes[0].legend(frameon=False, loc="upper right")
+        axis.set_xlim(0, 1.9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     axes[1].set_xlabel("simulated seconds since the round began (dashed: the round is over)")
     plt.savefig(Path(__file__).with_name("round.png"), dpi=110)
 
