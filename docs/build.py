@@ -49,8 +49,8 @@ def settings_page() -> str:
     """Every key of the configuration, by section."""
     lines = [
         "# Settings\n",
-        "Every key of a configuration, made from `fedlq_ray/config.py`. In YAML a dot is a level; on the command line it",
-        "is `train.lr=0.05`. `fedlq config` prints them with the values that a run would have.",
+        "Every key of a configuration, made from `fedlq_ray/config.py`. In YAML a dot is a level; on the command line",
+        "it is `train.lr=0.05`. `fedlq config` prints all with the values that a run would have.",
     ]
     section = None
     for path, field, default in keys():
@@ -89,7 +89,9 @@ def notebook_page(file: Path, folder: Path) -> str:
                 (folder / picture).write_bytes(base64.b64decode(data["image/png"]))
                 parts.append(f"![{cell.metadata['alt']}]({picture})")
             elif "text/html" in data:
-                parts.append(re.sub(r"<style.*?</style>|\n *", "", data["text/html"], flags=re.S))
+                parts.append(
+                    re.sub(r'<style.*?</style>|\n *| border="1" class="dataframe"', "", data["text/html"], flags=re.S)
+                )
             else:
                 parts.append(f"```text\n{(data.get('text/plain') or output.get('text', '')).rstrip()}\n```")
     return "\n\n".join(parts) + f"\n\nTo run it yourself: `docs/notebooks/{file.name}`.\n"
