@@ -23,6 +23,7 @@ import click
 import latex2mathml.converter
 import nbformat
 import yaml
+from docstrings import as_markdown
 
 import fedlq_ray
 from fedlq_ray.cli import cli
@@ -41,7 +42,7 @@ def packages() -> list[str]:
 def api_page(module: str) -> str:
     """A module's docstring, and each of its public names."""
     found = importlib.import_module(module)
-    head = f"# {module}\n\n{found.__doc__}\n\n"
+    head = f"# {module}\n\n{as_markdown(found.__doc__ or '')}\n\n"
     return head + "\n\n".join(f"::: {module}.{name}" for name in found.__all__) + "\n"
 
 
@@ -175,6 +176,10 @@ def stage(folder: Path) -> None:
             )
         if "API" in entry:
             entry["API"] += [f"api/{module}.md" for module in packages()]
+    python = next(plugin["mkdocstrings"] for plugin in config["plugins"] if "mkdocstrings" in plugin)["handlers"][
+        "python"
+    ]
+    python["paths"], python["options"]["extensions"] = [str(ROOT)], [str(ROOT / "docs/docstrings.py")]
     (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 

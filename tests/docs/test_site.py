@@ -17,6 +17,7 @@ pytest.importorskip("latex2mathml", reason="needs the extra docs")
 pytest.importorskip("nbformat", reason="needs the extra docs")
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "docs"))
 spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
