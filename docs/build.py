@@ -1,7 +1,7 @@
 """The documentation site, into build/site: `make docs`. Any warning is an error.
 
 MkDocs gets a copy of docs/ in build/docs, to which this adds what is not written by hand:
-- reference/settings.md and reference/cli.md from the code, and in api/ a page a package, of its public names;
+- reference/settings.md and reference/cli.md from the code, and in api/ a page a module, of its public names;
 - ARCHITECTURE.md, CHANGELOG.md and the READMEs of experiments/ as pages; a link between files of the repository becomes
   one between pages, or the text alone where its target is no page;
 - notebooks as pages, with the outputs saved in them; formulas as MathML, which needs no script.
@@ -30,12 +30,18 @@ from fedlq_ray.cli import cli
 from fedlq_ray.config import describe, keys
 
 ROOT = Path(__file__).parent.parent
-FROM_ELSEWHERE = ("ARCHITECTURE.md", "CHANGELOG.md", "experiments/**/README.md", "experiments/**/*.png")
+FROM_ELSEWHERE = (
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "experiments/**/README.md",
+    "experiments/**/*.png",
+    "cluster/**/README.md",
+)
 
 
 def packages() -> list[str]:
     """The modules whose names are public: those with `__all__`."""
-    found = [m.name for m in pkgutil.walk_packages(fedlq_ray.__path__, "fedlq_ray.") if m.ispkg]
+    found = [m.name for m in pkgutil.walk_packages(fedlq_ray.__path__, "fedlq_ray.")]
     return ["fedlq_ray", *(name for name in found if hasattr(importlib.import_module(name), "__all__"))]
 
 

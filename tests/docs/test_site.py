@@ -11,6 +11,7 @@ import pytest
 
 from fedlq_ray.cli import cli
 from fedlq_ray.config import keys
+from fedlq_ray.strategies import STRATEGIES
 
 pytest.importorskip("mkdocs", reason="needs the extra docs")
 pytest.importorskip("latex2mathml", reason="needs the extra docs")
@@ -47,6 +48,12 @@ def test_every_setting_and_command_is_there(site):
         assert f'id="{path}"' in settings.read_text()
     for name, command in cli.commands.items():
         assert isinstance(command, click.Command) and f"fedlq {name}" in commands.read_text()
+
+
+def test_every_strategy_is_told(site):
+    page = (site / "algorithms" / "index.html").read_text()
+    for name in STRATEGIES:
+        assert f"<code>{name}</code>" in page, name
 
 
 def test_formulas_are_mathml(site):
