@@ -83,3 +83,8 @@ def test_formulas_in_code_stay_as_they_are():
     assert build.formulas("`$x$` and\n```text\n$y$\n```\n") == "`$x$` and\n```text\n$y$\n```\n"
     assert "<mi>x</mi>" in build.formulas("so $x$ is")
     assert build.formulas("it costs $5 and $6") == "it costs $5 and $6"
+
+
+def test_docstrings_are_plain_text():
+    text = build.as_markdown("Levels 2**b of <c, z>, `a**b`:\n- one\n- two\nBody: bytes.")
+    assert text == "Levels 2\\*\\*b of &lt;c, z>, `a**b`:\n\n- one\n- two\n\nBody: bytes."
