@@ -2,8 +2,8 @@
 
 MkDocs gets a copy of docs/ in build/docs, to which this adds what is not written by hand:
 - reference/settings.md and reference/cli.md from the code, and in api/ a page a module, of its public names;
-- ARCHITECTURE.md, CHANGELOG.md and the READMEs of experiments/ as pages; a link between files of the repository becomes
-  one between pages, or the text alone where its target is no page;
+- ARCHITECTURE.md, CHANGELOG.md and the READMEs of experiments/ and cluster/ as pages; a link between files of the
+  repository becomes one between pages, or the text alone where its target is no page;
 - notebooks as pages, with the outputs saved in them; formulas as MathML, which needs no script.
 """
 
@@ -31,12 +31,9 @@ from fedlq_ray.config import describe, keys
 
 ROOT = Path(__file__).parent.parent
 FROM_ELSEWHERE = (
-    "ARCHITECTURE.md",
-    "CHANGELOG.md",
-    "experiments/**/README.md",
-    "experiments/**/*.png",
-    "cluster/**/README.md",
-)
+    "ARCHITECTURE.md", "CHANGELOG.md", "cluster/**/README.md",
+    "experiments/**/README.md", "experiments/**/*.png", "experiments/**/*.html",
+)  # fmt: skip
 
 
 def packages() -> list[str]:
@@ -171,7 +168,7 @@ def stage(folder: Path) -> None:
         elif page.suffix == ".md":
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(formulas(relink(source.read_text(), page, source, sources)))
-        elif source.suffix == ".png":
+        elif source.suffix in (".png", ".html"):
             page.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, page)
     config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
