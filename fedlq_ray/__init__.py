@@ -3,12 +3,23 @@
 from typing import TYPE_CHECKING, Any
 
 from fedlq_ray.config import Config
-from fedlq_ray.errors import ClientError, ConfigError, FedLQError, PayloadError
+from fedlq_ray.errors import CheckpointError, ClientError, ConfigError, DivergedError, FedLQError, PayloadError
 
 if TYPE_CHECKING:
     from fedlq_ray.simulation import Result, resume, simulate
 
-__all__ = ["ClientError", "Config", "ConfigError", "FedLQError", "PayloadError", "Result", "resume", "simulate"]
+__all__ = [
+    "CheckpointError",
+    "ClientError",
+    "Config",
+    "ConfigError",
+    "DivergedError",
+    "FedLQError",
+    "PayloadError",
+    "Result",
+    "resume",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:

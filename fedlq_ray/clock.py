@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from fedlq_ray.profiles import Profile
 from fedlq_ray.seeding import numpy_rng
 
+__all__ = ["ClientTime", "client_time", "conditions", "round_time"]
+
 
 @dataclass(frozen=True)
 class ClientTime:

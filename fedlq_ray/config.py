@@ -17,6 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fedlq_ray.errors import ConfigError
 
+__all__ = ["Config", "load", "parse", "to_yaml"]
+
 
 def _text(value: Any) -> Any:
     """A name that YAML reads as a number is still a name."""

@@ -17,6 +17,8 @@ from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Family, Segment, decode, encode
 from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
 
+__all__ = ["Plan"]
+
 EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same whoever evaluates
 
 

@@ -19,6 +19,8 @@ from fedlq_ray.strategies import make
 from fedlq_ray.task import Timed, Workplace, prepare
 from fedlq_ray.training import Evaluation, sample_losses
 
+__all__ = ["LayerAnalysis", "analyse", "analyses"]
+
 BLOCKS = 16  # of the held-out samples, each with rounding noise of its own
 UNBIASED = (MinMax, Qsgd)
 

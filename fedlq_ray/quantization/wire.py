@@ -31,7 +31,10 @@ from fedlq_ray.quantization.terngrad import TernGrad
 MAGIC, VERSION = b"FQ", 1
 _HEADER = struct.Struct("<2sBBIIHI")
 _SEGMENT = struct.Struct("<BII")
-PAYLOAD_HEADER, LAYER_HEADER = _HEADER.size, _SEGMENT.size
+PAYLOAD_HEADER: int = _HEADER.size
+"""Bytes of a payload's header."""
+LAYER_HEADER: int = _SEGMENT.size
+"""Bytes of a segment's header."""
 KINDS = ("update", "model")
 # Numbers on the wire: never changed, only added to.
 # What decodes each number: a body says all that is needed, so the settings here do not matter.
