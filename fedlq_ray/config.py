@@ -341,6 +341,19 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differences(before: Config, after: Config) -> list[str]:
+    """What turns one configuration into another, `out` left out, as overrides."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    changed = []
+    for path, *_ in keys():
+        was, value = old, new
+        for step in path.split("."):
+            was, value = was[step], value[step]
+        if path != "out" and was != value:
+            changed.append(f"{path}={json.dumps(value)}")
+    return changed
+
+
 def digest(config: Config, *, without: Iterable[str] = ()) -> str:
     """SHA-256 (hex) of the settings that can change a result, but for those of `without`."""
     settings = config.model_dump(mode="json")
