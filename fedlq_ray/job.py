@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import os
 import tarfile
 import uuid
@@ -10,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 from rich.console import Console
 
 from fedlq_ray import config as configuration
 from fedlq_ray.errors import ConfigError, FedLQError
 
-CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as JSON
+CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as YAML
 RESULTS = "fedlq-results:"  # goes before the results in the log of a job that prints them
 LARGEST_BYTES = 256 * 2**20  # of results that are printed
 
 
-@click.command(hidden=True)
-@click.argument("out")
+@click.command()
+@click.argument("out", metavar="OUT")
 @click.option("--print", "printing", is_flag=True, help="Print the results in OUT instead of running.")
 def job(out: str, printing: bool) -> None:
-    """Run the configuration in FEDLQ_CONFIG into OUT, or go on with the run that is there."""
+    """For clusters: run the YAML in the environment's FEDLQ_CONFIG into OUT, or go on with the run that is there.
+
+    An absolute OUT must lie on storage that all nodes see.
+    """
     from fedlq_ray import simulation
     from fedlq_ray.progress import watch
 
@@ -32,7 +35,7 @@ def job(out: str, printing: bool) -> None:
     if printing:
         show(folder)
         return
-    config = configuration.parse(json.loads(os.environ[CONFIG]) | {"out": out})
+    config = configuration.parse(_settings() | {"out": out}, source=CONFIG)
     if folder.is_absolute():
         require_shared(folder)
     with watch(config, Console(stderr=True, width=120), False) as report:
@@ -41,6 +44,15 @@ def job(out: str, printing: bool) -> None:
             simulation.resume(folder, configuration.differences(before, config), watch=report)
         else:
             simulation.simulate(config, watch=report)
+
+
+def _settings() -> Any:
+    try:
+        return yaml.safe_load(os.environ[CONFIG])
+    except KeyError:
+        raise ConfigError(f"{CONFIG}: is not set; `fedlq submit` sets it") from None
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{CONFIG}: {' '.join(str(exc).split())}") from exc
 
 
 def show(folder: Path) -> None:
