@@ -55,8 +55,9 @@ class ClientActor:
 
 
 def _why(exc: Exception) -> str:
-    """What happened to an actor, in a line."""
-    return f"{type(exc).__name__}: {str(exc).splitlines()[0].rstrip('.:')}"
+    """What happened to an actor, in a line; what its own constructor raised is the last of Ray's lines."""
+    first, *_, last = str(exc).splitlines() * 2
+    return last if "creation task" in first else f"{type(exc).__name__}: {first.rstrip('.:')}"
 
 
 def _get(ref: Any, timeout: float | None = None) -> Any:

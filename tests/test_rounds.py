@@ -225,12 +225,12 @@ def test_a_finished_folder_is_not_written_over():
 def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late, monkeypatch):
     folds = []
 
-    class Kept(rounds._Fold):
+    class Kept(rounds.Fold):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             folds.append(self)
 
-    monkeypatch.setattr(rounds, "_Fold", Kept)
+    monkeypatch.setattr(rounds, "Fold", Kept)
     settings = ["strategy.error_feedback=ef21", "clients.dropout=0.4", "clients.profiles=thin", "train.adaptive_work=2"]
     deadline = ["strategy.budget=deadline", "strategy.deadline_s=0.15", f"strategy.late={late}", "rounds=6"]
     task = prepare(load(None, [*QUICK, *settings, *deadline]))
