@@ -64,6 +64,12 @@ class ClientsConfig(Section):
         "auto", "dedicated: an actor a client; packed: a few actors host all; serial: no Ray, in this process"
     )
     actors: int | None = key(None, "actors that host the clients when packed; null: one a core", ge=1)
+    num_cpus: float = key(
+        0.0, "cores that an actor reserves of Ray; with it, or the three below, Ray chooses its node", ge=0
+    )
+    num_gpus: float = key(0.0, "GPUs that an actor reserves, for parts of yours that use one", ge=0)
+    resources: dict[str, float] = key({}, "Ray's custom resources that an actor reserves, such as {big: 1}")
+    labels: dict[str, str] = key({}, "Ray's labels that an actor's node must have, such as {market-type: spot}")
     profiles: Text = key("mixed", "a population's name, or a CSV with a row a client")
     variation: float = key(0.0, "sigma of the log-normal variation of bandwidth and compute by round", ge=0, le=3)
     dropout: float = key(0.0, "probability that a client fails to answer in a round", ge=0, le=1)
@@ -226,7 +232,8 @@ class Config(Section):
 # Keys that cannot change a result: they are left out of config_sha256.
 WITHOUT_EFFECT = (
     "name", "out", "tracking", "checkpoint", "clients.hosting", "clients.actors", "clients.retries",
-    "clients.timeout_s", "clients.on_failure",
+    "clients.timeout_s", "clients.on_failure", "clients.num_cpus", "clients.num_gpus", "clients.resources",
+    "clients.labels",
 )  # fmt: skip
 
 
