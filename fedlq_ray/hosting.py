@@ -10,7 +10,14 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from torch import Tensor
 
 from fedlq_ray import forkserver
@@ -66,7 +73,8 @@ def _get(ref: Any, timeout: float | None = None) -> Any:
         return ray.get(ref, timeout=timeout)
     except RayTaskError as exc:
         cause = exc.cause
-        raise (cause if isinstance(cause, FedLQError) else FedLQError(f"in an actor: {cause!r}")) from None
+        # Ray's own: an object was lost with its node; the driver starts again from its checkpoint.
+        raise (cause if isinstance(cause, FedLQError | RayError) else FedLQError(f"in an actor: {cause!r}")) from None
 
 
 def choose(clients: ClientsConfig) -> tuple[str, str]:
@@ -196,8 +204,8 @@ class RayHost:
             load[at], heard[at] = load[at] - 1, time.monotonic()
             try:
                 reply = _get(done[0])
-                if job.plan.error_feedback:
-                    self.memories[job.client] = kept
+                if job.plan.error_feedback:  # where there are other nodes, a copy that is not lost with one of them
+                    self.memories[job.client] = kept if len(self.nodes.known) == 1 else ray.put(_get(kept))
                 yield job.client, reply
                 continue
             except RayActorError as exc:
@@ -209,6 +217,8 @@ class RayHost:
                 if self.actors[at] is actor:  # else another of its jobs has brought a new one
                     (self.actors[at],) = self.start(1, self.asks, {*self.actors} - {actor})
                     heard = [time.monotonic()] * self.count  # nobody was listened to in the meantime
+            except ObjectLostError as exc:
+                fault = ClientError(f"what it gave was lost ({_why(exc)})", round=job.round, client=job.client)
             except ClientError as exc:
                 fault = exc
             if tries[job.client] <= self.clients.retries and not isinstance(fault, DivergedError):
