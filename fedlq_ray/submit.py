@@ -127,6 +127,9 @@ def _told(address: str) -> Iterator[None]:
     except (ConnectionError, requests.RequestException) as exc:
         raise FedLQError(f"{address}: the connection was lost ({str(exc).splitlines()[0]}); the job goes on") from exc
     except (RuntimeError, ValueError) as exc:
+        missing = re.search(r"status code 404: (Job .* does not exist)", str(exc))
+        if missing:
+            raise ConfigError(f"--address {address}: {missing[1]}") from exc
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise FedLQError(f"{address}: {lines[-1] if 'Traceback' in str(exc) else lines[0]}") from exc
 
