@@ -79,8 +79,8 @@ def require_shared(folder: Path) -> None:
     """
     import ray
     from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from fedlq_ray.placement import on
     from fedlq_ray.simulation import start_ray
 
     start_ray()
@@ -92,14 +92,12 @@ def require_shared(folder: Path) -> None:
         raise ConfigError(f"out: {marker.parent}: {exc.strerror}") from exc
     look: Any = ray.remote(num_cpus=0)(_exists)
     try:
-        seen = {
-            node["NodeManagerAddress"]: look.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(marker))
+        asked = [
+            (node["NodeManagerAddress"], look.options(scheduling_strategy=on(node["NodeID"])).remote(str(marker)))
             for node in ray.nodes()
             if node["Alive"]
-        }
-        blind = [address for address, answer in seen.items() if not ray.get(answer)]
+        ]
+        blind = [address for address, answer in asked if not ray.get(answer)]
     except RayError as exc:
         raise FedLQError(
             f"out: a node left while it was asked for {marker.parent}: {str(exc).splitlines()[0]}"

@@ -96,17 +96,18 @@ class Nodes:
         forks = {node.fork for node in self.known.values()}
         fork = self.known[at].fork if at else forks.pop() if len(forks) == 1 else None
         made: dict[str, Any] = {"runtime_env": {"py_executable": fork}} if fork else {}
-        return made | ({"scheduling_strategy": _on(at)} if at else {})
+        return made | ({"scheduling_strategy": on(at)} if at else {})
 
 
-def _on(node: str) -> Any:
+def on(node: str) -> Any:
+    """Ray's scheduling strategy for this node alone."""
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _commands(nodes: Iterable[str]) -> dict[str, str | None]:
     """Each node's own way to the fork server: its paths may be others than here."""
     ask: Any = ray.remote(num_cpus=0)(forkserver.command)
-    asked = {node: ask.options(scheduling_strategy=_on(node)).remote() for node in nodes}
+    asked = {node: ask.options(scheduling_strategy=on(node)).remote() for node in nodes}
     found: dict[str, str | None] = {}
     for node, answer in asked.items():
         try:

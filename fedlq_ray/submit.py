@@ -281,8 +281,6 @@ def _fetch(client: Any, details: Any, config: Config, local: Path) -> bool:
     while not client.get_job_status(printer).is_terminal():
         time.sleep(0.5)
     log, status = client.get_job_logs(printer), client.get_job_status(printer)
-    with contextlib.suppress(RuntimeError):
-        client.delete_job(printer)
     packed = next((line for line in log.splitlines() if line.startswith(RESULTS)), None)
     if packed is None:
         if status != "SUCCEEDED":

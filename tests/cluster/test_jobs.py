@@ -42,7 +42,9 @@ class Cluster:
         self.environment = {**os.environ, **own, "PATH": path, "RAY_ADDRESS": "", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         head = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r"]
         self.processes = [
-            self._start(*head, f"--dashboard-agent-listen-port={free_port()}", "--ray-client-server-port=0")
+            self._start(
+                *head, f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"
+            )
         ]
         self._until(lambda: self.jobs() is not None)
 
@@ -117,7 +119,7 @@ def cluster():
 def expected(cluster):
     """weights_sha256 of this configuration without a cluster, by rounds."""
     found = {}
-    for rounds in (3, 40):
+    for rounds in (3, 300):
         out = cluster.folder / f"serial-{rounds}"
         settings = [f"rounds={rounds}", f"out={out}", "clients.hosting=serial", "tracking.uri=null"]
         assert cluster.call(*FEDLQ, "run", "small.yaml", *settings).returncode == 0
@@ -172,7 +174,7 @@ def test_a_run_is_submitted_shown_and_fetched_and_its_name_is_then_taken(cluster
     assert again.returncode == 2 and "small-1 has succeeded, and its results lie on one node alone" in again.stderr
     fetched = cluster.submit("--attach", "small-1")
     assert fetched.returncode == 0 and "results in runs/small-0-2" in fetched.stdout, fetched.stderr
-    assert cluster.jobs() == {"small-1": "SUCCEEDED"}
+    assert set(cluster.jobs().values()) == {"SUCCEEDED"}
 
 
 def test_a_failed_run_gives_its_exit_code(cluster):
@@ -194,7 +196,7 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
     arguments = [
         "small.yaml",
         "name=shared",
-        "rounds=40",
+        "rounds=300",
         f"out={out}",
         "tracking.uri=null",
         "checkpoint.every_rounds=1",
@@ -204,9 +206,10 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
 
     first = subprocess.Popen(command, **options, **pipes)
-    wait_for(out / "rounds.jsonl")
+    assert "submitted" in first.stderr.readline()
     busy = cluster.submit(*arguments)
-    assert busy.returncode == 2 and "shared-1 is running; wait for it" in busy.stderr
+    assert busy.returncode == 2 and re.search("shared-1 is (pending|running); wait for it", busy.stderr), busy.stderr
+    wait_for(out / "rounds.jsonl")
     assert cluster.call(*RAY, "job", "stop", "--address", cluster.address, "shared-1").returncode == 0
     assert first.wait(60) == 143 and "shared-1: stopped" in first.stderr.read()
     assert list((out / "checkpoints").iterdir())
@@ -222,7 +225,7 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
 
     third = cluster.submit(*arguments)
     assert third.returncode == 0 and f"shared-3: results in {out}" in third.stdout, third.stderr
-    assert sha256(out) == expected[40]
+    assert sha256(out) == expected[300]
     other = cluster.submit(*arguments)
     assert other.returncode == 2 and "the run is finished" in other.stderr
 
