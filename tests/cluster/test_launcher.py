@@ -34,13 +34,14 @@ def missing():
 
 @pytest.mark.cluster
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 @pytest.mark.skipif("FEDLQ_CLUSTER" not in os.environ, reason="takes minutes; FEDLQ_CLUSTER=1 runs it")
 def test_up_exec_submit_and_down_over_ssh(tmp_path):
     why = missing()
     if why:
         pytest.skip(why)
     script = [*NAMESPACES, sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=290, check=False)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert "1 node" in told["status"] or "Active:" in told["status"], told
@@ -119,9 +120,9 @@ def call(*command, cwd=None):
 
 
 def raylets():
-    """Of this namespace."""
-    names = [file for file in Path("/proc").glob("[0-9]*/comm") if file.read_text().strip() in ("raylet", "gcs_server")]
-    return [file.parent.name for file in names]
+    """Of this namespace; who has ended and is not waited for does not count."""
+    found = [file.read_text().rsplit(")", 1) for file in Path("/proc").glob("[0-9]*/stat")]
+    return [head for head, tail in found if head.endswith(("(raylet", "(gcs_server")) and tail.split()[0] != "Z"]
 
 
 if __name__ == "__main__":
