@@ -1,8 +1,9 @@
 """What one driver takes: payloads and bytes a second, of clients that answer at once.
 
 `fold`: the driver's own work in a round, in this process: check, decode, and add each payload in client order. `host`:
-the same with Ray's dispatch: jobs go to actors, which answer with a payload made beforehand. Payloads are real ones, of
-a fully connected model on digits with as many parameters as are asked for.
+the same with Ray's dispatch: jobs go to actors, which answer with a payload made beforehand (`dispatch`: without
+the fold). Payloads are real ones, of a fully connected model on digits. Rates are wall time, and so want a quiet
+machine; milliseconds are the driver process's processor time a payload, which other work disturbs less.
 
     python experiments/scale/driver.py --out experiments/scale/driver.json
 """
@@ -82,14 +83,18 @@ class EchoHost(RayHost):
         return [Echo.remote(self.replies) for _ in range(count)]
 
 
-def per_second(rounds: int, one: Callable[[], None]) -> list[float]:
-    """Payloads a second in each round, a first one left out."""
-    found = []
+def cost(rounds: int, one: Callable[[], None]) -> dict[str, float]:
+    """Of a payload: its rate in the median round, and this process's processor time; a first round is left out."""
+    wall, busy = [], []
     for _ in range(rounds + 1):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         one()
-        found.append(COHORT / (time.perf_counter() - started))
-    return found[1:]
+        wall.append(time.perf_counter() - started)
+        busy.append(time.process_time() - used)
+    return {
+        "per_s": COHORT / statistics.median(wall[1:]),
+        "cpu_ms": 1e3 * statistics.median(busy[1:]) / COHORT,
+    }
 
 
 def measure(case: Case, rounds: int) -> dict:
@@ -113,9 +118,9 @@ def measure(case: Case, rounds: int) -> dict:
     return {
         "parameters": case.parameters,
         "payload_bytes": case.bytes,
-        "fold_per_s": statistics.median(per_second(rounds, folded)),
-        "dispatch_per_s": statistics.median(per_second(rounds, dispatched)),
-        "host_per_s": statistics.median(per_second(rounds, hosted)),
+        "fold": cost(rounds, folded),
+        "dispatch": cost(rounds, dispatched),
+        "host": cost(rounds, hosted),
     }
 
 
@@ -131,9 +136,13 @@ def main() -> None:
         for scheme in SCHEMES:
             rows.append({"scheme": scheme, **measure(Case(hidden, scheme), given.rounds)})
             row = rows[-1]
-            rates = " ".join(f"{name} {row[f'{name}_per_s']:.0f}/s" for name in ("fold", "dispatch", "host"))
-            mb = row["payload_bytes"] * row["host_per_s"] / 1e6
-            print(f"{scheme:16} {row['parameters']:>9,} {row['payload_bytes']:>10,.0f} B  {rates}  {mb:.1f} MB/s")
+            parts = ("fold", "dispatch", "host")
+            told = "  ".join(f"{name} {row[name]['per_s']:.0f}/s {row[name]['cpu_ms']:.2f} ms" for name in parts)
+            mb = row["payload_bytes"] * row["host"]["per_s"] / 1e6
+            print(
+                f"{scheme:16} {row['parameters']:>9,} {row['payload_bytes']:>10,.0f} B  {told}  {mb:.1f} MB/s",
+                flush=True,
+            )
     made_by = {"machine": provenance.machine(), "commit": provenance.commit(), "versions": provenance.versions()}
     if given.out:
         given.out.write_text(json.dumps({**made_by, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1) + "\n")
