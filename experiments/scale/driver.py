@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
+import torch
 
 from fedlq_ray import cohorts, provenance
 from fedlq_ray.config import load
@@ -130,6 +131,7 @@ def main() -> None:
     options.add_argument("--hidden", type=int, nargs="+", default=[1960, 13500], help="147 thousand, a million")
     options.add_argument("--out", type=Path)
     given = options.parse_args()
+    torch.set_num_threads(1)  # as the driver has
     start_ray()
     rows = []
     for hidden in given.hidden:
