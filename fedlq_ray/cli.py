@@ -14,7 +14,9 @@ from rich.console import Console
 from fedlq_ray import config as configuration
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.job import job
 from fedlq_ray.parts import make_importable
+from fedlq_ray.submit import submit
 
 ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
 
@@ -268,6 +270,10 @@ def sync(folder: str) -> None:
     except Exception as exc:  # MLflow raises many kinds
         raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
     click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")
+
+
+cli.add_command(submit)
+cli.add_command(job)
 
 
 def main() -> None:

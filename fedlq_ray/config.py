@@ -66,6 +66,12 @@ class ClientsConfig(Section):
         "auto", "dedicated: an actor a client; packed: a few actors host all; serial: no Ray, in this process"
     )
     actors: int | None = key(None, "actors that host the clients when packed; null: one a core", ge=1)
+    num_cpus: float = key(
+        0.0, "cores that an actor reserves of Ray; with it, or the three below, Ray chooses its node", ge=0
+    )
+    num_gpus: float = key(0.0, "GPUs that an actor reserves, for parts of yours that use one", ge=0)
+    resources: dict[str, float] = key({}, "Ray's custom resources that an actor reserves, such as {big: 1}")
+    labels: dict[str, str] = key({}, "Ray's labels that an actor's node must have, such as {market-type: spot}")
     profiles: Text = key("mixed", "a population's name, or a CSV with a row a client")
     variation: float = key(0.0, "sigma of the log-normal variation of bandwidth and compute by round", ge=0, le=3)
     dropout: float = key(0.0, "probability that a client fails to answer in a round", ge=0, le=1)
@@ -228,7 +234,8 @@ class Config(Section):
 # Keys that cannot change a result: they are left out of config_sha256.
 WITHOUT_EFFECT = (
     "name", "out", "tracking", "checkpoint", "clients.hosting", "clients.actors", "clients.retries",
-    "clients.timeout_s", "clients.on_failure",
+    "clients.timeout_s", "clients.on_failure", "clients.num_cpus", "clients.num_gpus", "clients.resources",
+    "clients.labels",
 )  # fmt: skip
 
 
@@ -341,6 +348,19 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
         indent = "  " if dot else ""
         lines += [f"{indent}# {describe(path, field)}", f"{indent}{shown}"]
     return "\n".join(lines) + "\n"
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """What turns one configuration into another, `out` left out, as overrides."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    changed = []
+    for path, *_ in keys():
+        was, value = old, new
+        for step in path.split("."):
+            was, value = was[step], value[step]
+        if path != "out" and was != value:
+            changed.append(f"{path}={json.dumps(value)}")
+    return changed
 
 
 def digest(config: Config, *, without: Iterable[str] = ()) -> str:

@@ -10,12 +10,20 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from torch import Tensor
 
 from fedlq_ray import forkserver
 from fedlq_ray.config import ClientsConfig
 from fedlq_ray.errors import ClientError, DivergedError, FedLQError
+from fedlq_ray.placement import Nodes, asks, deal, fitting
 from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply
@@ -65,15 +73,8 @@ def _get(ref: Any, timeout: float | None = None) -> Any:
         return ray.get(ref, timeout=timeout)
     except RayTaskError as exc:
         cause = exc.cause
-        raise (cause if isinstance(cause, FedLQError) else FedLQError(f"in an actor: {cause!r}")) from None
-
-
-def fork_command() -> str | None:
-    """How Ray is to start actors from the fork server; None where they start as ordinary processes.
-
-    The command names files of this machine, so it serves a cluster of one node.
-    """
-    return forkserver.command() if len(ray.nodes()) == 1 else None
+        # Ray's own: an object was lost with its node; the driver starts again from its checkpoint.
+        raise (cause if isinstance(cause, FedLQError | RayError) else FedLQError(f"in an actor: {cause!r}")) from None
 
 
 def choose(clients: ClientsConfig) -> tuple[str, str]:
@@ -84,7 +85,7 @@ def choose(clients: ClientsConfig) -> tuple[str, str]:
     """
     free = ray.available_resources().get("memory", 0.0)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    need = clients.count * (FORKED_BYTES if fork_command() else ORDINARY_BYTES)
+    need = clients.count * (FORKED_BYTES if forkserver.command() else ORDINARY_BYTES)
     figures = f"{clients.count} actors need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free, on {cores} cores"
     if clients.hosting == "dedicated" and need > free:
         raise FedLQError(f"clients.hosting=dedicated: {figures}; use packed, which hosts many clients in an actor")
@@ -115,24 +116,59 @@ class RayHost:
 
     def __init__(self, task: Task, kind: str) -> None:
         self.kind, self.task, self.clients = kind, task, task.config.clients
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        packed = min(self.clients.actors or cores, self.clients.count)
-        self.count = self.clients.count if kind == "dedicated" else packed
-        self.depth = cores if kind == "dedicated" else 2 * packed  # packed: the next job waits at the actor
         self.shared = ray.put(task)
-        forked = fork_command()
-        self.actor = ClientActor.options(runtime_env={"py_executable": forked} if forked else None)  # type: ignore[attr-defined]
-        *self.actors, self.evaluator = self.start(self.count + 1)
+        self.nodes, self.asks = Nodes(), asks(self.clients)
+        self.homes: dict[Any, str | None] = {}  # the node that each actor was dealt to
+        self.actors: list[Any] = []
+        self.fitted: set[str] = set()  # the nodes that they were dealt to
+        self.fit()
+        (self.evaluator,) = self.start(1, {})
         self.memories: dict[int, Any] = {}
 
-    def start(self, count: int) -> list[Any]:
-        """New actors, once they are ready."""
-        actors = [self.actor.remote(self.shared) for _ in range(count)]
-        try:
-            ray.get([actor.alive.remote() for actor in actors])
-        except RayActorError as exc:
-            raise FedLQError(f"a client's actor did not start: {_why(exc)}") from None
-        return actors
+    @property
+    def count(self) -> int:
+        return len(self.actors)
+
+    def fit(self) -> None:
+        """Where nodes have come or gone, actors beyond a node's part move or end, and missing ones start."""
+        if self.fitted == self.nodes.look().keys():
+            return
+        self.fitted = set(self.nodes.known)
+        packed = self.kind == "packed"
+        actors = self.clients.actors or (fitting(self.asks) if self.asks else self.nodes.cores)
+        wanted = min(actors, self.clients.count) if packed else self.clients.count
+        self.depth = 2 * wanted if packed else self.nodes.cores  # packed: the next job waits at the actor
+        room = Counter(deal(wanted, self.nodes.known.values(), {}))
+        kept: list[Any] = []
+        for actor in self.actors:
+            home = self.homes[actor] or ""
+            room[home] -= 1
+            kept.append(actor if self.asks or room[home] >= 0 else None)
+        staying = [actor for actor in kept if actor]
+        fresh = self.start(wanted - len(staying), self.asks, staying)
+        for actor in set(self.actors) - set(staying):
+            ray.kill(actor)
+        self.actors = [actor or fresh.pop() for actor in kept if actor or fresh] + fresh
+
+    def start(self, count: int, asks: dict[str, Any], beside: Iterable[Any] = ()) -> list[Any]:
+        """New actors, once they are ready; where a node leaves in the meantime, on another."""
+        while True:
+            taken = Counter(self.homes[actor] or "" for actor in beside)
+            homes = [None] * count if asks else deal(count, self.nodes.look().values(), taken)
+            actors = [ClientActor.options(**self.nodes.options(home), **asks).remote(self.shared) for home in homes]  # type: ignore[attr-defined]
+            try:
+                ray.get([actor.alive.remote() for actor in actors], timeout=self.clients.timeout_s)
+                self.homes |= zip(actors, homes, strict=True)
+                return actors
+            except GetTimeoutError:
+                told = ", ".join(f"{name}={value}" for name, value in asks.items() if name != "scheduling_strategy")
+                why = f" with {told}: are there such nodes?" if asks else ""
+                raise FedLQError(f"clients' actors did not start in {self.clients.timeout_s:g} s{why}") from None
+            except (RayActorError, ActorUnschedulableError) as exc:
+                if asks or set(homes) <= self.nodes.look().keys():
+                    raise FedLQError(f"a client's actor did not start: {_why(exc)}") from None
+                for actor in actors:
+                    ray.kill(actor)
 
     def publish(self, weights: Tensor) -> Any:
         return ray.put(weights.numpy())
@@ -144,6 +180,7 @@ class RayHost:
         self.memories = {client: ray.put(memory.numpy()) for client, memory in memories.items()}
 
     def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | None]]:
+        self.fit()
         waiting = sorted(jobs, key=lambda job: (job.samples, job.client))
         under_way: dict[Any, Attempt] = {}
         load = [0] * self.count
@@ -167,8 +204,8 @@ class RayHost:
             load[at], heard[at] = load[at] - 1, time.monotonic()
             try:
                 reply = _get(done[0])
-                if job.plan.error_feedback:
-                    self.memories[job.client] = kept
+                if job.plan.error_feedback:  # where there are other nodes, a copy that is not lost with one of them
+                    self.memories[job.client] = kept if len(self.nodes.known) == 1 else ray.put(_get(kept))
                 yield job.client, reply
                 continue
             except RayActorError as exc:
@@ -178,8 +215,10 @@ class RayHost:
                     client=job.client,
                 )
                 if self.actors[at] is actor:  # else another of its jobs has brought a new one
-                    (self.actors[at],) = self.start(1)
+                    (self.actors[at],) = self.start(1, self.asks, {*self.actors} - {actor})
                     heard = [time.monotonic()] * self.count  # nobody was listened to in the meantime
+            except ObjectLostError as exc:
+                fault = ClientError(f"what it gave was lost ({_why(exc)})", round=job.round, client=job.client)
             except ClientError as exc:
                 fault = exc
             if tries[job.client] <= self.clients.retries and not isinstance(fault, DivergedError):
@@ -220,7 +259,7 @@ class Ask:
                 why = _why(exc)
                 if self.of is self.host.evaluator:  # else another question has brought a new one
                     ray.kill(self.of)
-                    (self.host.evaluator,) = self.host.start(1)
+                    (self.host.evaluator,) = self.host.start(1, {})
                 self.of = self.host.evaluator
                 self.ref = self.ask(self.of)
         raise FedLQError(f"the actor that evaluates died or hung ({why}); too little memory?")

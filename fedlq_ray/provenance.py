@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("fedlq-ray", "torch", "numpy", "ray", "mlflow")
@@ -11,7 +11,14 @@ PACKAGES = ("fedlq-ray", "torch", "numpy", "ray", "mlflow")
 
 def versions() -> dict[str, str]:
     """The version of each package that a result may depend on, and of Python."""
-    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # this package itself, where a job brought it along as files
+        return "not installed"
 
 
 def commit() -> str | None:

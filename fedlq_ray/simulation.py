@@ -30,7 +30,7 @@ from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
 
 Event = dict[str, Any]
-_RESTARTS = 3  # of a driver that dies
+_RESTARTS = 3  # of a driver that dies, without a round more than before
 
 
 @dataclass(frozen=True)
@@ -308,9 +308,13 @@ def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folde
     start_ray()
     shared = ray.put(task)
     with interrupts:
-        for left in reversed(range(_RESTARTS + 1)):
+        left, furthest = _RESTARTS, -1
+        while True:
             try:
-                yield from _driven(shared, strategy, track, interrupts, folder)
+                for event in _driven(shared, strategy, track, interrupts, folder):
+                    if "record" in event and event["record"]["round"] > furthest:
+                        left, furthest = _RESTARTS, event["record"]["round"]
+                    yield event
                 return
             except RayTaskError as exc:
                 cause = exc.cause
@@ -325,6 +329,7 @@ def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folde
                     raise FedLQError(fault) from None
             except RayError as exc:
                 raise FedLQError(f"Ray: {str(exc).splitlines()[0]}") from exc
+            left -= 1
             yield {"restarted": fault}
 
 
