@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
+from fedlq_ray.quantization.cells import count_below
 
 TOP = 4095  # the highest code; a step too small for it is raised
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])  # how many codes a model may describe one by one
@@ -176,7 +177,7 @@ class Ecsq:
         magnitudes = np.abs(values)
         above = np.flatnonzero(magnitudes > edges[0])
         codes = np.zeros(len(values), np.int32)
-        codes[above] = np.searchsorted(edges[1:], magnitudes[above]) + 1
+        codes[above] = count_below(edges[1:], magnitudes[above]) + 1
         words = _words(codes, np.signbit(values[above]).astype(np.int32), model)
         return self.HEADER.pack(step, model.top, len(model.hazards)) + model.hazards + shifts.tobytes() + words
 
@@ -208,7 +209,8 @@ class Ecsq:
         if _words(codes, signs, model) != words:
             raise PayloadError("the range coder's words are not those of the codes that they decode to")
         out = np.take(values, codes)
-        out[nonzero] *= 1 - 2 * signs
+        minus = nonzero[signs == 1]
+        out[minus] = -out[minus]
         return torch.from_numpy(out)
 
     def size(self, count: int) -> None:
