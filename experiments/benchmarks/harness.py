@@ -1,8 +1,10 @@
 """What all benchmarks share: a contender's run measured from outside, its environment, and how results are kept."""
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,6 +57,7 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
         proportional set sizes (PSS) of its processes; what else it printed.
     Raises:
         SystemExit: it failed.
+        subprocess.TimeoutExpired: it took too long; its processes are ended.
     """
     mark = uuid.uuid4().hex
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -69,6 +72,9 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
         finally:
             process.kill()
             watcher.join()
+            for left in _processes(mark):  # none, but where it was given up or interrupted
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(left.name), signal.SIGKILL)
         out.seek(0)
         err.seek(0)
         if code:
@@ -79,12 +85,22 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
     return {"startup_s": marks[0] - started, "round_s": rounds, "peak_mb": watcher.peak_mb} | told
 
 
+def _processes(mark: str) -> list[Path]:
+    """The folders in /proc of a contender's processes."""
+    wanted, found = f"{_MARK}={mark}".encode(), []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(entry)
+    return found
+
+
 class _Memory(threading.Thread):
     """Samples the memory of a contender's processes while it runs."""
 
     def __init__(self, mark: str, process: subprocess.Popen[bytes]) -> None:
         super().__init__(daemon=True)
-        self.mark, self.process, self.peak_mb = f"{_MARK}={mark}".encode(), process, 0.0
+        self.mark, self.process, self.peak_mb = mark, process, 0.0
 
     def run(self) -> None:
         while self.process.poll() is None:
@@ -94,13 +110,10 @@ class _Memory(threading.Thread):
 
     def total_mb(self) -> float:
         total = 0
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self.mark in (entry / "environ").read_bytes().split(b"\0"):
-                    lines = (entry / "smaps_rollup").read_text().splitlines()
-                    total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-            except (OSError, StopIteration):
-                continue  # it ended, or is another user's
+        for entry in _processes(self.mark):
+            with contextlib.suppress(OSError):
+                lines = (entry / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         return total / 1024
 
 

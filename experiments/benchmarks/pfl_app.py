@@ -1,6 +1,6 @@
 """pfl-research's side, a process a core: python -m torch.distributed.run --nproc_per_node CORES pfl_app.py WORK
 
-Federated averaging in float32, users' data in memory and normalised beforehand, channels_last; nothing evaluated."""
+Federated averaging in float32, channels_last; a user's data is normalised when its turn comes; nothing evaluated."""
 
 import itertools
 import json
@@ -52,8 +52,8 @@ def main(folder: str) -> None:
     module.metrics = types.MethodType(lambda self, x, y, eval=False: {}, module)
     central = torch.optim.SGD(module.parameters(), lr=1.0)
     model = PyTorchModel(module, local_optimizer_create=torch.optim.SGD, central_optimizer=central)
-    users = [Dataset(raw_data=list(work.shard(client))) for client in range(len(work.shards))]
     drawn = itertools.cycle(work.cohorts.ravel().tolist())
+    users = FederatedDataset(lambda user: Dataset(raw_data=list(work.shard(user))), lambda: next(drawn))
     clock = Clock()
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
@@ -62,7 +62,7 @@ def main(folder: str) -> None:
             train_cohort_size=told["cohort"],
             val_cohort_size=None,
         ),
-        backend=SimulatedBackend(FederatedDataset(users.__getitem__, lambda: next(drawn)), None),
+        backend=SimulatedBackend(users, None),
         model=model,
         model_train_params=NNTrainHyperParams(
             local_num_epochs=1, local_learning_rate=told["lr"], local_batch_size=told["batch_size"]
