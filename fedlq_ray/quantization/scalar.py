@@ -92,7 +92,8 @@ class MinMax:
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         bits, low, step = read_header(body, self.HEADER)
-        levels = (np.arange(2 ** read_bits(bits)) * step + low).astype(np.float32)  # of float64: no product overflows
+        codes = torch.arange(2 ** read_bits(bits), dtype=torch.float64)  # where no product overflows
+        levels = (codes * step + low).float().numpy()
         return require_finite(torch.from_numpy(look_up(body[self.HEADER.size :], count, int(bits), levels)))
 
     def size(self, count: int) -> int:

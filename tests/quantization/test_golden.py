@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantization.test_contract import TABLE
 
 from fedlq_ray.quantization import Ecsq
+
+from .test_contract import TABLE
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
 quantizers = [row.quantizer for row in TABLE if not isinstance(row.quantizer, Ecsq)]
