@@ -1,152 +1,113 @@
-"""What the framework costs: wall time of a round, against the bare training loop on the same cores.
+"""What the framework costs: wall time and memory of a round, beside the bare training loop and other simulators.
 
-Fashion-MNIST, 100 IID clients of 600 images, cohort 20, one epoch, batch 32, the small CNN, no quantization unless
-`--strategy` names another; evaluation apart. Repetitions alternate, so that what else the machine does meets all
-alike. The bare loop is PyTorch's own: a process a core, each training half of the cohort one client after another,
-channels_last, `torch.optim.SGD`, data in memory, nothing around it.
+W1: Fashion-MNIST, CNN of 147,146 parameters; W3: CIFAR-10, ResNet-8 with GroupNorm. 100 IID clients, cohort 20, one
+epoch, batch 32, SGD at 0.05; our run is evaluated once, after its last round.
 
-    python experiments/benchmarks/round_time.py --repetitions 3 --out experiments/benchmarks/round_time.json
+    python experiments/benchmarks/round_time.py --repetitions 5 --out experiments/benchmarks/w1.json
+
+Contenders: bare (a process a core, nothing around PyTorch's loop), HOSTING:STRATEGY (ours), flower (its simulation,
+Ray backend), pfl (pfl-research). The last two live in environments of their own, made at the first run in --envs.
+Repetitions alternate, and go backwards every other time, so that what else the machine does meets all alike. A round
+is all that its user waits for: ours from record to record, with planning and the server's step.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
+import harness
+import workloads
 
-from fedlq_ray import cohorts, provenance, simulate
-from fedlq_ray.config import load
-from fedlq_ray.data import inputs
-from fedlq_ray.models import build
-from fedlq_ray.task import prepare
-
-BASE = ["data.name=fashion-mnist", "data.partition=iid", "data.holdout=0", "clients.count=100", "clients.cohort=20"]
-TRAIN = ["train.lr=0.05", "train.batch_size=32", "train.local_epochs=1", "tracking.uri=null", "target_accuracy=null"]
+HERE = Path(__file__).parent
+OURS = [f"{hosting}:{strategy}" for hosting in ("packed", "dedicated") for strategy in ("fedavg", "fedlq", "fedlq_rd")]
+OTHERS = ["flower", "pfl"]
+Command = Sequence[str | Path]
 
 
-def settings(rounds: int, *more: str) -> list[str]:
-    return [*BASE, *TRAIN, f"rounds={rounds}", f"evaluate_every={rounds}", *more]
+def other(name: str, envs: Path, cores: int, work: Path) -> tuple[Command, dict[str, str]]:
+    """Another simulator's command and its versions, in an environment that has our version of PyTorch."""
+    torch = "torch==" + version("torch").partition("+")[0]
+    if name == "flower":
+        python = harness.environment(envs, "flower", "flwr[simulation]", torch)
+        return [python, HERE / "flower_app.py", work], harness.installed(python, "flwr", "ray", "torch")
+    python = harness.environment(envs, "pfl", "pfl[pytorch]", torch)
+    launch: Command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cores}"]
+    return [*launch, HERE / "pfl_app.py", work], harness.installed(python, "pfl", "torch")
 
 
-def bare(task, pipe) -> None:
-    """One process of the bare loop: told which clients to train, it answers when it has."""
-    torch.set_num_threads(1)
-    data, train = task.data, task.config.train
-    model = build("cnn", data.input_shape, data.num_classes, {}).to(memory_format=torch.channels_last)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    shards = {
-        client: (inputs(data.x_train[shard], data.mean, data.std), torch.from_numpy(data.y_train[shard]))
-        for client, shard in enumerate(task.shards)
-    }
-    pipe.send("ready")
-    while (clients := pipe.recv()) is not None:
-        for client in clients:
-            x, y = shards[client]
-            model.load_state_dict(start)
-            optimizer = torch.optim.SGD(model.parameters(), lr=train.lr)
-            for batch in torch.randperm(len(y)).split(train.batch_size):
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-                optimizer.step()
-        pipe.send("done")
+def commands(
+    names: Sequence[str], chosen: list[str], envs: Path, cores: int, work: Path
+) -> tuple[dict[str, Command], dict[str, dict[str, str]]]:
+    """Each contender's command, and the versions of those that live in other environments."""
+    found: dict[str, Command] = {}
+    versions = {}
+    for name in names:
+        if name in OTHERS:
+            found[name], versions[name] = other(name, envs, cores, work)
+        elif name == "bare":
+            found[name] = [sys.executable, HERE / "bare.py", work]
+        else:
+            hosting, strategy = name.split(":")
+            hosted = [f"clients.hosting={hosting}", f"strategy.name={strategy}"]
+            found[name] = [sys.executable, HERE / "ours.py", *chosen, *hosted]
+    return found, versions
 
 
-def bare_rounds(rounds: int, cores: int) -> list[float]:
-    """Seconds of each round: from the first order to the last answer."""
-    task = prepare(load(None, settings(rounds)))
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for _ in range(cores):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=bare, args=(task, theirs)))
-        processes[-1].start()
-        pipes.append(ours)
-    for pipe in pipes:
-        pipe.recv()
-    seconds = []
-    for round in range(rounds):
-        members = cohorts.draw(task, round)
-        started = time.perf_counter()
-        for index, pipe in enumerate(pipes):
-            pipe.send(members[index::cores])
-        for pipe in pipes:
-            pipe.recv()
-        seconds.append(time.perf_counter() - started)
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(None)
-        process.join()
-    return seconds
-
-
-def measure(hosting: str, strategy: str, rounds: int) -> dict:
-    """Wall seconds of a run's rounds, and what its timing.json says besides."""
-    import ray
-
-    more = [f"clients.hosting={hosting}", f"strategy.name={strategy}", "evaluate_on=test"]
-    result = simulate(load(None, settings(rounds, *more)))
-    ray.shutdown()  # each repetition starts afresh, as a user's run does
-    timing = json.loads((result.path / "timing.json").read_text())
-    return {key: timing[key] for key in ("round_s", "startup_s", "encode_s", "decode_s")} | {
-        "final_accuracy": result.summary["final_accuracy"]
-    }
+def row(name: str, runs: list[dict[str, Any]], bare: list[dict[str, Any]] | None) -> list[str]:
+    """A contender's line of the table."""
+    medians = [harness.middle(run["round_s"]) for run in runs]
+    ratios = [own / harness.middle(base["round_s"]) for own, base in zip(medians, bare, strict=True)] if bare else []
+    clients = [run["timing"] for run in runs if "timing" in run]
+    codec = [sum(map(harness.middle, (part["encode_s"], part["decode_s"]))) for part in clients]
+    probes = [sum(part["probe_s"]) for part in clients]
+    return [
+        name,
+        harness.spread(medians, 3),
+        harness.spread(ratios) if ratios else "",
+        harness.spread([run["round_s"][0] for run in runs]),
+        harness.spread([run["startup_s"] for run in runs], 1),
+        harness.spread([run["peak_mb"] for run in runs], 0),
+        f"{statistics.median(codec):.3f}" if codec else "",
+        f"{statistics.median(probes):.2f}" if probes else "",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=["w1", "w3"], default="w1")
+    parser.add_argument("--contenders", nargs="+", default=["bare", *OURS, *OTHERS], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--hosting", nargs="+", default=["packed", "dedicated"])
-    parser.add_argument("--strategy", default="fedavg")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="of bare, flower and pfl")
+    parser.add_argument("--data", nargs="+", default=[], metavar="KEY=VALUE", help="where the data is: data.path=...")
+    parser.add_argument("--envs", type=Path, default=harness.ENVS, help="where the others' environments are made")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(1)
-    here = Path.cwd()
-    medians: dict[str, list[float]] = {name: [] for name in ["bare", *options.hosting]}
-    startups: dict[str, list[float]] = {name: [] for name in options.hosting}
-    accuracy: dict[str, float] = {}
+    unknown = [name for name in options.contenders if name not in ("bare", *OURS, *OTHERS)]
+    if unknown:
+        parser.error(f"--contenders: {', '.join(unknown)}; there are bare, {', '.join(OURS + OTHERS)}")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+        work = Path(folder)
+        chosen = workloads.settings(options.workload, options.rounds, *options.data)
+        workloads.export(chosen, options.cores, work)
+        each, versions = commands(options.contenders, chosen, options.envs, options.cores, work)
         for repetition in range(options.repetitions):
-            seconds = bare_rounds(options.rounds, cores)
-            medians["bare"].append(statistics.median(seconds[1:]))
-            for hosting in options.hosting:
-                timing = measure(hosting, options.strategy, options.rounds)
-                medians[hosting].append(statistics.median(timing["round_s"][1:]))
-                startups[hosting].append(timing["startup_s"])
-                accuracy[hosting] = timing["final_accuracy"]
-            told = "  ".join(f"{name} {values[-1]:.3f} s" for name, values in medians.items())
-            print(f"repetition {repetition + 1}: median round: {told}", flush=True)
-        os.chdir(here)
-    ratios = {
-        name: [own / base for own, base in zip(values, medians["bare"], strict=True)]
-        for name, values in medians.items()
-        if name != "bare"
-    }
-    for name, values in ratios.items():
-        print(
-            f"{name}: {statistics.median(values):.3f} times the bare loop (from {min(values):.3f} to "
-            f"{max(values):.3f}); start-up {statistics.median(startups[name]):.1f} s; "
-            f"test accuracy after {options.rounds} rounds {accuracy[name]:.4f}"
-        )
-    if options.out:
-        result = {
-            "command": "python experiments/benchmarks/round_time.py "
-            f"--strategy {options.strategy} --rounds {options.rounds} --repetitions {options.repetitions}",
-            "commit": provenance.commit(),
-            "machine": provenance.machine(),
-            "versions": provenance.versions(),
-            "median_round_s": medians,
-            "ratio_to_bare": ratios,
-            "startup_s": startups,
-            "final_accuracy": accuracy,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+            order = list(each.items())
+            for name, command in order if repetition % 2 == 0 else reversed(order):
+                runs[name].append(harness.measure(command, work))
+                middle = harness.middle(runs[name][-1]["round_s"])
+                print(f"repetition {repetition + 1}, {name}: {middle:.3f} s a round", file=sys.stderr, flush=True)
+    heads = ["", "s a round", "times bare", "first, s", "start-up, s", "peak, MB", "codec, s a round", "probes, s"]
+    print(harness.table(heads, [row(name, runs[name], runs.get("bare")) for name in options.contenders]))
+    harness.keep(options.out, {"workload": options.workload, "contenders": versions, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import struct
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
@@ -40,7 +39,7 @@ def require_bits(bits: int) -> None:
 
 def require_finite(values: Tensor) -> Tensor:
     """The values, or PayloadError where one is a NaN or an infinity."""
-    if not bool(torch.isfinite(values).all()):
+    if not np.isfinite(values.numpy()).all():  # many times as fast as torch.isfinite
         raise PayloadError("holds a NaN or an infinity")
     return values
 

@@ -13,7 +13,9 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
+from fedlq_ray.quantization.cells import count_below
 from fedlq_ray.quantization.hadamard import Floats, rotate, unrotate
+from fedlq_ray.quantization.packing import look_up, pack
 
 LEAST = 1 / 64  # bits an element, so that a body never stands for more than 512 elements a byte
 
@@ -53,15 +55,17 @@ class Eden:
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         count, total = len(x), math.ceil(len(x) * self.bits)
         seed = int(torch.randint(0, 2**32, (), generator=rng))
-        wide = x.numpy().astype(np.float64)  # where no square of a float32 overflows or vanishes
-        rms = float(np.sqrt(np.square(wide).mean()))
-        z = rotate((wide / (rms or 1.0)).astype(np.float32), seed)
-        c, stream = np.empty_like(z), []
+        # In float64, where no square of a float32 overflows or vanishes.
+        rms = float(np.sqrt(np.square(x.numpy(), dtype=np.float64).mean()))
+        z = rotate(np.divide(x.numpy(), rms or 1.0, dtype=np.float64).astype(np.float32), seed)
+        c, stream = np.zeros_like(z), []
         for level, part in _groups(count, total):
-            centroids, boundaries = codebook(level)
-            codes = np.searchsorted(boundaries, z[part]).astype(np.uint8)
-            c[part] = centroids[codes]
-            stream.append(_to_bits(codes, level))
+            if level:
+                centroids, boundaries = codebook(level)
+                codes = count_below(boundaries, z[part])
+                c[part] = np.take(centroids, codes)
+                packed = np.frombuffer(pack(codes.astype(np.uint8), level), np.uint8)
+                stream.append(np.unpackbits(packed, count=level * len(codes)))
         header = self.HEADER.pack(8 * (total // count) + -total % 8, seed, as_float32(rms * self._scale(z, c, total)))
         return header + np.packbits(np.concatenate(stream)).tobytes()
 
@@ -87,11 +91,12 @@ class Eden:
         flat = np.unpackbits(np.frombuffer(stream, np.uint8))
         if flat[total:].any():
             raise PayloadError("the filling after the last code is not zero")
-        c, at = np.empty(count, np.float32), 0
+        c, at = np.zeros(count, np.float32), 0
         for level, part in _groups(count, total):
-            end = at + level * len(c[part])
-            c[part] = codebook(level)[0][_from_bits(flat[at:end], level)]
-            at = end
+            if level:
+                codes, end = part.stop - part.start, at + level * (part.stop - part.start)
+                c[part] = look_up(np.packbits(flat[at:end]).tobytes(), codes, level, codebook(level)[0])
+                at = end
         top = float(np.finfo(np.float32).max)  # what an input near it decodes to may lie beyond it
         values = unrotate(c, int(seed)).astype(np.float64) * scale
         return torch.from_numpy(values.clip(-top, top).astype(np.float32))
@@ -107,30 +112,15 @@ def _groups(count: int, total: int) -> list[tuple[int, slice]]:
     return [(level, part) for level, part in groups if part.start < part.stop]
 
 
-def _to_bits(codes: NDArray[np.uint8], level: int) -> NDArray[np.uint8]:
-    """The bits of codes (n,), most significant first: (n * level,) of 0 and 1."""
-    return np.unpackbits(codes[:, None], axis=1)[:, 8 - level :].reshape(-1)
-
-
-def _from_bits(bits: NDArray[np.uint8], level: int) -> NDArray[np.uint8] | int:
-    """What `_to_bits` made into bits; at level 0 the only code there is."""
-    if level == 0:
-        return 0
-    return np.right_shift(np.packbits(bits.reshape(-1, level), axis=1)[:, 0], 8 - level, dtype=np.uint8)
-
-
 @cache
 def codebook(level: int) -> tuple[Floats, Floats]:
-    """Lloyd-Max for N(0, 1) at 0 to 8 bits: centroids (2**level,) ascending, and the boundaries midway between them.
+    """Lloyd-Max for N(0, 1) at 1 to 8 bits: centroids (2**level,) ascending, and the boundaries midway between them.
 
     By symmetry only the positive half is sought: each centroid is the mean of N(0, 1) between its boundaries. Lloyd's
     iteration alone takes some 10^5 steps at 8 bits; Newton's method for the same fixed point takes a few.
     """
-    if level == 0:
-        centroids = np.zeros(1)
-    else:
-        half = _half_centroids(2 ** (level - 1))
-        centroids = np.concatenate([-half[::-1], half])
+    half = _half_centroids(2 ** (level - 1))
+    centroids = np.concatenate([-half[::-1], half])
     found = centroids.astype(np.float32), ((centroids[1:] + centroids[:-1]) / 2).astype(np.float32)
     for array in found:
         array.setflags(write=False)  # it is shared

@@ -1,7 +1,9 @@
 """Fine-grained quantization: bits for each parameter by its magnitude, and the map of who has how many."""
 
+import bisect
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from fedlq_ray.quantization.packing import pack, packed_size, unpack
 
 CHOICES = (0, 2, 4, 8)  # bits of a parameter, by its two bits in the map
 MAP_BITS = 2
+_COSTS = [high - low for low, high in pairwise(CHOICES)]
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,36 @@ def assign(sizes: NDArray[np.float64], budget: int) -> NDArray[np.uint8]:
     """
     peak = float(sizes.max())
     energy = (sizes / peak) ** 2 if peak > 0 else np.zeros_like(sizes)
-    costs = np.diff(CHOICES)
-    gains = [energy * (4.0**-low - 4.0**-high) / (high - low) for low, high in zip(CHOICES, CHOICES[1:], strict=False)]
-    flat = np.concatenate(gains)
-    # An element's steps are taken in order: its gain a bit falls by 16 and more from each to the next.
-    order = np.argsort(-flat, kind="stable")
-    order = order[: int((flat > 0).sum())]
-    spent = np.cumsum(np.repeat(costs, len(sizes))[order])
-    taken = order[: int(np.searchsorted(spent, budget, side="right"))]
-    return np.bincount(taken % len(sizes), minlength=len(sizes)).astype(np.uint8)
+    falling = _gains(np.sort(energy))
+
+    def spent(least: int) -> int:
+        """Bits of all steps that gain more than the float64 of this pattern; patterns are in order as numbers are."""
+        return sum(
+            cost * (len(gains) - int(np.searchsorted(gains, _number(least), side="right")))
+            for cost, gains in zip(_COSTS, falling, strict=True)
+        )
+
+    infinity = int(np.float64(np.inf).view(np.int64))
+    pattern = bisect.bisect_left(range(infinity), True, key=lambda least: spent(least) <= budget)
+    least, left = _number(pattern), budget - spent(pattern)
+    steps = _gains(energy)
+    groups = np.zeros(len(sizes), np.uint8)
+    for gains in steps:
+        groups += gains > least
+    for cost, gains in zip(_COSTS, steps, strict=True):
+        equal = np.flatnonzero(gains == least) if least > 0 else np.zeros(0, np.int64)
+        taken = equal[: left // cost]
+        groups[taken] += 1
+        left -= cost * len(taken)
+        if len(taken) < len(equal):
+            break
+    return groups
+
+
+def _gains(energy: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Of each step up, a bit. They fall by 16 and more from a step to the next, so that those are taken in order."""
+    return [energy * (4.0**-low - 4.0**-high) / (high - low) for low, high in pairwise(CHOICES)]
+
+
+def _number(pattern: int) -> np.float64:
+    return np.int64(pattern).view(np.float64)

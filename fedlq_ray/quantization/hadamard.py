@@ -15,10 +15,12 @@ Departs from it:
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 DENSE = 64  # elements; up to here n^2/2 operations are cheap
+BLOCK = 2**16  # elements that are worked on at a time
 
 
 def rotate(x: Floats, seed: int) -> Floats:
@@ -43,21 +45,30 @@ def hadamard(x: Floats) -> Floats:
     """H x / sqrt(n) for x (n,) with n a power of two, H Sylvester's matrix: its own inverse.
 
     H of a b rows is the Kronecker product of those of a and b rows. So x as a matrix of a x b is butterflied along its
-    columns and, transposed, along its rows, and every operation has a long contiguous axis.
+    columns and, transposed, along its rows, and every operation has a long contiguous axis; as many columns at a time
+    as a processor's cache holds.
     """
     power = len(x).bit_length() - 1
-    y = x.reshape(2 ** (power // 2), -1).copy()
+    y = x.reshape(2 ** (power // 2), -1)
     for _ in range(2):
         rows, width = y.shape
-        half = 1
-        while half < rows:
-            pairs = y.reshape(-1, 2, half * width)
-            total = pairs[:, 0] + pairs[:, 1]
-            np.subtract(pairs[:, 0], pairs[:, 1], out=pairs[:, 1])
-            pairs[:, 0] = total
-            half *= 2
-        y = np.ascontiguousarray(y.T)
+        z, columns = np.empty((width, rows), np.float32), max(1, BLOCK // rows)
+        for start in range(0, width, columns):
+            z[start : start + columns] = _butterflied(y[:, start : start + columns].copy())
+        y = z
     return y.reshape(-1) * np.float32(2 ** (-power / 2))
+
+
+def _butterflied(y: Floats) -> Floats:
+    """H along the columns of y (rows, width), transposed; y is lost."""
+    rows, width = y.shape
+    other, half = np.empty_like(y), 1
+    while half < rows:
+        old, new = y.reshape(-1, 2, half * width), other.reshape(-1, 2, half * width)
+        np.add(old[:, 0], old[:, 1], out=new[:, 0])
+        np.subtract(old[:, 0], old[:, 1], out=new[:, 1])
+        y, other, half = other, y, 2 * half
+    return torch.from_numpy(y).T.contiguous().numpy()  # PyTorch transposes faster than NumPy
 
 
 def _forth(x: Floats, signs: list[Floats]) -> Floats:

@@ -1,9 +1,17 @@
-"""Codes of 1 to 8 bits, packed without gaps, most significant bit first."""
+"""Codes of 1 to 8 bits, packed without gaps, most significant bit first.
+
+Eight codes, a byte each, are one word of 64 bits; three times neighbours move together, and its low `bits` bytes are
+the eight packed. Unpacking is the same backwards.
+"""
+
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlq_ray.errors import PayloadError
+
+_LANES = (8, 16, 32)  # bits from one code to the next, then from two to the next two, and from four
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -15,7 +23,16 @@ def pack(codes: NDArray[np.uint8], bits: int) -> bytes:
     """Codes (n,) below 2**bits as ceil(n * bits / 8) bytes; the last byte is filled up with zeros."""
     if bits == 8:
         return codes.tobytes()
-    return np.packbits(np.unpackbits(codes[:, None], axis=1)[:, 8 - bits :]).tobytes()
+    if bits == 1:
+        return np.packbits(codes).tobytes()
+    if len(codes) % 8:
+        whole = np.append(codes, np.zeros(-len(codes) % 8, np.uint8))
+        return pack(whole, bits)[: packed_size(len(codes), bits)]
+    words = codes.view("<u8")
+    for lane in _LANES:
+        width, mask = bits * lane // 8, _mask(bits, lane)
+        words = (words & mask) << width | words >> lane & mask
+    return _low_bytes(words.astype(">u8"), bits).tobytes()
 
 
 def unpack(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint8]:
@@ -24,15 +41,57 @@ def unpack(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint8]
     Raises:
         PayloadError: the length is not that of `count` codes, or the filling of the last byte is not zero.
     """
+    raw = _checked(data, count, bits)
+    if bits == 8:
+        return raw
+    if bits == 1:
+        return np.unpackbits(raw, count=count)
+    padded = np.zeros(-(-count // 8) * bits, np.uint8)
+    padded[: len(raw)] = raw
+    words = np.zeros(len(padded) // bits, ">u8")
+    _low_bytes(words, bits)[:] = padded.view(f"V{bits}")
+    words = words.astype("<u8")
+    for lane in reversed(_LANES):
+        width, mask = bits * lane // 8, _mask(bits, lane)
+        words = words >> width & mask | (words & mask) << lane
+    return words.view(np.uint8)[:count]
+
+
+def look_up(data: bytes | memoryview, count: int, bits: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the `count` codes stand for (count,), of values (2**bits,): `values[unpack(data, count, bits)]`.
+
+    Raises:
+        PayloadError: as `unpack`.
+    """
+    if 8 % bits:
+        return np.take(values, unpack(data, count, bits))
+    return np.take(values[_codes_of_bytes(bits)], _checked(data, count, bits), axis=0).reshape(-1)[:count]
+
+
+def _checked(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint8]:
+    """The packed bytes, if they are as many as `count` codes take and end in zeros."""
     if len(data) != packed_size(count, bits):
         raise PayloadError(
             f"{len(data)} bytes of codes where {count} codes of {bits} bits take {packed_size(count, bits)}"
         )
     raw = np.frombuffer(data, np.uint8)
-    if bits == 8:
-        return raw
-    flat = np.unpackbits(raw)
-    if flat[count * bits :].any():
+    if len(raw) and raw[-1] & (1 << -count * bits % 8) - 1:
         raise PayloadError("the filling after the last code is not zero")
-    columns = flat[: count * bits].reshape(count, bits)
-    return np.right_shift(np.packbits(columns, axis=1)[:, 0], 8 - bits, dtype=np.uint8)
+    return raw
+
+
+def _mask(bits: int, lane: int) -> np.uint64:
+    """The first of each two lanes: as many bits as its codes have."""
+    return np.uint64(sum((1 << bits * lane // 8) - 1 << at for at in range(0, 64, 2 * lane)))
+
+
+def _low_bytes(words: NDArray[np.uint64], bits: int) -> NDArray[np.void]:
+    """A view of the last `bits` bytes of big-endian words, for fewer than 8."""
+    return words.view([("zeros", f"V{8 - bits}"), ("low", f"V{bits}")])["low"]
+
+
+@cache
+def _codes_of_bytes(bits: int) -> NDArray[np.int64]:
+    """The codes of each byte (256, 8 / bits), for bits that divide 8."""
+    shifts = np.arange(8 - bits, -1, -bits)
+    return np.arange(256)[:, None] >> shifts & 2**bits - 1

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_bits, read_header, require_bits
-from fedlq_ray.quantization.packing import pack, packed_size, unpack
+from fedlq_ray.quantization.packing import look_up, pack, packed_size
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,24 @@ class Qsgd:
         unit = x / norm if norm > 0 else torch.zeros_like(x)
         noise = torch.rand(x.shape, generator=rng)
         if self.bits == 1:
-            codes = ((unit + 1) / 2 + noise).floor().clamp_(0, 1)
+            codes = unit.add_(1).div_(2).add_(noise).clamp_(max=1)
         else:
             s = 2 ** (self.bits - 1) - 1
-            codes = torch.sign(x) * (unit.abs() * s + noise).floor().clamp_(0, s) + s
-        return self.HEADER.pack(self.bits, norm) + pack(codes.to(torch.uint8).numpy(), self.bits)
+            codes = unit.abs_().mul_(s).add_(noise).floor_().clamp_(max=s).copysign_(x).add_(s)
+        return self.HEADER.pack(self.bits, norm) + pack(codes.numpy().astype(np.uint8), self.bits)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         bits, norm = read_header(body, self.HEADER)
         if norm < 0:
             raise PayloadError(f"a norm of {norm:g}, which is negative")
-        codes = torch.from_numpy(unpack(body[self.HEADER.size :], count, read_bits(bits)).astype(np.float32))
-        if bits == 1:
-            return (codes * 2 - 1) * norm
-        s = 2 ** (int(bits) - 1) - 1
-        if bool((codes > 2 * s).any()):
+        codes, s = torch.arange(2.0 ** read_bits(bits)), 2 ** (int(bits) - 1) - 1
+        levels = (codes - s) * (norm / s) if s else (codes * 2 - 1) * norm
+        if s:
+            levels[-1] = torch.nan  # a code that no encoder gives
+        values = look_up(body[self.HEADER.size :], count, int(bits), levels.numpy())
+        if np.isnan(values).any():
             raise PayloadError(f"a code above {2 * s}")
-        return (codes - s) * (norm / s)
+        return torch.from_numpy(values)
 
     def size(self, count: int) -> int:
         return self.HEADER.size + packed_size(count, self.bits)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_bits, read_header, require_bits, require_finite
-from fedlq_ray.quantization.packing import pack, packed_size, unpack
+from fedlq_ray.quantization.packing import look_up, pack, packed_size
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Float32:
         return x.numpy().astype("<f4").tobytes()
 
     def decode(self, body: memoryview, count: int) -> Tensor:
-        return _floats(body, count, "<f4")
+        return _floats(body, count, "<f4", np.float32)
 
     def size(self, count: int) -> int:
         return 4 * count
@@ -47,20 +47,20 @@ class Float16:
     """Half precision, rounded to nearest; values beyond its range become its largest."""
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
-        return x.clamp(-65504.0, 65504.0).numpy().astype("<f2").tobytes()
+        return x.clamp(-65504.0, 65504.0).half().numpy().astype("<f2", copy=False).tobytes()
 
     def decode(self, body: memoryview, count: int) -> Tensor:
-        return _floats(body, count, "<f2")
+        return _floats(body, count, "<f2", np.float16)
 
     def size(self, count: int) -> int:
         return 2 * count
 
 
-def _floats(body: memoryview, count: int, dtype: str) -> Tensor:
-    due = count * np.dtype(dtype).itemsize
+def _floats(body: memoryview, count: int, wire: str, native: type) -> Tensor:
+    due = count * np.dtype(wire).itemsize
     if len(body) != due:
         raise PayloadError(f"{len(body)} bytes where {count} elements take {due}")
-    return require_finite(torch.from_numpy(np.frombuffer(body, dtype).astype(np.float32)))
+    return require_finite(torch.from_numpy(np.frombuffer(body, wire).astype(native)).float())
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,18 @@ class MinMax:
         low, high = (float(v) for v in x.double().aminmax())
         step = as_float32((high - low) / top)
         if step == 0:  # a constant layer decodes exactly, whatever its codes
-            codes = torch.zeros_like(x)
+            levels = torch.zeros_like(x)
         else:
             noise = torch.rand(x.shape, generator=rng)
             # A float32 step may be short of the range by a rounding: 256 would wrap to 0 in uint8.
-            codes = ((x.double() - low) / step + noise).floor().clamp_(0, top)
-        return self.HEADER.pack(self.bits, low, step) + pack(codes.to(torch.uint8).numpy(), self.bits)
+            levels = x.double().sub_(low).div_(step).add_(noise).clamp_(max=top)
+        return self.HEADER.pack(self.bits, low, step) + pack(levels.numpy().astype(np.uint8), self.bits)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         bits, low, step = read_header(body, self.HEADER)
-        codes = torch.from_numpy(unpack(body[self.HEADER.size :], count, read_bits(bits)).astype(np.float64))
-        return require_finite((codes * step + low).float())  # in float64, where no product overflows
+        codes = torch.arange(2 ** read_bits(bits), dtype=torch.float64)  # where no product overflows
+        levels = (codes * step + low).float().numpy()
+        return require_finite(torch.from_numpy(look_up(body[self.HEADER.size :], count, int(bits), levels)))
 
     def size(self, count: int) -> int:
         return self.HEADER.size + packed_size(count, self.bits)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
-from fedlq_ray.quantization.packing import pack, packed_size, unpack
+from fedlq_ray.quantization.packing import look_up, pack, packed_size
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Sign:
         values = x.numpy()
         mean = float(np.abs(values).mean(dtype=np.float64))  # in float32 a sum may overflow
         scale = as_float32(mean) if self.scaled else float(mean > 0)
-        return self.HEADER.pack(scale) + pack((values >= 0).astype(np.uint8), 1)
+        return self.HEADER.pack(scale) + pack((values >= 0).view(np.uint8), 1)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         (scale,) = read_header(body, self.HEADER)
         if np.signbit(scale):
             raise PayloadError(f"a scale of {scale:g}, which is negative")
-        plus = torch.from_numpy(unpack(body[self.HEADER.size :], count, 1).astype(np.float32))
-        return (2 * plus - 1) * scale
+        minus_plus = np.array([-scale, scale], np.float32)
+        return torch.from_numpy(look_up(body[self.HEADER.size :], count, 1, minus_plus))
 
     def size(self, count: int) -> int:
         return self.HEADER.size + packed_size(count, 1)

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization import golomb
 from fedlq_ray.quantization.base import as_float32, read_header, require_finite
-from fedlq_ray.quantization.packing import pack, packed_size, unpack
+from fedlq_ray.quantization.packing import look_up, pack, packed_size, unpack
 
 GOLOMB, BITMAP = 0, 1  # how positions are sent: by Golomb codes, or a bit for each element where that is shorter
 
@@ -48,8 +48,9 @@ class TopK:
         start, stop = self.HEADER.size, self.HEADER.size + 4 * chosen
         if len(body) < stop:
             raise PayloadError(f"{len(body)} bytes where {chosen} values alone take {stop}")
-        values = require_finite(torch.from_numpy(np.frombuffer(body[start:stop], "<f4").astype(np.float32)))
-        if bool((values == 0).any()):
+        values = np.frombuffer(body[start:stop], "<f4").astype(np.float32)
+        require_finite(torch.from_numpy(values))
+        if (values == 0).any():
             raise PayloadError("sends a zero")
         return _scatter(values, _read_positions(way, body[stop:], chosen, count), count)
 
@@ -93,8 +94,8 @@ class Stc:
         start, stop = self.HEADER.size, self.HEADER.size + packed_size(chosen, 1)
         if len(body) < stop:
             raise PayloadError(f"{len(body)} bytes where {chosen} signs alone take {stop}")
-        minus = torch.from_numpy(unpack(body[start:stop], chosen, 1).astype(np.float32))
-        return _scatter(mu * (1 - 2 * minus), _read_positions(way, body[stop:], chosen, count), count)
+        signed = look_up(body[start:stop], chosen, 1, np.array([mu, -mu], np.float32))
+        return _scatter(signed, _read_positions(way, body[stop:], chosen, count), count)
 
     def size(self, count: int) -> None:
         """None for any count: the bytes depend on where the elements lie."""
@@ -143,8 +144,8 @@ def _read_positions(way: int, data: memoryview, chosen: int, count: int) -> NDAr
     return positions
 
 
-def _scatter(values: Tensor, positions: NDArray[np.int64], count: int) -> Tensor:
+def _scatter(values: NDArray[np.float32], positions: NDArray[np.int64], count: int) -> Tensor:
     """Zeros (count,) but for `values` at `positions`."""
-    dense = torch.zeros(count)
-    dense[torch.from_numpy(positions)] = values
-    return dense
+    dense = np.zeros(count, np.float32)
+    dense[positions] = values
+    return torch.from_numpy(dense)

@@ -13,7 +13,7 @@ from fedlq_ray.quantization.base import as_float32, read_header
 _PER_BYTE = 5  # 3**5 = 243 of a byte's 256: 1.6 bits a ternary digit, where log2(3) = 1.585
 _POWERS = (3 ** np.arange(_PER_BYTE)).astype(np.uint8)
 # What each byte stands for (243, 5): digits 0, 1, 2, the least significant first, are 0, 1, -1.
-_DIGITS = np.array([0, 1, -1], np.int8)[np.arange(243)[:, None] // _POWERS % 3]
+_DIGITS = np.array([0, 1, -1], np.float32)[np.arange(243)[:, None] // _POWERS % 3]
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,21 @@ class TernGrad:
             raise ValueError(f"clip must be above 0 and finite, or None, got {self.clip!r}")
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
-        wide = x.numpy().astype(np.float64)  # where no square of a float32 overflows or vanishes
-        magnitudes = np.abs(wide)
+        values, magnitudes = x.numpy(), x.abs().numpy()
         top = float(magnitudes.max())
         if self.clip is not None:
-            top = min(top, self.clip * float(np.sqrt(np.square(wide).mean())))
+            # In float64, where no square of a float32 overflows or vanishes.
+            top = min(top, self.clip * float(np.sqrt(np.square(values, dtype=np.float64).mean())))
         m = as_float32(top)
         noise = torch.rand(x.shape, generator=rng, dtype=torch.float64).numpy()
         # Where |x| >= m, clipped elements among them, this is certain, as the noise is below 1.
-        sent = noise * m < magnitudes if m > 0 else np.zeros(len(wide), bool)
-        digits = np.zeros(-(-len(wide) // _PER_BYTE) * _PER_BYTE, np.uint8)
-        digits[: len(wide)] = np.where(wide < 0, np.uint8(2), np.uint8(1)) * sent
-        return self.HEADER.pack(m) + (digits.reshape(-1, _PER_BYTE) @ _POWERS).tobytes()
+        sent = noise * m < magnitudes if m > 0 else np.zeros(len(values), bool)
+        digits = np.zeros(-(-len(values) // _PER_BYTE) * _PER_BYTE, np.uint8)
+        digits[: len(values)] = sent.view(np.uint8) + (sent & (values < 0))
+        fives = np.zeros(len(digits) // _PER_BYTE, np.uint8)
+        for place, power in enumerate(_POWERS):
+            fives += digits[place::_PER_BYTE] * power
+        return self.HEADER.pack(m) + fives.tobytes()
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         (m,) = read_header(body, self.HEADER)
@@ -61,12 +64,11 @@ class TernGrad:
         raw = np.frombuffer(body[self.HEADER.size :], np.uint8)
         if raw.max() >= len(_DIGITS):
             raise PayloadError(f"a byte of {raw.max()}, where five ternary digits make 242 at most")
-        signs = _DIGITS[raw].ravel()
-        if signs[count:].any():
+        if _DIGITS[raw[-1], _PER_BYTE + count - _PER_BYTE * len(raw) :].any():
             raise PayloadError("the filling after the last element is not zero")
-        if m == 0 and signs.any():
+        if m == 0 and raw.any():
             raise PayloadError("elements that are not zero, where the scale is")
-        return torch.from_numpy(signs[:count].astype(np.float32)) * m
+        return torch.from_numpy(np.take(_DIGITS * np.float32(m), raw, axis=0).reshape(-1)[:count])
 
     def size(self, count: int) -> int:
         return self.HEADER.size + -(-count // _PER_BYTE)

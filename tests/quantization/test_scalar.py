@@ -29,3 +29,10 @@ def test_settings_and_scalars_that_cannot_be_are_refused():
         MinMax(8).decode(memoryview(nan), 4)
     with pytest.raises(PayloadError, match="a level of 9 bits"):
         MinMax(8).decode(memoryview(MinMax.HEADER.pack(9, 0.0, 1.0) + b"\0" * 4), 4)
+
+
+def test_a_level_beyond_float32_is_refused_only_where_a_code_stands_for_it():
+    header = MinMax.HEADER.pack(2, 3e38, 3e38)
+    assert torch.equal(MinMax(2).decode(memoryview(header + b"\x00"), 4), torch.full((4,), 3e38))
+    with pytest.raises(PayloadError, match="infinity"):
+        MinMax(2).decode(memoryview(header + b"\x03"), 4)

@@ -1,0 +1,153 @@
+"""What all benchmarks share: a contender's run measured from outside, its environment, and how results are kept."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray import provenance
+
+ENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlq" / "benchmarks"
+_MARK = "FEDLQ_BENCHMARK"  # an environment variable that all processes of a contender inherit
+_SHARE = 50  # memory is looked at so seldom that looking takes a fiftieth of a core at most
+
+
+def environment(folder: Path, name: str, *requirements: str) -> Path:
+    """The Python of an environment of its own, made and filled where it is missing.
+
+    Raises:
+        SystemExit: pip failed.
+    """
+    home = folder / name
+    python, done = home / "bin" / "python", home / "installed"
+    if not done.exists():
+        print(f"installing {' '.join(requirements)} into {home}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+        if subprocess.run(install).returncode:
+            raise SystemExit(f"{home}: {shlex.join(install)} failed")
+        done.touch()
+    return python
+
+
+def installed(python: Path, *packages: str) -> dict[str, str]:
+    """The versions of packages in an environment."""
+    code = "import sys, json; from importlib.metadata import version; "
+    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    return json.loads(subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout)
+
+
+def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -> dict[str, Any]:
+    """Run a contender and measure it.
+
+    A line of its output is JSON with `marks`: the time at which its first round started, and at which each ended.
+    Returns:
+        startup_s: from the command to the first round; round_s: of each round; peak_mb: greatest sum of the
+        proportional set sizes (PSS) of its processes; what else it printed.
+    Raises:
+        SystemExit: it failed.
+        subprocess.TimeoutExpired: it took too long; its processes are ended.
+    """
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = time.time()
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=cwd, stdout=out, stderr=err, env=os.environ | {_MARK: mark}
+        )
+        watcher = _Memory(mark, process)
+        watcher.start()
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+            watcher.join()
+            for left in _processes(mark):  # none, but where it was given up or interrupted
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(left.name), signal.SIGKILL)
+        out.seek(0)
+        err.seek(0)
+        if code:
+            raise SystemExit(f"{shlex.join(map(str, command))} ended with {code}:\n{err.read()[-3000:]}")
+        told = json.loads(next(line for line in out if line.startswith('{"marks"')))
+    marks = told.pop("marks")
+    rounds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return {"startup_s": marks[0] - started, "round_s": rounds, "peak_mb": watcher.peak_mb} | told
+
+
+def _processes(mark: str) -> list[Path]:
+    """The folders in /proc of a contender's processes."""
+    wanted, found = f"{_MARK}={mark}".encode(), []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(entry)
+    return found
+
+
+class _Memory(threading.Thread):
+    """Samples the memory of a contender's processes while it runs."""
+
+    def __init__(self, mark: str, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(daemon=True)
+        self.mark, self.process, self.peak_mb = mark, process, 0.0
+
+    def run(self) -> None:
+        while self.process.poll() is None:
+            before = time.thread_time()
+            self.peak_mb = max(self.peak_mb, self.total_mb())
+            time.sleep(max(0.5, _SHARE * (time.thread_time() - before)))
+
+    def total_mb(self) -> float:
+        total = 0
+        for entry in _processes(self.mark):
+            with contextlib.suppress(OSError):
+                lines = (entry / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total / 1024
+
+
+def middle(values: Sequence[float]) -> float:
+    """The median of rounds 2 and on: the first is told apart."""
+    return statistics.median(values[1:] or values)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and range."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def keep(out: Path | None, found: dict[str, Any]) -> None:
+    """Write results beside what made them: command, commit, machine, versions, load, date."""
+    if out is None:
+        return
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": provenance.commit(),
+        "machine": provenance.machine(),
+        "load_before": _LOAD,
+        "versions": provenance.versions(),
+    }
+    out.write_text(json.dumps(about | found, indent=1) + "\n")
+
+
+_LOAD = os.getloadavg()[0]
