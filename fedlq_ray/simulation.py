@@ -150,7 +150,7 @@ def _carry_out(
     config = task.config
     records: list[dict[str, Any]] = []
     last: Event = {}
-    timing: Event = {}
+    timing: Event = {"made_by": provenance.made_by()}
     status = "FAILED"
     interrupts = Interrupts()
     host = _serial if config.clients.hosting == "serial" else _on_ray

@@ -167,11 +167,5 @@ def plot(outcome: Outcome, file: Path) -> list[Path]:
 
 def save(table: Sequence[dict[str, Any]], source: str, command: str, file: Path) -> None:
     """The rows as JSON, with what made them: the sweep's own text, the command, the commit, versions and machine."""
-    made_by = {
-        "command": command,
-        "commit": provenance.commit(),
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
-        "sweep": source,
-    }
+    made_by = {"command": command, **provenance.made_by(), "sweep": source}
     file.write_text(json.dumps(made_by | {"rows": list(table)}, indent=1) + "\n")
