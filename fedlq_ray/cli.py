@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fedlq_ray import cli_analysis
 from fedlq_ray import config as configuration
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError
@@ -148,15 +149,9 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False))
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
-    command = " ".join(["fedlq", *sys.argv[1:]])
-    compare.save(table, file.read_text(), command, out / "table.json")
+    compare.save(table, file.read_text(), cli_analysis.command(), out / "table.json")
     pictures = compare.plot(outcome, out / "accuracy.png")
-    terminal = Console()
-    printer = terminal if terminal.is_terminal else Console(width=200)  # a file takes any width
-    for labels in compare.by_population(outcome.runs).values():
-        config = outcome.runs[labels[0]][0].config
-        block = [row for row in table if row["run"] in labels]
-        printer.print(compare.render(block, config.target_accuracy, config.network.bill))
+    cli_analysis.show(table, outcome)
     click.echo(f"plot: {', '.join(map(str, pictures))}, table: {out}/table.json")
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
@@ -268,6 +263,10 @@ def sync(folder: str) -> None:
     except Exception as exc:  # MLflow raises many kinds
         raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
     click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")
+
+
+for command in cli_analysis.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

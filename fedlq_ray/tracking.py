@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray.config import Config, digest, keys, to_yaml
+from fedlq_ray.config import Config, digest, flat, to_yaml
+from fedlq_ray.errors import ConfigError
 
+FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
 _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
 
 
@@ -87,14 +89,7 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
     run_id = find_or_create(client, tracking, tracking.run_key, config.name, tags, tracking.started_ms)
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    settings = config.model_dump(mode="json")
-    params = []
-    for path, _, _ in keys():
-        value: Any = settings
-        for step in path.split("."):
-            value = value[step]
-        if path not in ("out", "name"):
-            params.append(Param(path, str(value)))
+    params = [Param(path, str(value)) for path, value in flat(config).items() if path not in ("out", "name")]
     there = client.get_run(run_id)
     logged = there.data.params
     client.log_batch(run_id, params=[param for param in params if param.key not in logged])
@@ -195,17 +190,53 @@ def _log_files(client: Any, run_id: str, config: Config, records: Sequence[Mappi
     """A run's files as artifacts, and two pictures: accuracy against time and bytes, labels by client."""
     from fedlq_ray.analysis import plots
 
-    for name in ("clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors"):
+    for name in FILES:
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
     with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
         plots.labels(counts, Path(made) / "labels.png")
-        plots.accuracy(
-            {config.name: [records]}, config.target_accuracy, config.network.bill, Path(made) / "accuracy.png"
-        )
+        curves = plots.accuracy({config.strategy.name: [records]}, config.target_accuracy, config.network.bill)
+        plots.save(curves, Path(made) / "accuracy.png")
         for picture in sorted(Path(made).iterdir()):
             client.log_artifact(run_id, str(picture))
+
+
+def fetch(uri: str, source: str, to: Path) -> list[Path]:
+    """The folders, under `to`, of a run, of a comparison's runs, or of an experiment's, as MLflow keeps them.
+
+    Trials by which a sweep tuned are left out.
+
+    Args:
+        source: a run's id, or an experiment's name.
+    Raises:
+        ConfigError: there is none, it holds no finished run, or MLflow does not answer.
+    """
+    try:
+        client = _client(uri)
+        experiment = client.get_experiment_by_name(source)
+        if experiment:
+            runs = client.search_runs([experiment.experiment_id], "params.evaluate_on = 'test'", max_results=5000)
+        else:
+            run = client.get_run(source)
+            children = f"tags.`mlflow.parentRunId` = '{source}' and params.evaluate_on = 'test'"
+            runs = client.search_runs([run.info.experiment_id], children, max_results=5000) or [run]
+        return [folder for run in runs if (folder := _files(client, run, to))]
+    except Exception as exc:  # MLflow raises many kinds
+        raise ConfigError(f"{source}: no such run or experiment in {uri}: {str(exc).splitlines()[0]}") from exc
+
+
+def _files(client: Any, run: Any, to: Path) -> Path | None:
+    """A finished run's folder, made anew from its artifacts; None where it has none."""
+    there = {file.path for file in client.list_artifacts(run.info.run_id)}
+    if "rounds.jsonl" not in there:
+        return None
+    folder = to / run.info.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if name in there:
+            client.download_artifacts(run.info.run_id, name, str(folder))
+    return folder
 
 
 def now_ms() -> int:

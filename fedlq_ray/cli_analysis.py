@@ -1,0 +1,75 @@
+"""The commands that look at runs: compare, report, watch."""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fedlq_ray.errors import ConfigError
+
+SOURCES = click.argument("sources", nargs=-1, required=True, metavar="RUNS...")
+STORE = click.option(
+    "--tracking-uri", default=None, help="MLflow's store, such as sqlite:///mlflow.db, where RUNS are ids in it."
+)
+REFERENCE = click.option(
+    "--reference", default=None, help="The run that the others are measured by; the default is fedavg, or the first."
+)
+
+
+def command() -> str:
+    """What was typed."""
+    return shlex.join(["fedlq", *sys.argv[1:]])
+
+
+def show(table: Any, outcome: Any, unlike: Any = (), form: str = "text", out: str | None = None) -> None:
+    """Print a comparison, or write it to a file."""
+    from fedlq_ray.analysis import tables
+
+    terminal = Console()
+    width = terminal.width if terminal.is_terminal and out is None else 200  # a file takes any width
+    configs = {label: runs[0].config for label, runs in outcome.runs.items()}
+    written = tables.written(table, configs, dict(unlike), form, width)
+    if out is None:
+        click.echo(written, nl=False)
+        return
+    _write(Path(out), written)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as exc:
+        raise ConfigError(f"--out: {file}: {exc.strerror}") from exc
+    click.echo(f"written: {file}")
+
+
+@click.command()
+@SOURCES
+@STORE
+@REFERENCE
+@click.option("--format", "form", type=click.Choice(["text", "csv", "markdown"]), default="text", show_default=True)
+@click.option("--out", default=None, help="File to write; by default the table is printed.")
+def compare(
+    sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, form: str, out: str | None
+) -> None:
+    """Compare runs: a row for those that differ in seed alone.
+
+    RUNS are folders of runs, or folders with runs in them, such as a sweep's; with --tracking-uri also MLflow's run ids
+    (that of a sweep stands for all its runs), or the name of an experiment.
+
+    Accuracy, time and MB are means over seeds; gain and speed-up are over the reference, seed by seed, with 95 %
+    intervals; * marks the Pareto front of accuracy against MB.
+    """
+    from fedlq_ray.analysis import compare as comparing
+    from fedlq_ray.analysis import runs
+
+    with tempfile.TemporaryDirectory() as scratch:
+        outcome = runs.find(sources, tracking_uri, Path(scratch))
+        show(comparing.rows(outcome, reference), outcome, runs.unlike(outcome), form, out)
+
+
+COMMANDS = (compare,)
