@@ -72,4 +72,26 @@ def compare(
         show(comparing.rows(outcome, reference), outcome, runs.unlike(outcome), form, out)
 
 
-COMMANDS = (compare,)
+@click.command()
+@SOURCES
+@STORE
+@REFERENCE
+@click.option("--out", required=True, help="The HTML file to write.")
+def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, out: str) -> None:
+    """Write a report on runs: one HTML file that needs no network.
+
+    RUNS are named as for `fedlq compare`. The report shows accuracy against simulated time, traffic and rounds, bits by
+    layer and client, significance by layer, who a round waited for, labels by client, settings, versions and the
+    command that repeats it.
+    """
+    from fedlq_ray.analysis import compare as comparing
+    from fedlq_ray.analysis import report as reporting
+    from fedlq_ray.analysis import runs
+
+    with tempfile.TemporaryDirectory() as scratch:
+        outcome = runs.find(sources, tracking_uri, Path(scratch))
+        table = comparing.rows(outcome, reference)
+        _write(Path(out), reporting.page(outcome, table, runs.unlike(outcome), command()))
+
+
+COMMANDS = (compare, report)

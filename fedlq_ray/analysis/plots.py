@@ -17,6 +17,7 @@ Records = Sequence[Mapping[str, Any]]
 # Okabe and Ito's order, darkened to a contrast of 4.5 on white; beside its colour a run has a dash and a name.
 COLOURS = ("#0072B2", "#B84A00", "#00795A", "#A3478B", "#7A6200", "#3A3A3A")
 MUTED = "#666666"  # contrast 5.7 on white
+STEPS = {"download": "#8C8C8C", "compute": "#B58900", "upload": "#4B3F8F"}  # of a client's round, and unlike runs
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 3)))
 AXES = {
     "time": "simulated time, s ({bill})",
