@@ -55,7 +55,30 @@ def accuracy(runs: Runs, against: str) -> Shown:
     seeds = max(map(len, runs.values()))
     band = f"Line: mean of {seeds} seeds; band: from the least to the most of them." if seeds > 1 else "One seed."
     ends = "; ".join(f"{label} ends at {_final(seeds)}" for label, seeds in runs.items())
-    return Shown(f"Accuracy against {over}", band, f"Accuracy against {over}, a line a run: {ends}.", figure)
+    title = _arrivals(runs, config.target_accuracy, against) or f"Accuracy against {over}: {ends}"
+    return Shown(title, band, f"Accuracy against {over}, a line a run: {ends}.", figure)
+
+
+def _arrivals(runs: Runs, target: float | None, against: str) -> str | None:
+    """Who came to the target first, and who last, of those whose seeds all did; None where nobody did."""
+    arrived: dict[str, float] = {}
+    for label, seeds in runs.items():
+        found = [one for run in seeds if (one := _first(run, target, against)) is not None]
+        if found and len(found) == len(seeds):
+            arrived[label] = float(np.mean(found))
+    if target is None or not arrived:
+        return None
+    unit = {"time": "s", "bytes": "MB", "round": "rounds"}[against]
+    soonest, latest = min(arrived, key=lambda n: arrived[n]), max(arrived, key=lambda n: arrived[n])
+    title = f"{soonest} reaches {100 * target:g} % after {arrived[soonest]:.3g} {unit}"
+    return title if soonest == latest else f"{title}, {latest} after {arrived[latest]:.3g}"
+
+
+def _first(run: Finished, target: float | None, against: str) -> float | None:
+    """Where on an axis of plots.AXES a run is first seen at an accuracy."""
+    xs, accuracies = plots.seen(run.records, against)
+    reached = np.flatnonzero(accuracies >= target) if target is not None else []
+    return float(xs[reached[0]]) if len(reached) else None
 
 
 def _final(seeds: Sequence[Finished]) -> str:
@@ -84,7 +107,8 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
     """Heat maps of bits a parameter, by layer and by client, for each run where they vary; the others in words."""
     by_layer = {label: _layer_bits(seeds[0]) for label, seeds in runs.items() if seeds[0].records}
     by_client = {label: _client_bits(seeds[0]) for label, seeds in runs.items() if parameters(seeds[:1])}
-    shown, told = [], []
+    shown: list[Shown] = []
+    told: list[str] = []
     varying = {}
     for label in by_layer:
         maps = [by_layer[label][1]] + ([by_client[label]] if label in by_client else [])
@@ -285,7 +309,7 @@ def labels(run: Finished) -> Shown | None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, label="samples", orientation="horizontal", aspect=40, pad=0.02)
     half = np.median([(np.sort(column)[::-1].cumsum() < column.sum() / 2).sum() + 1 for column in counts.T])
-    title = f"Half of a client's samples are of {half:.0f} class{'es' if half > 1 else ''} or fewer, in the median"
+    title = f"The median client has half of its samples in {half:.0f} class{'es' if half > 1 else ''}"
     sizes = counts.sum(0)
     data = run.config.data
     how = f"{data.partition}({data.alpha:g})" if data.partition in ("dirichlet", "quantity") else data.partition

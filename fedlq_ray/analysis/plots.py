@@ -46,7 +46,7 @@ def draw_accuracy(
     ends = []
     for index, (name, seeds) in enumerate(runs.items()):
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
-        series = [line for line in (_seen(records, against) for records in seeds) if len(line[0])]
+        series = [line for line in (seen(records, against) for records in seeds) if len(line[0])]
         if not series:
             continue
         first, last = max(xs[0] for xs, _ in series), min(xs[-1] for xs, _ in series)
@@ -74,12 +74,12 @@ def draw_accuracy(
     name_ends(axis, ends)
 
 
-def _seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Where a run was evaluated, and what was seen: accuracies are fractions."""
     sent = np.cumsum([r["uplink_bytes"] for r in records]) / 1e6
     at = {"time": [r["sim_time_s"] for r in records], "bytes": sent, "round": [r["round"] + 1 for r in records]}
-    seen = [i for i, r in enumerate(records) if r["accuracy"] is not None]
-    return np.asarray(at[against], float)[seen], np.array([records[i]["accuracy"] for i in seen], float)
+    evaluated = [i for i, r in enumerate(records) if r["accuracy"] is not None]
+    return np.asarray(at[against], float)[evaluated], np.array([records[i]["accuracy"] for i in evaluated], float)
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
