@@ -77,8 +77,8 @@ def _arrivals(runs: Runs, target: float | None, against: str) -> str | None:
 def _first(run: Finished, target: float | None, against: str) -> float | None:
     """Where on an axis of plots.AXES a run is first seen at an accuracy."""
     xs, accuracies = plots.seen(run.records, against)
-    reached = np.flatnonzero(accuracies >= target) if target is not None else []
-    return float(xs[reached[0]]) if len(reached) else None
+    reached = xs[accuracies >= target] if target is not None else xs[:0]
+    return float(reached[0]) if len(reached) else None
 
 
 def _final(seeds: Sequence[Finished]) -> str:

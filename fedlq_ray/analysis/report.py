@@ -63,13 +63,17 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
     body = []
     for index, cells in enumerate(zip(*made.values(), strict=True)):
         key = f'<span class="key" style="border-color: var(--run-{index % len(plots.COLOURS)})"></span>'
-        row = "".join(f"<td>{key if h == names[0] else ''}{escape(c)}</td>" for h, c in zip(names, cells, strict=True))
+        row = "".join(
+            f'<td data-of="{escape(h)}">{key if h == names[0] else ""}{escape(c)}</td>'
+            for h, c in zip(names, cells, strict=True)
+        )
         body.append(f"<tr{' class=front' if block[index]['front'] and len(block) > 1 else ''}>{row}</tr>")
     notes = " ".join(tables.notes(block, config, unlike))
     where = population(block[0]["run"])
     return [
         f"<ul>{told}</ul>",
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>',
+        f'<div class="scroll"><table class="results"><thead><tr>{head}</tr></thead>',
+        f"<tbody>{''.join(body)}</tbody></table></div>",
         f'<p class="small">{escape(notes)}</p>',
         "<h2>Accuracy against time, traffic and rounds</h2>",
         _grid([figures.accuracy(runs, against) for against in plots.AXES], f"accuracy{where}"),
@@ -84,12 +88,13 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
     arrived = [row for row in block if row["time_to_target_s"] is not None]
     if target is not None and arrived:
         first = min(arrived, key=lambda row: row["time_to_target_s"])
-        line = f"{names[first['run']]} is the first at {target:.4g} accuracy, after {first['time_to_target_s']:.3g} s"
+        after = f"{100 * target:g} % accuracy, after {first['time_to_target_s']:.3g} s"
+        line = f"{names[first['run']]} is the first at {after}"
         if first["speed_up"] is not None and names[first["run"]] != base:
             line += f": {tables.between(first, 'speed_up')} times as fast as {base}"
         told.append(line + ".")
     elif target is not None:
-        told.append(f"No run reached {target:.4g} accuracy with every seed.")
+        told.append(f"No run reached {100 * target:g} % accuracy with every seed.")
     others = [row for row in block if names[row["run"]] != base and row["accuracy_gain"] is not None]
     sure = [row for row in others if row["accuracy_gain_low"] is not None]
     beyond = [row for row in sure if row["accuracy_gain_low"] * row["accuracy_gain_high"] > 0]
@@ -100,15 +105,13 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
         )
     if sure and len(beyond) < len(sure):
         rest = ", ".join(names[row["run"]] for row in sure if row not in beyond)
-        told.append(f"Final accuracy: {rest} cannot be told from {base} by {row_seeds(sure)} seeds ({CONFIDENCE:.0%}).")
+        told.append(
+            f"Final accuracy: {rest} cannot be told from {base} by {sure[0]['seeds']} seeds ({CONFIDENCE:.0%} intervals)."
+        )
     if len(block) > 1:
         front = ", ".join(names[row["run"]] for row in block if row["front"])
         told.append(f"On the front of accuracy against traffic: {front}.")
     return told
-
-
-def row_seeds(block: Sequence[Row]) -> int:
-    return max(row["seeds"] for row in block)
 
 
 def _behaviour(runs: Runs, where: str) -> list[str]:

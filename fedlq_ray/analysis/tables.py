@@ -75,7 +75,7 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
         made[f"s to {other}"] = [figure(f["mean"], f["sd"], missing=m) for f, m in zip(found, missing, strict=True)]
         made[f"MB to {other}"] = [figure(one["mb"]) for one in found]
     if any(row["failed"] for row in table):
-        made["failed"] = [f"{row['failed']} of {row['seeds']}" for row in table]
+        made["no result"] = [f"{row['failed']} of {row['seeds']}" for row in table]
     return made
 
 
