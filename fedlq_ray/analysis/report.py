@@ -106,7 +106,7 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
     if sure and len(beyond) < len(sure):
         rest = ", ".join(names[row["run"]] for row in sure if row not in beyond)
         told.append(
-            f"Final accuracy: {rest} cannot be told from {base} by {sure[0]['seeds']} seeds ({CONFIDENCE:.0%} intervals)."
+            f"Final accuracy: {rest} cannot be told from {base} by {sure[0]['seeds']} seeds ({CONFIDENCE:.0%})."
         )
     if len(block) > 1:
         front = ", ".join(names[row["run"]] for row in block if row["front"])

@@ -153,8 +153,8 @@ def test_the_command_writes_a_file_and_tells_wrong_input(tmp_path):
     run("tracking.uri=null")
     command = [sys.executable, "-m", "fedlq_ray.cli", "compare"]
     made = subprocess.run(
-        [*command, "runs", "--format", "csv", "--out", "t.csv"], capture_output=True, text=True, timeout=60
+        [*command, "runs", "--format", "csv", "--out", "t.csv"], capture_output=True, text=True, timeout=240
     )
     assert made.returncode == 0 and (tmp_path / "t.csv").read_text().startswith("run,"), made.stderr
-    wrong = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=240)
     assert wrong.returncode == 2 and "no such folder" in wrong.stderr

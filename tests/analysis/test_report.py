@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, well formed, its figures described; and its commands repeat the runs."""
+"""The report: one file that needs no other, well formed, with figures described; and its commands repeat the runs."""
 
 import json
 import re
