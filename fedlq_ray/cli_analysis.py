@@ -94,4 +94,28 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
         _write(Path(out), reporting.page(outcome, table, runs.unlike(outcome), command()))
 
 
-COMMANDS = (compare, report)
+@click.command()
+@click.argument("run", metavar="RUN_DIR")
+@click.option("--tracking-uri", default=None, help="MLflow's store or server, where RUN_DIR is a run's id in it.")
+@click.option("--json", "as_json", is_flag=True, help="Print each round's record, a JSON line each.")
+def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:
+    """Follow a run that goes on elsewhere, until it ends; an interrupt ends the watching alone."""
+    from fedlq_ray import follow, progress
+
+    config, events = (
+        follow.mlflow(tracking_uri, run) if tracking_uri and not Path(run).is_dir() else follow.folder(Path(run))
+    )
+    status = "RUNNING"
+    try:
+        with progress.watch(config, Console(stderr=as_json), as_json) as show:
+            for event in events:
+                show(event)
+                status = event.get("ended", status)
+    except KeyboardInterrupt:
+        click.echo("the run goes on", err=True)
+        return
+    click.echo(f"{run}: {ENDED.get(status, status.lower())}", err=as_json)
+
+
+ENDED = {"FINISHED": "finished", "FAILED": "failed, or was killed", "KILLED": "interrupted"}
+COMMANDS = (compare, report, watch)

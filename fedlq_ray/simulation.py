@@ -49,6 +49,17 @@ class Result:
     weights: NDArray[np.float32]
     path: Path
 
+    def plot(self) -> Any:
+        """Accuracy against simulated time and traffic: a matplotlib figure."""
+        from fedlq_ray.analysis import notebook
+
+        return notebook.plot(self.path)
+
+    def _repr_html_(self) -> str:
+        from fedlq_ray.analysis import notebook
+
+        return notebook.html(self.path)
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: as an interrupt, with another exit code."""

@@ -40,7 +40,8 @@ class Tracking:
     dataset: dict[str, str] = field(default_factory=dict)
 
 
-def _client(uri: str) -> Any:
+def connect(uri: str) -> Any:
+    """A client of an MLflow store or server."""
     # A server that is down must cost seconds, not the twenty minutes of MLflow's defaults.
     for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
@@ -155,7 +156,7 @@ class Tracker:
 
     def _work(self) -> None:
         try:
-            client = _client(self._tracking.uri)
+            client = connect(self._tracking.uri)
             run_id = open_run(client, self._tracking, self._config)
             totals: dict[str, int] = {}
             while not isinstance(item := self._queue.get(), str):
@@ -169,7 +170,7 @@ def sync(
     tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], status: str, folder: Path | None
 ) -> str:
     """Log a whole run, and its folder's files; what is there already is not logged twice. Gives the run's id."""
-    client = _client(tracking.uri)
+    client = connect(tracking.uri)
     run_id = open_run(client, tracking, config)
     totals: dict[str, int] = {}
     for record in records:
@@ -182,7 +183,7 @@ def sync(
 
 def attach(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Add a finished run's files and pictures to what its driver has logged."""
-    client = _client(tracking.uri)
+    client = connect(tracking.uri)
     _log_files(client, open_run(client, tracking, config), config, records, folder)
 
 
@@ -213,7 +214,7 @@ def fetch(uri: str, source: str, to: Path) -> list[Path]:
         ConfigError: there is none, it holds no finished run, or MLflow does not answer.
     """
     try:
-        client = _client(uri)
+        client = connect(uri)
         experiment = client.get_experiment_by_name(source)
         if experiment:
             runs = client.search_runs([experiment.experiment_id], "params.evaluate_on = 'test'", max_results=5000)

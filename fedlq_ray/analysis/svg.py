@@ -21,12 +21,13 @@ def palette() -> Mapping[str, str]:
     return {colour.lower(): f"var(--{name})" for colour, name in names.items()}
 
 
-def inline(figure: Figure, name: str, alt: str) -> str:
+def inline(figure: Figure, name: str, alt: str, *, themed: bool = True) -> str:
     """The figure as an svg element that scales with the page; it is closed.
 
     Args:
         name: distinct in the page, for the ids of what the SVG refers to.
         alt: what is to be seen, for who does not see it.
+        themed: in the variables of the page (report.css), else in matplotlib's own colours.
     """
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "svg.image_inline": True}):
@@ -41,6 +42,6 @@ def inline(figure: Figure, name: str, alt: str) -> str:
     text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(alt)}">', text, count=1)
     text = re.sub(r"<style.*?</style>|; font-family: [^;\"]*", "", text, flags=re.DOTALL)  # the page has its own
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
-    for colour, variable in palette().items():
+    for colour, variable in palette().items() if themed else ():
         text = text.replace(colour, variable)
     return re.sub(r"\n\s*", "\n", text).strip()
