@@ -152,7 +152,8 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     compare.save(table, file.read_text(), cli_analysis.command(), out / "table.json")
     pictures = compare.plot(outcome, out / "accuracy.png")
     cli_analysis.show(table, outcome)
-    click.echo(f"plot: {', '.join(map(str, pictures))}, table: {out}/table.json")
+    cli_analysis.conclude(table, outcome, out, pictures)
+    click.echo(f"plot: {', '.join(map(str, pictures))}, table: {out}/table.json, report: {out}/report.html")
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
     if outcome.failed:

@@ -39,6 +39,25 @@ def show(table: Any, outcome: Any, unlike: Any = (), form: str = "text", out: st
     _write(Path(out), written)
 
 
+def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
+    """A sweep's report, and in MLflow its result: a note with the table, the pictures, the table, the report."""
+    from fedlq_ray import rundir, tracking
+    from fedlq_ray.analysis import report as reporting
+    from fedlq_ray.analysis import tables
+
+    (out / "report.html").write_text(reporting.page(outcome, table, {}, f"fedlq report {out} --out report.html"))
+    runs = [run for seeds in outcome.runs.values() for run in seeds]
+    where = next((found for run in runs if (found := rundir.read(run.folder).tracking) and found.parent), None)
+    if where is None:
+        return
+    configs = {label: seeds[0].config for label, seeds in outcome.runs.items()}
+    note = tables.written(table, configs, {}, "markdown")
+    try:
+        tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
+    except Exception as exc:  # telemetry: the runs are done and kept
+        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {str(exc).splitlines()[0]}", err=True)
+
+
 def _write(file: Path, text: str) -> None:
     try:
         file.write_text(text)
