@@ -43,15 +43,17 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     """A sweep's report, and in MLflow its result: a note with the table, the pictures, the table, the report."""
     from fedlq_ray import rundir, tracking
     from fedlq_ray.analysis import report as reporting
+    from fedlq_ray.analysis.runs import unlike as differences
     from fedlq_ray.analysis import tables
 
-    (out / "report.html").write_text(reporting.page(outcome, table, {}, f"fedlq report {out} --out report.html"))
+    unlike = differences(outcome)
+    (out / "report.html").write_text(reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html"))
     runs = [run for seeds in outcome.runs.values() for run in seeds]
-    where = next((found for run in runs if (found := rundir.read(run.folder).tracking) and found.parent), None)
+    where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
     if where is None:
         return
     configs = {label: seeds[0].config for label, seeds in outcome.runs.items()}
-    note = tables.written(table, configs, {}, "markdown")
+    note = tables.written(table, configs, unlike, "markdown")
     try:
         tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
     except Exception as exc:  # telemetry: the runs are done and kept

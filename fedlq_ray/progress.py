@@ -25,14 +25,14 @@ def watch(
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=8),
+        BarColumn(bar_width=6),
         TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(compact=True),
         console=console,
         disable=as_json or not (console.is_terminal or console.is_jupyter),
     )
-    bar = progress.add_task(name if len(name) <= 20 else f"{name[:19]}…", total=config.rounds, figures="starting")
+    bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
 
     def show(event: dict[str, Any]) -> None:
         nonlocal sent
@@ -59,8 +59,13 @@ def watch(
         if progress.disable:
             figures = f"accuracy {seen}  {record['sim_time_s']:.1f} simulated s  {sent / 1e6:.2f} MB"
             console.print(f"{config.name} round {record['round'] + 1}/{config.rounds}  {figures}", highlight=False)
-        figures = f"acc. {seen}  {record['sim_time_s']:.4g} sim. s  {sent / 1e6:.4g} MB"
+        figures = f"acc. {seen}  {_short(record['sim_time_s'])} sim. s  {_short(sent / 1e6)} MB"
         progress.update(bar, completed=record["round"] + 1, figures=figures)
 
     with progress:
         yield show
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -93,9 +93,9 @@ def conclude(tracking: Tracking, note: str, files: Sequence[Path]) -> None:
     """Give the comparison that a run belongs to its result: a note in markdown, and files as artifacts."""
     client = connect(tracking.uri)
     run_id = _parent(client, tracking)
-    client.set_tag(run_id, "mlflow.note.content", note)
     for file in files:
         client.log_artifact(run_id, str(file))
+    client.set_tag(run_id, "mlflow.note.content", note)  # last: MLflow refuses a very long one
 
 
 def open_run(client: Any, tracking: Tracking, config: Config) -> str:

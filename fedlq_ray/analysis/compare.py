@@ -11,25 +11,12 @@ from scipy.stats import t as student
 
 from fedlq_ray import provenance
 from fedlq_ray.analysis import plots
-from fedlq_ray.analysis.runs import parameters
+from fedlq_ray.analysis.runs import by_population, parameters, population
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.sweep import Finished, Outcome
 
 CONFIDENCE = 0.95
 Row = dict[str, Any]
-
-
-def population(label: str) -> str:
-    """The population that a run's label names, as in eden-1@thin; "" for none."""
-    return label.rpartition("@")[2] if "@" in label else ""
-
-
-def by_population(labels: Iterable[str]) -> dict[str, list[str]]:
-    """The labels of each population, in their order."""
-    found: dict[str, list[str]] = {}
-    for label in labels:
-        found.setdefault(population(label), []).append(label)
-    return found
 
 
 def time_to(records: Iterable[Mapping[str, Any]], target: float) -> tuple[float, float, float] | None:

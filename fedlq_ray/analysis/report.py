@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlq_ray.analysis import figures, plots, svg, tables
-from fedlq_ray.analysis.compare import CONFIDENCE, Row, by_population, population
+from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.figures import Runs, Shown
+from fedlq_ray.analysis.runs import by_population, population
 from fedlq_ray.config import WITHOUT_EFFECT, Config, flat
 from fedlq_ray.sweep import Finished, Outcome
 
@@ -130,9 +131,7 @@ def _behaviour(runs: Runs, where: str) -> list[str]:
         billed = next(iter(runs.values()))[0].config.network.bill
         free = "" if billed == "both" else " Downloads are not billed here, and take no time."
         parts.append("<h2>Who the round waited for, and why</h2>")
-        parts.append(
-            f'<p class="small">{steps}.{free} The same round and seed for every run: its cohort is the same.</p>'
-        )
+        parts.append(f'<p class="small">{steps}.{free} The same round and seed for every run.</p>')
         parts.append(_grid(shown, f"timeline{where}"))
     return parts
 

@@ -1,6 +1,6 @@
 """Runs to compare, from where they are: their folders, a folder of them, or MLflow. Seeds of one setting are a row."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,29 @@ def _matters(path: str) -> bool:
     return path != "seed" and not any(path == key or path.startswith(f"{key}.") for key in WITHOUT_EFFECT)
 
 
+def population(label: str) -> str:
+    """The population that a run's label names, as in eden-1@thin; "" for none."""
+    return label.rpartition("@")[2] if "@" in label else ""
+
+
+def by_population(labels: Iterable[str]) -> dict[str, list[str]]:
+    """The labels of each population, in their order."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        found.setdefault(population(label), []).append(label)
+    return found
+
+
 def unlike(outcome: Outcome) -> dict[str, list[str]]:
-    """The settings that are no part of a scheme and differ between runs all the same, with their values."""
-    told = [flat(runs[0].config) for runs in outcome.runs.values()]
-    paths = [path for path in told[0] if path.startswith(_COMMON) and _matters(path)]
-    values = {path: list(dict.fromkeys(str(one[path]) for one in told)) for path in paths}
-    return {path: found for path, found in values.items() if len(found) > 1}
+    """The settings that are no part of a scheme and differ between runs of a population all the same: their values."""
+    found: dict[str, list[str]] = {}
+    for labels in by_population(outcome.runs).values():
+        told = [flat(outcome.runs[label][0].config) for label in labels]
+        for path in told[0]:
+            values = list(dict.fromkeys(str(one[path]) for one in told))
+            if path.startswith(_COMMON) and _matters(path) and len(values) > 1:
+                found[path] = values
+    return found
 
 
 def parameters(runs: Sequence[Finished]) -> int | None:

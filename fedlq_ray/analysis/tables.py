@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fedlq_ray.analysis.compare import CONFIDENCE, Row, by_population, population
+from fedlq_ray.analysis.compare import CONFIDENCE, Row
+from fedlq_ray.analysis.runs import by_population, population
 from fedlq_ray.config import Config
 
 Columns = dict[str, list[str]]  # by heading, a cell a row; the first names the rows
