@@ -43,8 +43,8 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     """A sweep's report, and in MLflow its result: a note with the table, the pictures, the table, the report."""
     from fedlq_ray import rundir, tracking
     from fedlq_ray.analysis import report as reporting
-    from fedlq_ray.analysis.runs import unlike as differences
     from fedlq_ray.analysis import tables
+    from fedlq_ray.analysis.runs import unlike as differences
 
     unlike = differences(outcome)
     (out / "report.html").write_text(reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html"))
