@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fedlq_ray import cli_analysis
 from fedlq_ray import config as configuration
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError
@@ -150,16 +151,11 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False))
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
-    command = " ".join(["fedlq", *sys.argv[1:]])
-    compare.save(table, file.read_text(), command, out / "table.json")
+    compare.save(table, file.read_text(), cli_analysis.command(), out / "table.json")
     pictures = compare.plot(outcome, out / "accuracy.png")
-    terminal = Console()
-    printer = terminal if terminal.is_terminal else Console(width=200)  # a file takes any width
-    for labels in compare.by_population(outcome.runs).values():
-        config = outcome.runs[labels[0]][0].config
-        block = [row for row in table if row["run"] in labels]
-        printer.print(compare.render(block, config.target_accuracy, config.network.bill))
-    click.echo(f"plot: {', '.join(map(str, pictures))}, table: {out}/table.json")
+    cli_analysis.show(table, outcome)
+    cli_analysis.conclude(table, outcome, out, pictures)
+    click.echo(f"plot: {', '.join(map(str, pictures))}, table: {out}/table.json, report: {out}/report.html")
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
     if outcome.failed:
@@ -274,6 +270,8 @@ def sync(folder: str) -> None:
 
 cli.add_command(submit)
 cli.add_command(job)
+for command in cli_analysis.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

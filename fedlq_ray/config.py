@@ -309,6 +309,18 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", field, field.default
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting's value, as JSON has it, by its dotted path."""
+    settings = config.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for path, _, _ in keys():
+        value: Any = settings
+        for step in path.split("."):
+            value = value[step]
+        found[path] = value
+    return found
+
+
 def describe(path: str, field: Any) -> str:
     """One line on a setting: meaning, unit, bounds or choices."""
     parts = [field.description]
@@ -329,9 +341,9 @@ def describe(path: str, field: Any) -> str:
 
 def to_yaml(config: Config, *, commented: bool = False) -> str:
     """The resolved configuration, without `out`, as YAML that `load` reads back to the same."""
-    settings = config.model_dump(mode="json", exclude={"out"})
     if not commented:
-        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(config.model_dump(mode="json", exclude={"out"}), sort_keys=False, allow_unicode=True)
+    settings = flat(config)
     lines: list[str] = []
     section = ""
     for path, field, _ in keys():
@@ -341,10 +353,9 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
         if head != section:
             lines.append(f"{head}:")
             section = head
-        value: Any = settings
-        for step in path.split("."):
-            value = value[step]
-        shown = yaml.safe_dump({name: value}, default_flow_style=True, width=1000, allow_unicode=True).strip()[1:-1]
+        shown = yaml.safe_dump({name: settings[path]}, default_flow_style=True, width=1000, allow_unicode=True).strip()[
+            1:-1
+        ]
         indent = "  " if dot else ""
         lines += [f"{indent}# {describe(path, field)}", f"{indent}{shown}"]
     return "\n".join(lines) + "\n"

@@ -41,3 +41,15 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as exc:
             raise ConfigError(f"{folder}: another process is running it") from exc
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process has the folder to itself."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

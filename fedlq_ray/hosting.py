@@ -30,6 +30,7 @@ from fedlq_ray.training import Reply
 
 # Private memory of an actor after training the small CNN, measured (ARCHITECTURE.md).
 FORKED_BYTES, ORDINARY_BYTES = 90e6, 220e6
+_START_S = 300.0  # that actors may take to start, at least
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
 
 
@@ -152,18 +153,19 @@ class RayHost:
 
     def start(self, count: int, asks: dict[str, Any], beside: Iterable[Any] = ()) -> list[Any]:
         """New actors, once they are ready; where a node leaves in the meantime, on another."""
+        wait_s = max(_START_S, self.clients.timeout_s)
         while True:
             taken = Counter(self.homes[actor] or "" for actor in beside)
             homes = [None] * count if asks else deal(count, self.nodes.look().values(), taken)
             actors = [ClientActor.options(**self.nodes.options(home), **asks).remote(self.shared) for home in homes]  # type: ignore[attr-defined]
             try:
-                ray.get([actor.alive.remote() for actor in actors], timeout=self.clients.timeout_s)
+                ray.get([actor.alive.remote() for actor in actors], timeout=wait_s)
                 self.homes |= zip(actors, homes, strict=True)
                 return actors
             except GetTimeoutError:
                 told = ", ".join(f"{name}={value}" for name, value in asks.items() if name != "scheduling_strategy")
                 why = f" with {told}: are there such nodes?" if asks else ""
-                raise FedLQError(f"clients' actors did not start in {self.clients.timeout_s:g} s{why}") from None
+                raise FedLQError(f"clients' actors did not start in {wait_s:g} s{why}") from None
             except (RayActorError, ActorUnschedulableError) as exc:
                 if asks or set(homes) <= self.nodes.look().keys():
                     raise FedLQError(f"a client's actor did not start: {_why(exc)}") from None

@@ -12,20 +12,27 @@ from fedlq_ray.config import Config
 
 
 @contextmanager
-def watch(config: Config, console: Console, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that takes a run's events (as `simulate` calls it) and shows them."""
+def watch(
+    config: Config, console: Console | None = None, as_json: bool = False
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that takes a run's events and shows them, on a terminal of 80 columns or in a notebook.
+
+    `with watch(config) as show: simulate(config, watch=show)`
+    """
     sent = 0
+    console = console or Console()
+    name = f"{config.name}-{config.seed}"
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=6),
         TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(compact=True),
         console=console,
-        disable=as_json or not console.is_terminal,
+        disable=as_json or not (console.is_terminal or console.is_jupyter),
     )
-    bar = progress.add_task(f"{config.name}-{config.seed}", total=config.rounds, figures="starting")
+    bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
 
     def show(event: dict[str, Any]) -> None:
         nonlocal sent
@@ -49,10 +56,16 @@ def watch(config: Config, console: Console, as_json: bool) -> Iterator[Callable[
         record = event["record"]
         sent += record["uplink_bytes"]
         seen = "–" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
-        figures = f"accuracy {seen}  {record['sim_time_s']:.1f} simulated s  {sent / 1e6:.2f} MB"
         if progress.disable:
+            figures = f"accuracy {seen}  {record['sim_time_s']:.1f} simulated s  {sent / 1e6:.2f} MB"
             console.print(f"{config.name} round {record['round'] + 1}/{config.rounds}  {figures}", highlight=False)
+        figures = f"acc. {seen}  {_short(record['sim_time_s'])} sim. s  {_short(sent / 1e6)} MB"
         progress.update(bar, completed=record["round"] + 1, figures=figures)
 
     with progress:
         yield show
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

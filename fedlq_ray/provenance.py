@@ -5,6 +5,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("fedlq-ray", "torch", "numpy", "ray", "mlflow")
 
@@ -41,3 +42,8 @@ def machine() -> str:
         pass  # not Linux, or a processor that tells no name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
+
+
+def made_by() -> dict[str, Any]:
+    """What a result is kept with; the commit is None outside of a checkout."""
+    return {"commit": commit(), "machine": machine(), "versions": versions()}

@@ -95,6 +95,6 @@ def write(config: Config, source: Path, parent: str | None) -> None:
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     if track:
         try:
-            tracking.sync(track, config, records, "FINISHED", folder)
+            tracking.sync(track, config, records, "FINISHED", folder, task.module)
         except Exception as exc:  # telemetry: the run itself is done and kept
             warnings.warn(f"MLflow at {track.uri} failed ({exc}); log the run later: fedlq sync {folder}", stacklevel=2)

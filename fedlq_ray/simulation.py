@@ -49,6 +49,17 @@ class Result:
     weights: NDArray[np.float32]
     path: Path
 
+    def plot(self) -> Any:
+        """Accuracy against simulated time and traffic: a matplotlib figure."""
+        from fedlq_ray.analysis import notebook
+
+        return notebook.plot(self.path)
+
+    def _repr_html_(self) -> str:
+        from fedlq_ray.analysis import notebook
+
+        return notebook.html(self.path)
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: as an interrupt, with another exit code."""
@@ -157,7 +168,7 @@ def _carry_out(
     config = task.config
     records: list[dict[str, Any]] = []
     last: Event = {}
-    timing: Event = {}
+    timing: Event = {"made_by": provenance.made_by()}
     status = "FAILED"
     interrupts = Interrupts()
     host = _serial if config.clients.hosting == "serial" else _on_ray
@@ -204,7 +215,7 @@ def _carry_out(
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     Folder(rundir.checkpoints(folder, config)).clear()
     if track and not last["tracked"]:
-        _attach(folder, track, config, records)
+        _attach(folder, track, config, records, copy.deepcopy(task.module))
     return Result(pd.DataFrame(records), summary, weights, folder)
 
 
@@ -218,10 +229,10 @@ def _mark(folder: Path, track: Any, config: Config, records: list[Any], status: 
         warnings.warn(f"MLflow has no status of this run ({exc}); fedlq sync {folder} sets it", stacklevel=2)
 
 
-def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any]) -> None:
-    """Put the run's files into MLflow."""
+def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any], module: Any) -> None:
+    """Put the run's files and model into MLflow."""
     try:
-        tracking.attach(track, config, records, folder)
+        tracking.attach(track, config, records, folder, module)
     except Exception as exc:  # telemetry: the run itself is done and kept
         warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
 

@@ -12,7 +12,7 @@ are accuracies that the table tells the time to, beside `target_accuracy`.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -45,20 +45,21 @@ class Comparison:
 
 
 class Finished(NamedTuple):
-    """One run: its settings, its records, and its summary, None where it failed."""
+    """One run: its settings, its records, its summary, None where it failed, and its folder."""
 
     config: Config
     records: list[dict[str, Any]]
     summary: dict[str, Any] | None
+    folder: Path
     diverged: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep found: runs by name, a seed each; for each name the settings that tuning chose."""
+    """Runs to compare: by name, a seed each; for each name the settings that tuning chose."""
 
     runs: dict[str, list[Finished]]
-    tuned: dict[str, str]
+    tuned: dict[str, str] = field(default_factory=dict)
     targets: tuple[float, ...] = ()
 
     @property
@@ -188,7 +189,7 @@ def _once(
         if digest(found.config) != digest(config):
             raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
         if found.summary:
-            return Finished(config, found.records, found.summary)
+            return Finished(config, found.records, found.summary, folder)
     if folder.exists() and (source or not (folder / "config.yaml").exists()):  # cut short, and nothing to go on from
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
     here, diverged = config.model_copy(update={"out": str(folder)}), False
@@ -206,7 +207,7 @@ def _once(
     found = rundir.read(folder)
     if found.summary:
         finished.setdefault(reclock.key(config), folder)
-    return Finished(config, found.records, found.summary, diverged)
+    return Finished(config, found.records, found.summary, folder, diverged)
 
 
 def _merit(run: Finished) -> tuple[float, ...]:

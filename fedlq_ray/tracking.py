@@ -5,6 +5,7 @@ and logging the same record again adds nothing. A run is found again by its tag 
 """
 
 import csv
+import json
 import os
 import queue
 import tempfile
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray.config import Config, digest, keys, to_yaml
+from fedlq_ray.config import Config, digest, flat, to_yaml
+from fedlq_ray.errors import ConfigError
 
+FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
 _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
 
 
@@ -38,7 +41,8 @@ class Tracking:
     dataset: dict[str, str] = field(default_factory=dict)
 
 
-def _client(uri: str) -> Any:
+def connect(uri: str) -> Any:
+    """A client of an MLflow store or server."""
     # A server that is down must cost seconds, not the twenty minutes of MLflow's defaults.
     for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
@@ -76,25 +80,42 @@ def find_or_create(
     return str(run.info.run_id)
 
 
+def _parent(client: Any, tracking: Tracking) -> str:
+    """The id of the comparison that a run belongs to."""
+    assert tracking.parent is not None
+    name = tracking.parent.rsplit("/", 1)[-1]
+    run_id = find_or_create(client, tracking, tracking.parent, name, {"fedlq.kind": "comparison"}, tracking.started_ms)
+    client.set_terminated(run_id)  # it only holds its children together
+    return run_id
+
+
+def conclude(tracking: Tracking, note: str, files: Sequence[Path]) -> None:
+    """Give the comparison that a run belongs to its result: a note in markdown, and files as artifacts."""
+    client = connect(tracking.uri)
+    run_id = _parent(client, tracking)
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_tag(run_id, "mlflow.note.content", note)  # last: MLflow refuses a very long one
+
+
 def open_run(client: Any, tracking: Tracking, config: Config) -> str:
     """The run's id in MLflow, with its settings and its dataset logged."""
-    tags = tracking.tags | {"fedlq.config_sha256": digest(config), "fedlq.strategy": config.strategy.name}
+    trial = config.evaluate_on == "holdout"  # by which a sweep tunes
+    tags = tracking.tags | {
+        "fedlq.config_sha256": digest(config),
+        "fedlq.strategy": config.strategy.name,
+        "fedlq.data": config.data.name,
+        "fedlq.profiles": config.clients.profiles,
+        "fedlq.seed": str(config.seed),
+        "fedlq.kind": "trial" if trial else "run",
+    }
     if tracking.parent:
-        name = tracking.parent.rsplit("/", 1)[-1]
-        parent = find_or_create(client, tracking, tracking.parent, name, {}, tracking.started_ms)
-        client.set_terminated(parent)  # it only holds its children together
-        tags["mlflow.parentRunId"] = parent
-    run_id = find_or_create(client, tracking, tracking.run_key, config.name, tags, tracking.started_ms)
+        tags["mlflow.parentRunId"] = _parent(client, tracking)
+    name = f"{config.name}-{config.seed}" + (f" trial {Path(config.out or '').name}" if trial else "")
+    run_id = find_or_create(client, tracking, tracking.run_key, name, tags, tracking.started_ms)
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    settings = config.model_dump(mode="json")
-    params = []
-    for path, _, _ in keys():
-        value: Any = settings
-        for step in path.split("."):
-            value = value[step]
-        if path not in ("out", "name"):
-            params.append(Param(path, str(value)))
+    params = [Param(path, str(value)) for path, value in flat(config).items() if path not in ("out", "name")]
     logged = client.get_run(run_id).data.params
     client.log_batch(run_id, params=[param for param in params if param.key not in logged])
     for param in params:  # MLflow's parameters cannot change: what a resume changed is a tag
@@ -157,7 +178,7 @@ class Tracker:
 
     def _work(self) -> None:
         try:
-            client = _client(self._tracking.uri)
+            client = connect(self._tracking.uri)
             run_id = open_run(client, self._tracking, self._config)
             client.update_run(run_id, status="RUNNING")  # a run that goes on was KILLED or FAILED
             totals: dict[str, int] = {}
@@ -169,41 +190,141 @@ class Tracker:
 
 
 def sync(
-    tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], status: str, folder: Path | None
+    tracking: Tracking,
+    config: Config,
+    records: Sequence[Mapping[str, Any]],
+    status: str,
+    folder: Path | None,
+    module: Any = None,
 ) -> str:
-    """Log a whole run, and its folder's files; what is there already is not logged twice. Gives the run's id."""
-    client = _client(tracking.uri)
+    """Log a whole run, and its folder's files; what is there already is not logged twice. Gives the run's id.
+
+    Args:
+        module: the model that model.safetensors belongs to; without it MLflow gets that file, and no model of its own.
+    """
+    client = connect(tracking.uri)
     run_id = open_run(client, tracking, config)
     totals: dict[str, int] = {}
     for record in records:
         log_record(client, run_id, tracking, record, totals)
     if folder is not None:
-        _log_files(client, run_id, config, records, folder)
+        _log_files(client, run_id, tracking, config, records, folder, module)
     client.set_terminated(run_id, status)
     return run_id
 
 
-def attach(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Add a finished run's files and pictures to what its driver has logged."""
-    client = _client(tracking.uri)
-    _log_files(client, open_run(client, tracking, config), config, records, folder)
+def attach(
+    tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], folder: Path, module: Any = None
+) -> None:
+    """Add a finished run's files, pictures and model to what its driver has logged."""
+    client = connect(tracking.uri)
+    run_id = open_run(client, tracking, config)
+    _log_files(client, run_id, tracking, config, records, folder, module)
+    client.set_terminated(run_id, "FINISHED")
 
 
-def _log_files(client: Any, run_id: str, config: Config, records: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """A run's files as artifacts, and two pictures: accuracy against time and bytes, labels by client."""
+def _log_files(
+    client: Any,
+    run_id: str,
+    tracking: Tracking,
+    config: Config,
+    records: Sequence[Mapping[str, Any]],
+    folder: Path,
+    module: Any,
+) -> None:
+    """A run's files as artifacts, its summary as metrics and a note, two pictures, and the model."""
     from fedlq_ray.analysis import plots
 
-    for name in ("clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors"):
+    for name in FILES:
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
+    if (folder / "summary.json").exists():
+        _log_summary(client, run_id, tracking, config, json.loads((folder / "summary.json").read_text()))
+    if module is not None and (folder / "model.safetensors").exists():
+        _log_model(client, run_id, module, folder / "model.safetensors")
     with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
         plots.labels(counts, Path(made) / "labels.png")
-        plots.accuracy(
-            {config.name: [records]}, config.target_accuracy, config.network.bill, Path(made) / "accuracy.png"
-        )
+        curves = plots.accuracy({config.strategy.name: [records]}, config.target_accuracy, config.network.bill)
+        plots.save(curves, Path(made) / "accuracy.png")
         for picture in sorted(Path(made).iterdir()):
             client.log_artifact(run_id, str(picture))
+
+
+def _log_summary(client: Any, run_id: str, tracking: Tracking, config: Config, summary: Mapping[str, Any]) -> None:
+    """What a run came to, at its last round: metrics to sort a list of runs by, and a note to read."""
+    from mlflow.entities import Metric
+
+    sent = summary["uplink_bytes_to_target"]
+    values = {
+        "final_accuracy": summary["final_accuracy"],
+        "best_accuracy": summary["best_accuracy"],
+        "time_to_target_s": summary["time_to_target_s"],
+        "uplink_mb_to_target": None if sent is None else sent / 1e6,
+    }
+    at = tracking.started_ms + round(summary["sim_time_s"] * 1e3)
+    metrics = [Metric(k, float(v), at, summary["rounds"] - 1) for k, v in values.items() if v is not None]
+    client.log_batch(run_id, metrics=metrics)
+    note = (
+        f"**{config.strategy.name}** on {config.data.name}: accuracy {summary['final_accuracy']:.2%} after "
+        f"{summary['rounds']} rounds, {summary['sim_time_s']:.1f} simulated s, {summary['uplink_bytes'] / 1e6:.2f} MB "
+        "sent by clients."
+    )
+    if config.target_accuracy is not None:
+        reached = summary["time_to_target_s"]
+        when = "not reached" if reached is None else f"after {reached:.1f} s and {values['uplink_mb_to_target']:.2f} MB"
+        note += f" Target {config.target_accuracy:.2%}: {when}."
+    client.set_tag(run_id, "mlflow.note.content", note)
+
+
+def _log_model(client: Any, run_id: str, module: Any, weights: Path) -> None:
+    """As an MLflow model: `mlflow.pytorch.load_model("runs:/RUN_ID/model")`."""
+    import mlflow.pytorch
+    import torch
+    from safetensors.torch import load_file
+
+    module.load_state_dict(load_file(weights))
+    with tempfile.TemporaryDirectory() as made:
+        needs = [f"torch=={torch.__version__.split('+')[0]}", "fedlq-ray"]
+        mlflow.pytorch.save_model(module.eval(), f"{made}/model", pip_requirements=needs)
+        client.log_artifacts(run_id, f"{made}/model", "model")
+
+
+def fetch(uri: str, source: str, to: Path) -> list[Path]:
+    """The folders, under `to`, of a run, of a comparison's runs, or of an experiment's, as MLflow keeps them.
+
+    Trials by which a sweep tuned are left out.
+
+    Args:
+        source: a run's id, or an experiment's name.
+    Raises:
+        ConfigError: there is none, it holds no finished run, or MLflow does not answer.
+    """
+    try:
+        client = connect(uri)
+        experiment = client.get_experiment_by_name(source)
+        if experiment:
+            runs = client.search_runs([experiment.experiment_id], "params.evaluate_on = 'test'", max_results=5000)
+        else:
+            run = client.get_run(source)
+            children = f"tags.`mlflow.parentRunId` = '{source}' and params.evaluate_on = 'test'"
+            runs = client.search_runs([run.info.experiment_id], children, max_results=5000) or [run]
+        return [folder for run in runs if (folder := _files(client, run, to))]
+    except Exception as exc:  # MLflow raises many kinds
+        raise ConfigError(f"{source}: no such run or experiment in {uri}: {str(exc).splitlines()[0]}") from exc
+
+
+def _files(client: Any, run: Any, to: Path) -> Path | None:
+    """A finished run's folder, made anew from its artifacts; None where it has none."""
+    there = {file.path for file in client.list_artifacts(run.info.run_id)}
+    if "rounds.jsonl" not in there:
+        return None
+    folder = to / run.info.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if name in there:
+            client.download_artifacts(run.info.run_id, name, str(folder))
+    return folder
 
 
 def now_ms() -> int:

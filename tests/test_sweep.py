@@ -140,20 +140,21 @@ def test_a_target_counts_where_every_seed_reached_it():
         }
 
     class Seed:
-        seed = 0
+        def __init__(self, seed):
+            self.seed = seed
 
     def runs(*seconds):
         from fedlq_ray.sweep import Finished
 
-        return [Finished(Seed, [], done(s)) for s in seconds]
+        return [Finished(Seed(i), [], done(s), Path()) for i, s in enumerate(seconds)]
 
     table = compare.rows(Outcome({"fedavg": runs(10.0, 30.0), "a": runs(4.0, 6.0), "b": runs(1.0, None)}, {}))
     assert [row["time_to_target_s"] for row in table] == [20.0, 5.0, None]
-    assert [row["speed_up"] for row in table] == [1.0, 4.0, None]
+    assert [row["speed_up"] for row in table] == [1.0, pytest.approx(12.5**0.5), None]  # of 2.5 and 5
     assert table[0]["uplink_mb_to_target"] == 1.0 and table[2]["uplink_mb_to_target"] is None
     found = {"fedavg@x": runs(10.0), "limit@x": runs(2.0), "a@x": runs(5.0), "fedavg@y": runs(1.0), "a@y": runs(0.5)}
     table = compare.rows(Outcome(found, {}))
-    assert [row["speed_up"] for row in table] == [1.0, 5.0, 2.0, 1.0, 2.0]
+    assert [row["speed_up"] for row in table] == pytest.approx([1.0, 5.0, 2.0, 1.0, 2.0])
     assert [row["to_limit"] for row in table] == [5.0, 1.0, 2.5, None, None]
 
 

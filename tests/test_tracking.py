@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -14,8 +15,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from fedlq_ray import ClientError, resume, simulate, tracking
+from fedlq_ray import ClientError, resume, rundir, simulate, tracking
 from fedlq_ray.config import load
 from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import Terminated
@@ -44,7 +47,7 @@ def test_a_run_is_there_with_its_files_its_pictures_and_its_data():
     assert folder.is_relative_to(Path.cwd() / "mlruns")
     assert {f.name for f in folder.iterdir()} == {
         *("clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors", "config.yaml"),
-        *("labels.png", "accuracy.png"),
+        *("labels.png", "accuracy.png", "model"),
     }
     assert (folder / "model.safetensors").read_bytes() == (result.path / "model.safetensors").read_bytes()
     assert rows("select name from datasets") == [("digits",)]
@@ -167,3 +170,31 @@ def test_ui_finds_the_store_of_the_runs():
     run("tracking.uri=null", "out=apart")
     with pytest.raises(ConfigError, match="without tracking"):
         _store("apart")
+
+
+def test_every_metric_and_tag_is_documented_with_its_unit():
+    run("strategy.name=fedlq", "strategy.probe_every=1", "strategy.probe_samples=64", "target_accuracy=0.05")
+    told = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([\w/]+)` \| [^|]+ \|", told, re.MULTILINE))
+    logged = {re.sub(r"/.*", "/LAYER", key) for (key,) in rows("select distinct key from metrics")}
+    assert logged == documented
+    tags = {key for (key,) in rows("select key from tags") if key.startswith("fedlq.")} - {"fedlq.run_key"}
+    assert tags <= set(re.findall(r"`(fedlq\.\w+)`", told)) and len(tags) == 6
+
+
+def test_the_list_reads_well_and_the_model_loads(tmp_path, monkeypatch):
+    result = simulate(load(None, [*QUICK, "name=cmp-fedlq", "seed=3", "strategy.name=fedlq"]), parent="x/cmp")
+    ((run_id,),) = rows("select run_uuid from runs where name = 'cmp-fedlq-3'")
+    ((note,),) = rows(f"select value from tags where key = 'mlflow.note.content' and run_uuid = '{run_id}'")
+    assert f"accuracy {result.summary['final_accuracy']:.2%}" in note and "**fedlq** on digits" in note
+    tracking.conclude(rundir.read(result.path).tracking, "the table", [result.path / "summary.json"])
+    ((parent,),) = rows("select run_uuid from tags where key = 'mlflow.note.content' and value = 'the table'")
+    assert rows(f"select name from runs where run_uuid = '{parent}'") == [("cmp",)]
+    import mlflow
+    from mlflow import pytorch
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    model = pytorch.load_model(f"runs:/{run_id}/model")
+    weights = load_file(result.path / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

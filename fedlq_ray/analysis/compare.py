@@ -1,31 +1,22 @@
-"""What a sweep comes to: a table, a picture, and a small file that says how to make both again."""
+"""What runs come to: a row for those that differ in seed alone, set against a reference, with intervals."""
 
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from scipy.stats import t as student
 
 from fedlq_ray import provenance
 from fedlq_ray.analysis import plots
+from fedlq_ray.analysis.runs import by_population, parameters, population
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.sweep import Finished, Outcome
 
-
-def population(label: str) -> str:
-    """The population that a run's label names, as in eden-1@thin; "" for none."""
-    return label.rpartition("@")[2] if "@" in label else ""
-
-
-def by_population(labels: Iterable[str]) -> dict[str, list[str]]:
-    """The labels of each population, in their order."""
-    found: dict[str, list[str]] = {}
-    for label in labels:
-        found.setdefault(population(label), []).append(label)
-    return found
+CONFIDENCE = 0.95
+Row = dict[str, Any]
 
 
 def time_to(records: Iterable[Mapping[str, Any]], target: float) -> tuple[float, float, float] | None:
@@ -38,12 +29,114 @@ def time_to(records: Iterable[Mapping[str, Any]], target: float) -> tuple[float,
     return None
 
 
+class Interval(NamedTuple):
+    """A mean over seeds and its confidence interval, None for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Student's t interval (`CONFIDENCE`) of the mean of independent values."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, None, None)
+    reach = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def gain(own: Mapping[int, float | None], base: Mapping[int, float | None]) -> Interval | None:
+    """The mean of own - base, seed by seed; None where the seeds differ, or one lacks the figure."""
+    if own.keys() != base.keys() or not own:
+        return None
+    pairs = [(own[seed], base[seed]) for seed in own]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    return interval(differences) if len(differences) == len(pairs) else None
+
+
+def speed_up(own: Mapping[int, float | None], base: Mapping[int, float | None]) -> Interval | None:
+    """The geometric mean of base / own, seed by seed, as `gain`: its interval is that of the logarithms."""
+    logs = [{seed: value and -math.log(value) for seed, value in times.items()} for times in (own, base)]
+    found = gain(*logs)
+    return found and Interval(*(None if value is None else math.exp(value) for value in found))  # type: ignore[arg-type]
+
+
+def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
+    """A row a run: means over seeds and their sample standard deviations.
+
+    Accuracies and bytes are means over the runs that did not fail; a target counts where all seeds reached it.
+    accuracy_gain, speed_up: over the reference of the same population, with the bounds of their intervals; to_limit:
+    time in multiples of that of the run called limit; front: no run of the population has both more accuracy and
+    fewer bytes, or one of them and the other equal.
+
+    Args:
+        reference: a run's name without its population; by default fedavg, or the first where there is none.
+    Raises:
+        ConfigError: no run is called `reference`.
+    """
+    table = [_row(label, runs, outcome) for label, runs in outcome.runs.items()]
+    labels = [row["run"] for row in table]
+    names = list(dict.fromkeys(label.removesuffix(f"@{population(label)}") for label in labels))
+    if reference is not None and reference not in names:
+        raise ConfigError(f"--reference: there is no run {reference}; there are {', '.join(names)}")
+    reference = reference or ("fedavg" if "fedavg" in names else names[0])
+    times = {label: _by_seed(outcome.runs[label], "time_to_target_s") for label in labels}
+    accuracies = {label: _by_seed(outcome.runs[label], "final_accuracy") for label in labels}
+    for row in table:
+        label, where = row["run"], population(row["run"])
+        base, limit = (f"{name}@{where}" if where else name for name in (reference, "limit"))
+        won = gain(accuracies[label], accuracies[base]) if base in labels else None
+        faster = speed_up(times[label], times[base]) if base in labels else None
+        row["reference"] = base
+        for key, found in (("accuracy_gain", won), ("speed_up", faster)):
+            row[key], row[f"{key}_low"], row[f"{key}_high"] = found or (None, None, None)
+        least = next((other["time_to_target_s"] for other in table if other["run"] == limit), None)
+        row["to_limit"] = row["time_to_target_s"] / least if least and row["time_to_target_s"] else None
+        row["front"] = _undominated(row, [other for other in table if population(other["run"]) == where])
+    return table
+
+
+def _row(label: str, runs: Sequence[Finished], outcome: Outcome) -> Row:
+    done = [run.summary for run in runs if run.summary is not None]
+    accuracies = [s["final_accuracy"] for s in done]
+    whole = done if len(done) == len(runs) else []
+    seconds = [s["time_to_target_s"] for s in whole]
+    sent = [s["uplink_bytes_to_target"] and s["uplink_bytes_to_target"] / 1e6 for s in whole]
+    total = [s["uplink_bytes"] / 1e6 for s in done]
+    return {
+        "run": label,
+        "tuned": outcome.tuned.get(label),
+        "seeds": len(runs),
+        "failed": len(runs) - len(done),
+        "final_accuracy": _mean(accuracies),
+        "final_accuracy_sd": _spread(accuracies),
+        "time_to_target_s": _mean(seconds),
+        "time_to_target_s_sd": _spread(seconds),
+        "uplink_mb_to_target": _mean(sent),
+        "uplink_mb_to_target_sd": _spread(sent),
+        "targets": {f"{target:g}": _reached(runs, target) for target in outcome.targets},
+        "uplink_mb": _mean(total),
+        "uplink_mb_sd": _spread(total),
+        "bits_per_parameter": _bits(runs),
+        "by_seed": [
+            {"seed": run.config.seed}
+            | {k: (run.summary or {}).get(k) for k in ("final_accuracy", "time_to_target_s", "uplink_bytes")}
+            for run in runs
+        ],
+    }
+
+
 def _mean(values: list[Any]) -> float | None:
     return statistics.fmean(values) if values and None not in values else None
 
 
 def _spread(values: list[Any]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 and None not in values else None
+
+
+def _by_seed(runs: Sequence[Finished], key: str) -> dict[int, float | None]:
+    return {run.config.seed: run.summary[key] if run.summary else None for run in runs}
 
 
 def _reached(runs: Sequence[Finished], target: float) -> dict[str, Any]:
@@ -59,119 +152,35 @@ def _reached(runs: Sequence[Finished], target: float) -> dict[str, Any]:
     }
 
 
-def rows(outcome: Outcome) -> list[dict[str, Any]]:
-    """A row a run: means over seeds and their sample standard deviations.
-
-    Accuracies and bytes are means over the runs that did not fail; a target counts where all seeds reached it.
-    speed_up: over the run called fedavg, of the same population; to_limit: time in multiples of the run's called limit.
-    """
-    table: list[dict[str, Any]] = []
-    for label, runs in outcome.runs.items():
-        done = [run.summary for run in runs if run.summary is not None]
-        accuracies = [s["final_accuracy"] for s in done]
-        whole = len(done) == len(runs)
-        seconds = [s["time_to_target_s"] for s in done] if whole else []
-        sent = [s["uplink_bytes_to_target"] and s["uplink_bytes_to_target"] / 1e6 for s in done] if whole else []
-        row: dict[str, Any] = {
-            "run": label,
-            "tuned": outcome.tuned.get(label),
-            "seeds": len(runs),
-            "failed": len(runs) - len(done),
-            "final_accuracy": _mean(accuracies),
-            "final_accuracy_sd": _spread(accuracies),
-            "time_to_target_s": _mean(seconds),
-            "time_to_target_s_sd": _spread(seconds),
-            "uplink_mb_to_target": _mean(sent),
-            "targets": {f"{target:g}": _reached(runs, target) for target in outcome.targets},
-            "uplink_mb": _mean([s["uplink_bytes"] / 1e6 for s in done]),
-            "by_seed": [
-                {"seed": run.config.seed}
-                | {k: (run.summary or {}).get(k) for k in ("final_accuracy", "time_to_target_s", "uplink_bytes")}
-                for run in runs
-            ],
-        }
-        table.append(row)
-    times = {row["run"]: row["time_to_target_s"] for row in table}
-    for row in table:
-        own, where = row["time_to_target_s"], population(row["run"])
-        base, limit = (times.get(f"{name}@{where}" if where else name) for name in ("fedavg", "limit"))
-        row["speed_up"] = base / own if base and own else None
-        row["to_limit"] = own / limit if limit and own else None
-    return table
+def _bits(runs: Sequence[Finished]) -> float | None:
+    """Bits a parameter of all payloads, headers included; None where no model was kept, or nothing sent."""
+    size, records = parameters(runs), [record for run in runs for record in run.records]
+    payloads = sum(len(record["answered"]) for record in records)
+    return 8 * sum(r["uplink_bytes"] for r in records) / (payloads * size) if size and payloads else None
 
 
-def render(table: Sequence[dict[str, Any]], target: float | None, bill: str) -> Table:
-    """The rows of one population as a table for a terminal; columns that would say nothing are left out."""
-    seeds = max(row["seeds"] for row in table)
-    billed = "uploads" if bill == "upload" else "uploads and downloads"
-    averaged = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    where = population(table[0]["run"])
-    shown = Table(
-        title=f"{where and f'{where}: '}the clock bills {billed}; {averaged}",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        title_justify="left",
-    )
+def _undominated(row: Row, among: Sequence[Row]) -> bool:
+    def figures(one: Row) -> tuple[float, float] | None:
+        known = one["final_accuracy"] is not None and one["uplink_mb"] is not None
+        return (one["final_accuracy"], -one["uplink_mb"]) if known else None
 
-    def column(heading: str, cells: list[str], justify: Any = "right") -> None:
-        shown.add_column(heading, justify=justify, no_wrap=True)
-        columns.append(cells)
-
-    def figure(value: float | None, spread: float | None, scale: float = 1, least: int = 0, missing: str = "–") -> str:
-        if value is None:
-            return missing
-        # Three significant digits at least, and the spread to the same place.
-        places = max(least, 2 - math.floor(math.log10(abs(scale * value) or 1)))
-        text = f"{scale * value:.{places}f}"
-        return text if spread is None else f"{text} ± {scale * spread:.{places}f}"
-
-    def figures(key: str, missing: str = "–") -> list[str]:
-        return [figure(row[key], row.get(f"{key}_sd"), missing=missing) for row in table]
-
-    columns: list[list[str]] = []
-    column("run", [row["run"].removesuffix(f"@{where}") for row in table], "left")
-    accuracies = [figure(row["final_accuracy"], row["final_accuracy_sd"], 100, least=2) for row in table]
-    column("accuracy, %", accuracies)
-    if target is not None:
-        column(f"s to {target:.4g}", figures("time_to_target_s", missing="not reached"))
-        column(f"MB to {target:.4g}", figures("uplink_mb_to_target", missing="not reached"))
-        column("speed-up", figures("speed_up"))
-        if any(row["to_limit"] is not None for row in table):
-            column("times limit", figures("to_limit"))
-    for other in table[0]["targets"]:
-        if target is not None and float(other) == target:
-            continue
-        found = [row["targets"][other] for row in table]
-        missing = [f"by {one['reached']} of {seeds}" if one["reached"] else "not reached" for one in found]
-        column(f"s to {other}", [figure(f["mean"], f["sd"], missing=m) for f, m in zip(found, missing, strict=True)])
-        column(f"MB to {other}", [figure(one["mb"], None) for one in found])
-    column("MB in all", figures("uplink_mb"))
-    if any(row["failed"] for row in table):
-        column("failed", [f"{row['failed']} of {row['seeds']}" for row in table])
-    for cells in zip(*columns, strict=True):
-        shown.add_row(*cells)
-    return shown
+    own = figures(row)
+    others = [other for other in map(figures, among) if other is not None]
+    return own is not None and not any(o != own and o[0] >= own[0] and o[1] >= own[1] for o in others)
 
 
 def plot(outcome: Outcome, file: Path) -> list[Path]:
-    """Accuracy against time and bytes, a line a seed; a picture a population, such as accuracy@thin.png."""
+    """Accuracy against time and bytes; a picture a population, such as accuracy@thin.png."""
     made = []
     for where, labels in by_population(outcome.runs).items():
         config = outcome.runs[labels[0]][0].config
-        lines = {label: [run.records for run in outcome.runs[label]] for label in labels}
+        lines = {label.removesuffix(f"@{where}"): [run.records for run in outcome.runs[label]] for label in labels}
         made.append(file.with_stem(f"{file.stem}@{where}") if where else file)
-        plots.accuracy(lines, config.target_accuracy, config.network.bill, made[-1])
+        plots.save(plots.accuracy(lines, config.target_accuracy, config.network.bill), made[-1])
     return made
 
 
-def save(table: Sequence[dict[str, Any]], source: str, command: str, file: Path) -> None:
+def save(table: Sequence[Row], source: str, command: str, file: Path) -> None:
     """The rows as JSON, with what made them: the sweep's own text, the command, the commit, versions and machine."""
-    made_by = {
-        "command": command,
-        "commit": provenance.commit(),
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
-        "sweep": source,
-    }
+    made_by = {"command": command, **provenance.made_by(), "sweep": source}
     file.write_text(json.dumps(made_by | {"rows": list(table)}, indent=1) + "\n")

@@ -10,36 +10,95 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Records = Sequence[Mapping[str, Any]]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# Okabe and Ito's order, darkened to a contrast of 4.5 on white; beside its colour a run has a dash and a name.
+COLOURS = ("#0072B2", "#B84A00", "#00795A", "#A3478B", "#7A6200", "#3A3A3A")
+MUTED = "#666666"  # contrast 5.7 on white
+STEPS = {"download": "#8C8C8C", "compute": "#B58900", "upload": "#4B3F8F"}  # of a client's round, and unlike runs
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 3)))
+AXES = {
+    "time": "simulated time, s ({bill})",
+    "bytes": "uplink traffic of all clients, MB",
+    "round": "round",
+}
 
 
-def accuracy(runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, file: Path) -> None:
-    """Accuracy against simulated time and against megabytes sent: a colour a run, a line a seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for (name, seeds), colour in zip(runs.items(), COLOURS * 100, strict=False):
-        for index, records in enumerate(seeds):
-            sent = np.cumsum([r["uplink_bytes"] for r in records]) / 1e6
-            seen = [i for i, r in enumerate(records) if r["accuracy"] is not None]
-            values = [records[i]["accuracy"] for i in seen]
-            style: dict[str, Any] = {"color": colour, "label": None if index else name, "alpha": 0.4 if index else 1}
-            axes[0].plot([records[i]["sim_time_s"] for i in seen], values, **style)
-            axes[1].plot(sent[seen], values, **style)
-    billed = "uploads billed" if bill == "upload" else "uploads and downloads billed"
-    axes[0].set(xlabel=f"simulated time, s ({billed})", ylabel="test accuracy", xscale="log")
-    axes[1].set(xlabel="uplink traffic, MB (all clients)", xscale="log")
-    for axis in axes:
-        if target is not None:
-            axis.axhline(target, color="0.6", linestyle=":", linewidth=1)
-            axis.text(
-                0.01, target, f"target {target:g}", color="0.4", va="bottom", transform=axis.get_yaxis_transform()
-            )
-        axis.grid(alpha=0.2)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, loc="lower right")
-    figure.savefig(file, dpi=120)
+def accuracy(
+    runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: Sequence[str] = ("time", "bytes")
+) -> Figure:
+    """Accuracy against keys of `AXES`, a panel each: a run is the mean of its seeds, in a band from least to most."""
+    figure, axes = plt.subplots(
+        1, len(against), figsize=(5 * len(against), 4), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, key in zip(axes[0], against, strict=True):
+        draw_accuracy(axis, runs, target, bill, key)
+    axes[0, 0].set_ylabel("test accuracy, %")
+    return figure
+
+
+def draw_accuracy(
+    axis: Any, runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: str
+) -> None:
+    """One panel of `accuracy`."""
+    ends = []
+    for index, (name, seeds) in enumerate(runs.items()):
+        colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+        series = [line for line in (seen(records, against) for records in seeds) if len(line[0])]
+        if not series:
+            continue
+        first, last = max(xs[0] for xs, _ in series), min(xs[-1] for xs, _ in series)
+        grid = np.unique(np.concatenate([xs for xs, _ in series]))
+        grid = grid[(grid >= first) & (grid <= last)]
+        if not len(grid):  # seeds that have no time in common
+            grid = series[0][0]
+        found = 100 * np.array([np.interp(grid, xs, ys) for xs, ys in series])
+        if len(series) > 1:
+            axis.fill_between(grid, found.min(0), found.max(0), color=colour, alpha=0.18, linewidth=0)
+        axis.plot(grid, found.mean(0), color=colour, linestyle=dash, linewidth=1.8)
+        ends.append((float(grid[-1]), float(found.mean(0)[-1]), name, colour))
+    axis.set(xlabel=AXES[against].format(bill="uploads billed" if bill == "upload" else "both directions billed"))
+    if against == "round":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if target is not None:
+        axis.axhline(100 * target, color=MUTED, linestyle=":", linewidth=1)
+        transform = axis.get_yaxis_transform()
+        axis.text(0.01, 100 * target, f"target {100 * target:g} %", color=MUTED, va="bottom", transform=transform)
+    axis.grid(alpha=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+    name_ends(axis, ends)
+
+
+def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Where a run was evaluated, and what was seen: accuracies are fractions."""
+    sent = np.cumsum([r["uplink_bytes"] for r in records]) / 1e6
+    at = {"time": [r["sim_time_s"] for r in records], "bytes": sent, "round": [r["round"] + 1 for r in records]}
+    evaluated = [i for i, r in enumerate(records) if r["accuracy"] is not None]
+    return np.asarray(at[against], float)[evaluated], np.array([records[i]["accuracy"] for i in evaluated], float)
+
+
+def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside the ends (x, y, name, colour) of lines, moved up or down until none lies on another."""
+    low, high = axis.get_ylim()
+    step = 0.062 * (high - low)
+    placed: list[float] = []
+    for _, y, _, _ in (ordered := sorted(ends, key=lambda end: end[1])):
+        placed.append(max(y, placed[-1] + step) if placed else y)
+    over = (sum(placed) - sum(end[1] for end in ordered)) / max(1, len(placed))  # up and down by as much
+    for (x, _, name, colour), y in zip(ordered, placed, strict=True):
+        axis.annotate(
+            name, (x, y - over), (6, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False
+        )
+
+
+def save(figure: Figure, file: Path, dpi: int = 120) -> None:
+    """As a picture; the figure is closed."""
+    figure.savefig(file, dpi=dpi)
     plt.close(figure)
 
 
@@ -50,8 +109,7 @@ def labels(counts: Sequence[Sequence[int]], file: Path) -> None:
     axis.set(xlabel="client", ylabel="class", title="training samples by client and class")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, label="samples")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    save(figure, file, dpi=100)
 
 
 @dataclass(frozen=True)
@@ -92,8 +150,7 @@ def layers(
         axis.tick_params(length=0)
     figure.suptitle(title, fontsize=10)
     figure.supxlabel("level, bits a parameter", fontsize=9)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    save(figure, file, dpi=100)
 
 
 def short(value: float) -> str:

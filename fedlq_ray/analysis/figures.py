@@ -1,0 +1,318 @@
+"""The figures of a report on runs: what each shows is in its title, and why it came out so in its caption."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from fedlq_ray.analysis import plots
+from fedlq_ray.analysis.runs import parameters
+from fedlq_ray.sweep import Finished
+
+Runs = Mapping[str, Sequence[Finished]]
+WIDTH = 5.0  # inches of a figure that fills a phone's width
+STYLE: Any = {"font.size": 11.5, "axes.labelsize": 11.5, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5}
+_CONSTANT = 1.1  # bits whose most and least differ by less are told in words
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure of the report.
+
+    Attributes:
+        title: what is seen, as a sentence.
+        caption: how to read it, and what it leaves out.
+        alt: what it looks like.
+    """
+
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+
+
+def canvas(height: float) -> tuple[Figure, Any]:
+    with plt.rc_context(STYLE):
+        return plt.subplots(figsize=(WIDTH, height), layout="constrained")
+
+
+def accuracy(runs: Runs, against: str) -> Shown:
+    """Accuracy against one of plots.AXES."""
+    config = next(iter(runs.values()))[0].config
+    with plt.rc_context(STYLE):
+        figure, axis = canvas(4.0)
+        records = {label: [run.records for run in seeds] for label, seeds in runs.items()}
+        plots.draw_accuracy(axis, records, config.target_accuracy, config.network.bill, against)
+        axis.set_ylabel("test accuracy, %")
+    over = {"time": "simulated time", "bytes": "uplink traffic", "round": "rounds"}[against]
+    seeds = max(map(len, runs.values()))
+    band = f"Line: mean of {seeds} seeds; band: from the least to the most of them." if seeds > 1 else "One seed."
+    ends = "; ".join(f"{label} ends at {_final(seeds)}" for label, seeds in runs.items())
+    title = _arrivals(runs, config.target_accuracy, against) or f"Accuracy against {over}: {ends}"
+    return Shown(title, band, f"Accuracy against {over}, a line a run: {ends}.", figure)
+
+
+def _arrivals(runs: Runs, target: float | None, against: str) -> str | None:
+    """Who came to the target first, and who last, of those whose seeds all did; None where nobody did."""
+    arrived: dict[str, float] = {}
+    for label, seeds in runs.items():
+        found = [one for run in seeds if (one := _first(run, target, against)) is not None]
+        if found and len(found) == len(seeds):
+            arrived[label] = float(np.mean(found))
+    if target is None or not arrived:
+        return None
+    unit = {"time": "s", "bytes": "MB", "round": "rounds"}[against]
+    soonest, latest = min(arrived, key=lambda n: arrived[n]), max(arrived, key=lambda n: arrived[n])
+    title = f"{soonest} reaches {100 * target:g} % after {arrived[soonest]:.3g} {unit}"
+    return title if soonest == latest else f"{title}, {latest} after {arrived[latest]:.3g}"
+
+
+def _first(run: Finished, target: float | None, against: str) -> float | None:
+    """Where on an axis of plots.AXES a run is first seen at an accuracy."""
+    xs, accuracies = plots.seen(run.records, against)
+    reached = xs[accuracies >= target] if target is not None else xs[:0]
+    return float(reached[0]) if len(reached) else None
+
+
+def _final(seeds: Sequence[Finished]) -> str:
+    known = [run.summary["final_accuracy"] for run in seeds if run.summary]
+    return f"{100 * sum(known) / len(known):.1f} %" if known else "no result"
+
+
+def _clients(run: Finished) -> list[dict[str, float]]:
+    """What clients.csv has of each client, as numbers; nothing where the run has none."""
+    file = run.folder / "clients.csv"
+    if not file.exists():
+        return []
+    with file.open(newline="") as table:
+        return [{key: float(value) for key, value in row.items() if _number(value)} for row in csv.DictReader(table)]
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
+    """Heat maps of bits a parameter, by layer and by client, for each run where they vary; the others in words."""
+    by_layer = {label: _layer_bits(seeds[0]) for label, seeds in runs.items() if seeds[0].records}
+    by_client = {label: _client_bits(seeds[0]) for label, seeds in runs.items() if parameters(seeds[:1])}
+    shown: list[Shown] = []
+    told: list[str] = []
+    varying = {}
+    for label in by_layer:
+        maps = [by_layer[label][1]] + ([by_client[label]] if label in by_client else [])
+        sent = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in maps])
+        if len(sent) and sent.max() / sent.min() > _CONSTANT:
+            varying[label] = sent
+        elif len(sent):
+            told.append(f"{label} sends {sent.mean():.3g} bits a parameter in every layer, round and client.")
+    if not varying:
+        return shown, told
+    norm = LogNorm(min(v.min() for v in varying.values()), max(v.max() for v in varying.values()))
+    for label in varying:
+        seed = runs[label][0].config.seed
+        layers, values = by_layer[label]
+        means = np.nanmean(values, 1)
+        extremes = f"most for {layers[means.argmax()]} ({means.max():.2g}), least for {layers[means.argmin()]}"
+        caption = f"Bits a parameter, mean of the cohort, headers included; seed {seed}."
+        title = f"{label}: {extremes} ({means.min():.2g} bits a parameter)"
+        shown.append(_heat(values, norm, title, caption, layers, "layer"))
+        if label not in by_client:
+            continue
+        clients = _clients(runs[label][0])
+        order = np.argsort([-client["uplink_mbps"] for client in clients]) if clients else np.arange(len(values))
+        values = by_client[label][order]
+        slow, fast = _half_means(values)
+        shown.append(
+            _heat(
+                values,
+                norm,
+                f"{label}: {fast:.2g} bits a parameter on the faster half of the uplinks, {slow:.2g} on the slower",
+                f"Of each client's payload, fastest uplink on top; blank: not in the cohort. Seed {seed}.",
+                [str(client) for client in order],
+                "client, by uplink",
+            )
+        )
+    return shown, told
+
+
+def _half_means(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Means over the slower and the faster half of the rows, which are sorted from fast to slow."""
+    half = len(values) // 2
+    return float(np.nanmean(values[half:])), float(np.nanmean(values[:half]))
+
+
+def _layer_bits(run: Finished) -> tuple[list[str], NDArray[np.float64]]:
+    """Layers' names, and bits a parameter: (layers, rounds)."""
+    names = list(run.records[0]["bits_per_parameter"])
+    rounds = [[record["bits_per_parameter"].get(name, np.nan) for name in names] for record in run.records]
+    return names, np.array(rounds, float).T
+
+
+def _client_bits(run: Finished) -> NDArray[np.float64]:
+    """Bits a parameter of each client's payload: (clients, rounds), NaN where it sent none."""
+    size = parameters([run]) or 1
+    found = np.full((run.config.clients.count, len(run.records)), np.nan)
+    for column, record in enumerate(run.records):
+        for client, sent in zip(record["cohort"], record["client_uplink_bytes"], strict=True):
+            found[client, column] = 8 * sent / size if sent else np.nan
+    return found
+
+
+def _heat(values: NDArray[np.float64], norm: LogNorm, title: str, caption: str, names: Sequence[str], of: str) -> Shown:
+    with plt.rc_context(STYLE):
+        figure, axis = canvas(1.7 + min(0.24 * len(names), 3.4))
+        extent = (0.5, values.shape[1] + 0.5, len(names) - 0.5, -0.5)
+        image = axis.imshow(values, norm=norm, cmap="viridis", aspect="auto", interpolation="none", extent=extent)
+        few = len(names) <= 12
+        axis.set_yticks(range(len(names)) if few else [0, len(names) - 1], names if few else ["fastest", "slowest"])
+        axis.set(xlabel="round", ylabel=of)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bar = figure.colorbar(image, label="bits a parameter", orientation="horizontal", aspect=40, pad=0.02)
+        levels = [level for level in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if norm.vmin <= level <= norm.vmax]  # type: ignore[operator]
+        bar.ax.xaxis.set_minor_formatter(NullFormatter())
+        bar.set_ticks(levels, labels=[f"{level:g}" for level in levels])
+    return Shown(title, caption, f"Heat map, {of} by round. {title}.", figure)
+
+
+def significance(runs: Runs) -> list[Shown]:
+    """Significance of each layer over rounds, for the runs that measure it."""
+    shown = []
+    for label, seeds in runs.items():
+        seen = [
+            (record["round"] + 1, record["significance"]) for record in seeds[0].records if record.get("significance")
+        ]
+        if not seen:
+            continue
+        rounds, names = [at for at, _ in seen], list(seen[-1][1])
+        values = np.array([[found[name] for name in names] for _, found in seen])
+        with plt.rc_context(STYLE):
+            figure, axis = canvas(3.6)
+            ends = []
+            for index, name in enumerate(names):
+                colour = plots.COLOURS[index % len(plots.COLOURS)]
+                line = np.where(values[:, index] > 0, values[:, index], np.nan)
+                axis.plot(rounds, line, color=colour, linestyle=plots.DASHES[index % len(plots.DASHES)], linewidth=1.8)
+                if np.isfinite(line[-1]):
+                    ends.append((rounds[-1], float(line[-1]), name, colour))
+            axis.set(xlabel="round", ylabel="accuracy or loss given up per memory saved", yscale="log")
+            axis.yaxis.label.set_text("loss per memory saved")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.2)
+            axis.spines[["top", "right"]].set_visible(False)
+            plots.name_ends(axis, ends)
+        last = dict(zip(names, values[-1], strict=True))
+        top = max(last, key=lambda name: last[name])
+        caption = (
+            f"What quantizing a layer to its lowest level costs, per memory saved; running average of probes, "
+            f"seed {seeds[0].config.seed}. Values at or below zero are noise, and left out."
+        )
+        title = f"{label}: {top} matters most at the end"
+        ordered = ", ".join(f"{name} {plots.short(last[name])}" for name in sorted(last, key=lambda n: -last[n]))
+        shown.append(Shown(title, caption, f"Lines by layer over rounds, logarithmic. At the end: {ordered}.", figure))
+    return shown
+
+
+def timelines(runs: Runs) -> list[Shown]:
+    """One round of each run as its clients spent it; the same round of the same seed for all."""
+    first = next((seeds[0] for seeds in runs.values() if seeds[0].records), None)
+    if first is None:
+        return []
+    ends = np.array([record["sim_time_s"] for record in first.records])
+    lengths = np.diff(ends, prepend=0.0)
+    typical = int(np.argsort(lengths)[len(lengths) // 2])
+    found = [_timeline(label, seeds[0], typical) for label, seeds in runs.items() if len(seeds[0].records) > typical]
+    return [one for one in found if one]
+
+
+def _steps(record: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Seconds of each step of `plots.STEPS`: (members, 3)."""
+    return np.array([record[f"client_{step}_s"] for step in plots.STEPS]).T
+
+
+def _timeline(label: str, run: Finished, round: int) -> Shown | None:
+    steps = _steps(run.records[round])
+    if not steps.size or not steps.sum():
+        return None
+    members = np.array(run.records[round]["cohort"])
+    order = np.argsort(-steps.sum(1), kind="stable")
+    last, total = order[0], steps.sum(1).max()
+    cause = list(plots.STEPS)[int(steps[last].argmax())]
+    clients = _clients(run)
+    with plt.rc_context(STYLE):
+        figure, axis = canvas(1.0 + 0.26 * len(order))
+        left = np.zeros(len(order))
+        for step, colour in plots.STEPS.items():
+            lengths = steps[order, list(plots.STEPS).index(step)]
+            axis.barh(range(len(order)), lengths, left=left, color=colour, height=0.72, linewidth=0)
+            left += lengths
+        names = [f"{c} ({clients[c]['uplink_mbps']:.2g} Mb/s)" if clients else str(c) for c in members[order]]
+        axis.set_yticks(range(len(order)), names)
+        axis.invert_yaxis()
+        axis.set(xlabel="seconds of the round (simulated)", ylabel="client (uplink)")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    share = steps[last].max() / total
+    mean = steps.sum(1).mean() / total
+    title = f"{label}: client {members[last]} ends round {round + 1} after {total:.3g} s, {share:.0%} of it {cause}"
+    caption = f"{_stragglers(run, clients)} On average a member is busy for {mean:.0%} of this round."
+    alt = f"Bars by client of the round's seconds: download, compute, upload. {title}. {caption}"
+    return Shown(title, caption, alt, figure)
+
+
+def _stragglers(run: Finished, clients: Sequence[Mapping[str, float]]) -> str:
+    """Who was last most often, and in what step the last members spent their time."""
+    last: dict[int, int] = {}
+    spent = np.zeros(len(plots.STEPS))
+    for record in run.records:
+        steps = _steps(record)
+        if steps.size and steps.sum():
+            slowest = int(steps.sum(1).argmax())
+            client = record["cohort"][slowest]
+            last[client] = last.get(client, 0) + 1
+            spent += steps[slowest]
+    worst = max(last, key=lambda client: last[client])
+    has = ""
+    if clients:
+        has = f" ({clients[worst]['uplink_mbps']:.2g} Mb/s up, {clients[worst]['compute_gflops']:.2g} GFLOP/s)"
+    main = int(spent.argmax())
+    return (
+        f"Client {worst}{has} was last in {last[worst]} of {len(run.records)} rounds of seed {run.config.seed}; "
+        f"{list(plots.STEPS)[main]} took {spent[main] / spent.sum():.0%} of the last one's time over all rounds."
+    )
+
+
+def labels(run: Finished) -> Shown | None:
+    """Training samples by client and class; None where the folder has no clients.csv."""
+    clients = _clients(run)
+    names = [key for key in (clients[0] if clients else {}) if key.startswith("label_")]
+    if not names:
+        return None
+    counts = np.array([[client[name] for name in names] for client in clients]).T
+    with plt.rc_context(STYLE):
+        figure, axis = canvas(3.4)
+        image = axis.imshow(np.where(counts > 0, counts, np.nan), aspect="auto", cmap="viridis", interpolation="none")
+        axis.set(xlabel="client", ylabel="class")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, label="samples", orientation="horizontal", aspect=40, pad=0.02)
+    half = np.median([(np.sort(column)[::-1].cumsum() < column.sum() / 2).sum() + 1 for column in counts.T])
+    title = f"The median client has half of its samples in {half:.0f} class{'es' if half > 1 else ''}"
+    sizes = counts.sum(0)
+    data = run.config.data
+    how = f"{data.partition}({data.alpha:g})" if data.partition in ("dirichlet", "quantity") else data.partition
+    span = f"{sizes.min():.0f} to {sizes.max():.0f} a client"
+    caption = f"Training samples, {how}, seed {run.config.seed}: {span}; blank: none."
+    return Shown(title, caption, f"Heat map, class by client. {title}. {caption}", figure)

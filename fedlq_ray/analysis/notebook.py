@@ -1,0 +1,42 @@
+"""One run as a notebook shows it."""
+
+from html import escape
+from pathlib import Path
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from fedlq_ray import rundir
+from fedlq_ray.analysis import plots, svg  # plots chooses the backend
+
+
+def plot(folder: Path) -> Figure:
+    """Accuracy against simulated time and traffic; not pyplot's, so that it is shown once."""
+    run = rundir.read(folder)
+    figure = plots.accuracy(
+        {run.config.strategy.name: [run.records]}, run.config.target_accuracy, run.config.network.bill
+    )
+    pyplot.close(figure)
+    return figure
+
+
+def html(folder: Path) -> str:
+    """A run's main figures as a table, and its picture."""
+    run = rundir.read(folder)
+    config, summary = run.config, run.summary or {}
+    shown = {"strategy": config.strategy.name, "rounds": str(len(run.records))}
+    if summary:
+        shown["final accuracy"] = f"{summary['final_accuracy']:.2%}"
+        if config.target_accuracy is not None:
+            reached = summary["time_to_target_s"]
+            key = f"simulated time to {config.target_accuracy:.4g}"
+            shown[key] = "not reached" if reached is None else f"{reached:.3g} s"
+        shown["simulated time"] = f"{summary['sim_time_s']:.3g} s"
+        shown["sent by clients"] = f"{summary['uplink_bytes'] / 1e6:.3g} MB"
+    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in shown.items())
+    alt = f"Accuracy of {config.name} against simulated time and traffic"
+    drawn = svg.inline(plot(folder), f"{config.name}-{config.seed}", alt, themed=False)
+    return (
+        f"<table>{rows}</table>"
+        f'<div style="max-width: 60em; background: white">{drawn}</div><code>{escape(str(folder))}</code>'
+    )

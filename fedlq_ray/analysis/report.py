@@ -1,0 +1,218 @@
+"""A report on runs: one HTML file that needs no network, for a screen of any width, light or dark, and for paper."""
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray.analysis import figures, plots, svg, tables
+from fedlq_ray.analysis.compare import CONFIDENCE, Row
+from fedlq_ray.analysis.figures import Runs, Shown
+from fedlq_ray.analysis.runs import by_population, population
+from fedlq_ray.config import WITHOUT_EFFECT, Config, flat
+from fedlq_ray.sweep import Finished, Outcome
+
+
+def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[str]], command: str) -> str:
+    """The report.
+
+    Args:
+        table: of compare.rows.
+        unlike: of runs.unlike.
+        command: what makes this report again.
+    """
+    config = next(iter(outcome.runs.values()))[0].config
+    seeds = max(len(runs) for runs in outcome.runs.values())
+    title = f"{', '.join(outcome.runs)} on {config.data.name}"
+    scale = (
+        f"{config.clients.count} clients, {config.clients.cohort} in a round, {config.rounds} rounds, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, links: {config.clients.profiles}."
+    )
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="small">{escape(scale)}</p>']
+    for where, labels in by_population(outcome.runs).items():
+        runs = {label.removesuffix(f"@{where}"): outcome.runs[label] for label in labels}
+        block = [row for row in table if row["run"] in labels]
+        if where:
+            parts.append(f"<h2>Population {escape(where)}</h2>")
+        parts += _results(block, runs, unlike)
+        parts += _behaviour(runs, where)
+    first = next((runs[0] for runs in outcome.runs.values() if runs[0].records), None)
+    shown = figures.labels(first) if first else None
+    if shown:
+        parts += ["<h2>Who has which data</h2>", _grid([shown], "labels")]
+    parts += _origin(outcome, command)
+    style = (files("fedlq_ray.analysis") / "report.css").read_text()
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str]]) -> list[str]:
+    """What came out: sentences, the table, and accuracy against time, bytes and rounds."""
+    config = next(iter(runs.values()))[0].config
+    told = "".join(f"<li>{escape(one)}</li>" for one in findings(block, config.target_accuracy))
+    made = tables.columns(block, config.target_accuracy)
+    names = list(made)
+    head = "".join(f"<th scope='col'>{escape(heading)}</th>" for heading in made)
+    body = []
+    for index, cells in enumerate(zip(*made.values(), strict=True)):
+        key = f'<span class="key" style="border-color: var(--run-{index % len(plots.COLOURS)})"></span>'
+        row = "".join(
+            f'<td data-of="{escape(h)}">{key if h == names[0] else ""}{escape(c)}</td>'
+            for h, c in zip(names, cells, strict=True)
+        )
+        body.append(f"<tr{' class=front' if block[index]['front'] and len(block) > 1 else ''}>{row}</tr>")
+    notes = " ".join(tables.notes(block, config, unlike))
+    where = population(block[0]["run"])
+    return [
+        f"<ul>{told}</ul>",
+        f'<div class="scroll"><table class="results"><thead><tr>{head}</tr></thead>',
+        f"<tbody>{''.join(body)}</tbody></table></div>",
+        f'<p class="small">{escape(notes)}</p>',
+        "<h2>Accuracy against time, traffic and rounds</h2>",
+        _grid([figures.accuracy(runs, against) for against in plots.AXES], f"accuracy{where}"),
+    ]
+
+
+def findings(block: Sequence[Row], target: float | None) -> list[str]:
+    """The table's main points as sentences."""
+    told = []
+    base = block[0]["reference"].removesuffix(f"@{population(block[0]['run'])}")
+    names = {row["run"]: row["run"].removesuffix(f"@{population(row['run'])}") for row in block}
+    arrived = [row for row in block if row["time_to_target_s"] is not None]
+    if target is not None and arrived:
+        first = min(arrived, key=lambda row: row["time_to_target_s"])
+        after = f"{100 * target:g} % accuracy, after {first['time_to_target_s']:.3g} s"
+        line = f"{names[first['run']]} is the first at {after}"
+        if first["speed_up"] is not None and names[first["run"]] != base:
+            line += f": {tables.between(first, 'speed_up')} times as fast as {base}"
+        told.append(line + ".")
+    elif target is not None:
+        told.append(f"No run reached {100 * target:g} % accuracy with every seed.")
+    others = [row for row in block if names[row["run"]] != base and row["accuracy_gain"] is not None]
+    sure = [row for row in others if row["accuracy_gain_low"] is not None]
+    beyond = [row for row in sure if row["accuracy_gain_low"] * row["accuracy_gain_high"] > 0]
+    for row in beyond:
+        told.append(
+            f"{names[row['run']]} ends {tables.between(row, 'accuracy_gain', 100, 1)} points "
+            f"{'above' if row['accuracy_gain'] > 0 else 'below'} {base}."
+        )
+    if sure and len(beyond) < len(sure):
+        rest = ", ".join(names[row["run"]] for row in sure if row not in beyond)
+        told.append(
+            f"Final accuracy: {rest} cannot be told from {base} by {sure[0]['seeds']} seeds ({CONFIDENCE:.0%})."
+        )
+    if len(block) > 1:
+        front = ", ".join(names[row["run"]] for row in block if row["front"])
+        told.append(f"On the front of accuracy against traffic: {front}.")
+    return told
+
+
+def _behaviour(runs: Runs, where: str) -> list[str]:
+    """How it came about: bits, significance, stragglers."""
+    parts = []
+    shown, told = figures.bits(runs)
+    if shown or told:
+        parts += ["<h2>Bits by layer and client</h2>", *[f"<p>{escape(line)}</p>" for line in told]]
+        parts.append(_grid(shown, f"bits{where}"))
+    shown = figures.significance(runs)
+    if shown:
+        parts += ["<h2>Significance by layer</h2>", _grid(shown, f"significance{where}")]
+    shown = figures.timelines(runs)
+    if shown:
+        steps = "".join(f'<span class="step" style="background: var(--{step})"></span>{step}' for step in plots.STEPS)
+        billed = next(iter(runs.values()))[0].config.network.bill
+        free = "" if billed == "both" else " Downloads are not billed here, and take no time."
+        parts.append("<h2>Who the round waited for, and why</h2>")
+        parts.append(f'<p class="small">{steps}.{free} The same round and seed for every run.</p>')
+        parts.append(_grid(shown, f"timeline{where}"))
+    return parts
+
+
+def _grid(shown: Iterable[Shown], name: str) -> str:
+    made = []
+    for index, one in enumerate(shown):
+        drawn = svg.inline(one.figure, f"{name}-{index}", one.alt)
+        heading, caption = escape(one.title), escape(one.caption)
+        made.append(f"<figure><h3>{heading}</h3>\n{drawn}\n<figcaption>{caption}</figcaption></figure>")
+    return f'<div class="grid">\n{"".join(made)}\n</div>'
+
+
+def _origin(outcome: Outcome, command: str) -> list[str]:
+    """Settings, versions, and the commands that make it again."""
+    told = {label: flat(runs[0].config) for label, runs in outcome.runs.items()}
+    first = next(iter(told.values()))
+    paths = [
+        path for path in first if path != "seed" and not path.startswith(("out", "name", "tracking", "checkpoint"))
+    ]
+    differing = [path for path in paths if len({json.dumps(one[path]) for one in told.values()}) > 1]
+    head = "".join(f"<th scope='col'>{escape(label)}</th>" for label in told)
+    lines = "".join(
+        f"<tr><td>{path}</td>{''.join(f'<td>{escape(_text(one[path]))}</td>' for one in told.values())}</tr>"
+        for path in differing
+    )
+    common = "\n".join(f"{path}: {_text(first[path])}" for path in paths if path not in differing)
+    parts = ["<h2>Settings, versions, and how to repeat it</h2>"]
+    if lines:
+        parts.append(
+            f'<div class="scroll"><table class="settings"><thead><tr><th>setting</th>{head}</tr></thead>'
+            f"<tbody>{lines}</tbody></table></div>"
+        )
+    parts.append(f"<details><summary>Settings that all share</summary><pre>{escape(common)}</pre></details>")
+    parts.append("<p>The runs again:</p>")
+    parts.append(f"<pre>{escape(chr(10).join(_again(outcome)))}</pre>")
+    parts.append(f"<p>This report again:</p><pre>{escape(command)}</pre>")
+    parts.append("<p>Made by:</p><pre>" + escape("\n".join(_made_by(outcome)) or "not recorded") + "</pre>")
+    return parts
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def repeat(config: Config) -> str:
+    """The command that makes a run again: what differs from the defaults."""
+    default = flat(Config())
+    changed = {path: value for path, value in flat(config).items() if value != default[path]}
+    kept = [p for p in changed if p not in ("out", "name") and not any(p.startswith(f"{k}.") for k in WITHOUT_EFFECT)]
+    return shlex.join(["fedlq", "run", *(f"{path}={_text(changed[path])}" for path in kept)])
+
+
+def _again(outcome: Outcome) -> list[str]:
+    """The sweep's command and file where the runs are a sweep's, else a command a run."""
+    runs = [run for seeds in outcome.runs.values() for run in seeds]
+    lines: list[str] = []
+    for folder in dict.fromkeys(run.folder.parent for run in runs):
+        file = folder / "table.json"
+        if file.exists():
+            made = json.loads(file.read_text())
+            lines += [made["command"], "", *made["sweep"].splitlines(), ""]
+        else:
+            lines += [repeat(run.config) for run in runs if run.folder.parent == folder]
+    return lines
+
+
+def _made_by(outcome: Outcome) -> list[str]:
+    """Versions, commit and machine, a line for each kind that there is."""
+    found: dict[str, int] = {}
+    for run in (run for seeds in outcome.runs.values() for run in seeds):
+        line = _maker(run)
+        if line:
+            found[line] = found.get(line, 0) + 1
+    return [f"{line} ({count} run{'s' if count > 1 else ''})" for line, count in found.items()]
+
+
+def _maker(run: Finished) -> str | None:
+    file: Path = run.folder / "timing.json"
+    made = json.loads(file.read_text()).get("made_by") if file.exists() else None
+    if made is None:
+        return None
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return f"{versions}; commit {made['commit'] or 'none'}; {made['machine']}"

@@ -1,0 +1,190 @@
+"""The rows of a comparison as a table: text for a terminal, markdown, CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fedlq_ray.analysis.compare import CONFIDENCE, Row
+from fedlq_ray.analysis.runs import by_population, population
+from fedlq_ray.config import Config
+
+Columns = dict[str, list[str]]  # by heading, a cell a row; the first names the rows
+
+
+def figure(value: float | None, spread: float | None = None, *, least: int = 0, missing: str = "–") -> str:
+    """Three significant digits, or `least` decimal places where those are more; the spread to the same place."""
+    if value is None:
+        return missing
+    places = _places(value, least)
+    return f"{value:.{places}f}" + ("" if spread is None else f" ± {spread:.{places}f}")
+
+
+def _places(value: float, least: int = 0) -> int:
+    return max(least, 2 - math.floor(math.log10(abs(value) or 1)))
+
+
+def between(row: Row, key: str, scale: float = 1, places: int | None = None) -> str:
+    """A value with its interval, all to the same place: 6.3 (5.1 to 7.9); a difference where `places` are given."""
+    value, low, high = (row[name] and scale * row[name] for name in (key, f"{key}_low", f"{key}_high"))
+    if value is None:
+        return "–"
+    sign, places = ("", max(0, _places(value) - 1)) if places is None else ("+", places)
+    text = f"{value:{sign}.{places}f}"
+    return text if low is None or high is None else f"{text} ({low:{sign}.{places}f} to {high:{sign}.{places}f})"
+
+
+def columns(table: Sequence[Row], target: float | None) -> Columns:
+    """The rows of one population; columns that would say nothing are left out."""
+
+    def percent(row: Row, key: str) -> float | None:
+        return None if row[key] is None else 100 * row[key]
+
+    def figures(key: str, missing: str = "–") -> list[str]:
+        return [figure(row[key], row.get(f"{key}_sd"), missing=missing) for row in table]
+
+    where = population(table[0]["run"])
+    made: Columns = {"run": [row["run"].removesuffix(f"@{where}") for row in table]}
+    accuracies = [(percent(row, "final_accuracy"), percent(row, "final_accuracy_sd")) for row in table]
+    made["accuracy, %"] = [figure(*one, least=2) for one in accuracies]
+    if len(table) > 1 and any(row["accuracy_gain"] is not None for row in table):
+        made["gain, points"] = _own(table, [between(row, "accuracy_gain", 100, places=1) for row in table])
+    made["MB in all"] = figures("uplink_mb")
+    if any(row["bits_per_parameter"] is not None for row in table):
+        made["bits/param."] = figures("bits_per_parameter")
+    if len(table) > 1:
+        made["front"] = ["*" if row["front"] else "" for row in table]
+    if target is not None:
+        reached = [_reached(row) for row in table]
+        seconds, sent = figures("time_to_target_s", ""), figures("uplink_mb_to_target", "")
+        made[f"s to {target:.4g}"] = [s or by for s, by in zip(seconds, reached, strict=True)]
+        made[f"MB to {target:.4g}"] = [mb or "–" for mb in sent]
+        if len(table) > 1:
+            made["speed-up"] = _own(table, [between(row, "speed_up") for row in table])
+        if any(row["to_limit"] is not None for row in table):
+            made["times limit"] = figures("to_limit")
+    for other in table[0]["targets"]:
+        if target is not None and float(other) == target:
+            continue
+        found = [row["targets"][other] for row in table]
+        missing = [_of(f["reached"], row["seeds"]) for f, row in zip(found, table, strict=True)]
+        made[f"s to {other}"] = [figure(f["mean"], f["sd"], missing=m) for f, m in zip(found, missing, strict=True)]
+        made[f"MB to {other}"] = [figure(one["mb"]) for one in found]
+    if any(row["failed"] for row in table):
+        made["no result"] = [f"{row['failed']} of {row['seeds']}" for row in table]
+    return made
+
+
+def _own(table: Sequence[Row], cells: Sequence[str]) -> list[str]:
+    """The reference is not compared with itself."""
+    return ["reference" if row["run"] == row["reference"] else cell for row, cell in zip(table, cells, strict=True)]
+
+
+def _reached(row: Row) -> str:
+    return _of(sum(one["time_to_target_s"] is not None for one in row["by_seed"]), row["seeds"])
+
+
+def _of(reached: int, seeds: int) -> str:
+    return f"by {reached} of {seeds}" if reached else "not reached"
+
+
+def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[str]]) -> list[str]:
+    """What the columns mean, a sentence each."""
+    seeds = max(row["seeds"] for row in table)
+    billed = "uploads" if config.network.bill == "upload" else "uploads and downloads"
+    told = [
+        f"The simulated clock bills {billed}; MB are what clients sent"
+        + (f"; ± is the standard deviation over {seeds} seeds." if seeds > 1 else "; one seed.")
+    ]
+    if len(table) > 1:
+        paired = f", with {CONFIDENCE:.0%} intervals (Student's t, paired by seed)" if seeds > 1 else ""
+        base = table[0]["reference"].removesuffix(f"@{population(table[0]['run'])}")
+        told.append(f"Gain and speed-up are over {base}{paired}.")
+        told.append("* front: no run has more accuracy for as few MB.")
+    return told + [f"The runs differ in {path} as well: {', '.join(values)}." for path, values in unlike.items()]
+
+
+def text(made: Columns, title: str, width: int) -> str:
+    """Plain text; where all columns do not fit in `width`, in blocks that each begin with the run's name."""
+    rest = {heading: cells for heading, cells in list(made.items())[1:]}
+    names = dict(list(made.items())[:1])
+    blocks: list[Columns] = [dict(names)]
+    for heading, cells in rest.items():
+        if len(blocks[-1]) > 1 and _width(blocks[-1] | {heading: cells}) > width:
+            blocks.append(dict(names))
+        blocks[-1][heading] = cells
+    console = Console(file=io.StringIO(), width=max(width, *map(_width, blocks)), color_system=None)
+    for index, block in enumerate(blocks):
+        shown = Table(
+            title=title if title and not index else None,
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+            title_justify="left",
+        )
+        for heading in block:
+            shown.add_column(heading, justify="left" if heading in names else "right", no_wrap=True)
+        for row in zip(*block.values(), strict=True):
+            shown.add_row(*row)
+        console.print(shown)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"  # type: ignore[attr-defined]
+
+
+def _width(block: Columns) -> int:
+    """Characters that a table of these columns takes, two between columns."""
+    return sum(max(map(len, [heading, *cells])) + 2 for heading, cells in block.items())
+
+
+def markdown(made: Columns) -> str:
+    """A table of GitHub's markdown."""
+    lines = ["| " + " | ".join(made) + " |", "| --- |" + " ---: |" * (len(made) - 1)]
+    for cells in zip(*made.values(), strict=True):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(table: Sequence[Row]) -> str:
+    """All figures unrounded, a column each; accuracies are fractions."""
+    flat = []
+    for row in table:
+        kept: dict[str, Any] = {key: value for key, value in row.items() if key not in ("by_seed", "targets")}
+        for target, found in row["targets"].items():
+            kept |= {f"{key}_to_{target}": value for key, value in found.items()}
+        flat.append(kept)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return stream.getvalue()
+
+
+def written(
+    table: Sequence[Row],
+    configs: Mapping[str, Config],
+    unlike: Mapping[str, Sequence[str]],
+    form: str,
+    width: int = 200,
+) -> str:
+    """A comparison in one of the forms text, csv, markdown.
+
+    Args:
+        configs: a configuration for each label, for its target and its bill.
+        unlike: settings that differ though they are no part of a scheme.
+    """
+    if form == "csv":
+        return as_csv(table)
+    parts = []
+    for where, labels in by_population(row["run"] for row in table).items():
+        block = [row for row in table if row["run"] in labels]
+        config = configs[labels[0]]
+        made, told = columns(block, config.target_accuracy), notes(block, config, unlike)
+        if form == "markdown":
+            parts.append("\n".join([f"**{where}**\n"] * bool(where) + [markdown(made), " ".join(told)]))
+        else:
+            parts.append(text(made, where, width) + "\n".join(told))
+    return "\n\n".join(parts) + "\n"

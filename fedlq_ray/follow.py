@@ -1,0 +1,80 @@
+"""A run that goes on elsewhere, as the events that `simulate` tells of one here: from its folder, or from MLflow."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray import rundir, tracking
+from fedlq_ray.config import Config, load
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.files import is_locked
+
+Event = dict[str, Any]
+
+
+def folder(path: Path, every_s: float = 1.0) -> tuple[Config, Iterator[Event]]:
+    """The settings of a run, and its events until it ends: {"record": ...}, and at last {"ended": MLflow's word}.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    return rundir.read(path).config, _from_folder(path, every_s)
+
+
+def _from_folder(path: Path, every_s: float) -> Iterator[Event]:
+    told = 0
+    while True:
+        running = is_locked(path)  # asked first, so that what it wrote last is read below
+        records = rundir.journal(path)
+        if len(records) < told:
+            yield {"restarted": f"the run went back to round {len(records)}"}
+            told = 0
+        yield from ({"record": record} for record in records[told:])
+        told = len(records)
+        if not running:
+            yield {"ended": rundir.read(path).status}
+            return
+        time.sleep(every_s)
+
+
+def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterator[Event]]:
+    """The same, from what MLflow has of a run.
+
+    Raises:
+        ConfigError: there is no such run, it is none of ours, or MLflow does not answer.
+    """
+    client = tracking.connect(uri)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            config = load(client.download_artifacts(run_id, "config.yaml", scratch))
+    except Exception as exc:  # MLflow raises many kinds
+        raise ConfigError(f"{run_id}: no run of fedlq in {uri}: {str(exc).splitlines()[0]}") from exc
+    return config, _from_mlflow(client, run_id, every_s)
+
+
+def _from_mlflow(client: Any, run_id: str, every_s: float) -> Iterator[Event]:
+    told, sent = -1, 0.0
+    while True:
+        status = client.get_run(run_id).info.status
+        found = {
+            name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
+            for name in ("sim_time_s", "uplink_mb", "accuracy")
+        }
+        # A round's metrics come in one batch: a step that has the first has all that there will be.
+        for step in sorted(step for step in found["sim_time_s"] if step > told):
+            uplink = found["uplink_mb"].get(step, sent)
+            yield {
+                "record": {
+                    "round": step,
+                    "sim_time_s": found["sim_time_s"][step],
+                    "uplink_bytes": round((uplink - sent) * 1e6),
+                    "accuracy": found["accuracy"].get(step),
+                }
+            }
+            told, sent = step, uplink
+        if status != "RUNNING":
+            yield {"ended": status}
+            return
+        time.sleep(every_s)

@@ -1,0 +1,127 @@
+"""Watching a run that goes on elsewhere: every record once, and how it ended."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from fedlq_ray import ClientError, ConfigError, follow, progress, rundir, simulate
+from fedlq_ray.config import load
+
+QUICK = ["rounds=4", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_is_followed_from_its_folder_while_it_goes_on(tmp_path):
+    started, go_on, seen = threading.Event(), threading.Event(), []
+
+    def wait(event):
+        if event.get("record", {}).get("round") == 1:
+            started.set()
+            go_on.wait(60)
+
+    run = threading.Thread(
+        target=simulate, args=(load(None, [*QUICK, "out=here", "tracking.uri=null"]),), kwargs={"watch": wait}
+    )
+    run.start()
+    assert started.wait(120)
+    config, events = follow.folder(tmp_path / "here", every_s=0.02)
+    for event in events:
+        seen.append(event)
+        if event.get("record", {}).get("round") == 1:  # not the last, and it waits
+            assert not (tmp_path / "here/summary.json").exists()
+            go_on.set()
+    run.join()
+    assert config.rounds == 4 and seen[-1] == {"ended": "FINISHED"}
+    assert [event["record"] for event in seen[:-1]] == rundir.journal(tmp_path / "here")
+
+
+def test_a_run_that_goes_back_is_told_and_followed_anew(tmp_path):
+    result = simulate(load(None, [*QUICK, "tracking.uri=null"]))
+    lines = (result.path / "rounds.jsonl").read_text().splitlines(keepends=True)
+    _, events = follow.folder(result.path, every_s=0.01)
+    (result.path / "summary.json").unlink()
+    held = threading.Event()
+
+    def hold():
+        from fedlq_ray.files import locked
+
+        with locked(result.path):
+            held.set()
+            time.sleep(0.5)
+            (result.path / "rounds.jsonl").write_text(lines[0])
+            time.sleep(0.5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(10)
+    told = [next(iter(event)) for event in events]
+    other.join()
+    assert told == ["record"] * 4 + ["restarted", "record", "ended"]
+
+
+def test_a_failed_run_is_told_as_such(tmp_path):
+    with pytest.raises(ClientError):
+        simulate(load(None, [*QUICK, "train.lr=1000", "rounds=20", "out=bad", "tracking.uri=null"]))
+    assert list(follow.folder(tmp_path / "bad")[1])[-1] == {"ended": "FAILED"}
+    with pytest.raises(ConfigError, match="holds no run"):
+        follow.folder(tmp_path)
+
+
+def test_mlflow_tells_the_same_as_the_folder(tmp_path):
+    from fedlq_ray import tracking
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    result = simulate(load(None, [*QUICK, "evaluate_every=2"]))
+    client = tracking.connect(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("fedlq").experiment_id])
+    config, events = follow.mlflow(uri, run.info.run_id)
+    *records, last = list(events)
+    assert last == {"ended": "FINISHED"} and config.evaluate_every == 2
+    for event, record in zip(records, rundir.journal(result.path), strict=True):
+        assert event["record"] == {key: record[key] for key in event["record"]}
+    with pytest.raises(ConfigError, match="no run of fedlq"):
+        follow.mlflow(uri, "0" * 32)
+
+
+def test_the_progress_fits_in_80_columns(tmp_path):
+    console = Console(width=80, force_terminal=True, record=True, file=(tmp_path / "shown").open("w"))
+    config = load(None, ["name=a-name-that-is-longer-than-any-terminal", "rounds=1000"])
+    with progress.watch(config, console) as show:
+        for round in range(999):
+            record = {"round": round, "accuracy": 0.98765, "sim_time_s": 54321.5, "uplink_bytes": 9_876_543_210}
+            show({"record": record})
+    last = console.export_text().strip().splitlines()
+    assert (
+        len(last) == 1
+        and "999/1000" in last[0]
+        and "acc. 0.9877" in last[0]
+        and "MB" in last[0]
+        and "a-name-that" in last[0]
+    )
+
+
+def test_the_command_says_how_it_ended(tmp_path):
+    simulate(load(None, [*QUICK, "out=here", "tracking.uri=null"]))
+    command = [sys.executable, "-m", "fedlq_ray.cli", "watch"]
+    done = subprocess.run([*command, "here"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.count("round ") == 4 and "here: finished" in done.stdout
+    wrong = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=240)
+    assert wrong.returncode == 2 and "holds no run" in wrong.stderr
+
+
+def test_a_result_shows_itself(tmp_path):
+    result = simulate(load(None, [*QUICK, "target_accuracy=0.99", "tracking.uri=null"]))
+    shown = result._repr_html_()
+    assert f"{result.summary['final_accuracy']:.2%}" in shown and "not reached" in shown and "<svg" in shown
+    assert "var(--" not in shown  # a notebook has none of the report's colours
+    axes = result.plot().axes
+    assert [axis.get_xlabel()[:9] for axis in axes] == ["simulated", "uplink tr"]
+    assert list(axes[0].lines[0].get_ydata()) == pytest.approx(list(100 * result.history.accuracy))
