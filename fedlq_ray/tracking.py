@@ -11,10 +11,13 @@ import queue
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedlq_ray.config import Config, digest, flat, to_yaml
 from fedlq_ray.errors import ConfigError
@@ -240,8 +243,6 @@ def _log_files(
             client.log_artifact(run_id, str(folder / name))
     if (folder / "summary.json").exists():
         _log_summary(client, run_id, tracking, config, json.loads((folder / "summary.json").read_text()))
-    if module is not None and (folder / "model.safetensors").exists():
-        _log_model(client, run_id, module, folder / "model.safetensors")
     with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
         plots.labels(counts, Path(made) / "labels.png")
@@ -249,6 +250,9 @@ def _log_files(
         plots.save(curves, Path(made) / "accuracy.png")
         for picture in sorted(Path(made).iterdir()):
             client.log_artifact(run_id, str(picture))
+    if module is not None and (folder / "model.safetensors").exists() and tracking.dataset:
+        shape = json.loads(tracking.dataset["profile"])["input_shape"]
+        _log_model(client, run_id, module, folder / "model.safetensors", shape)
 
 
 def _log_summary(client: Any, run_id: str, tracking: Tracking, config: Config, summary: Mapping[str, Any]) -> None:
@@ -277,16 +281,27 @@ def _log_summary(client: Any, run_id: str, tracking: Tracking, config: Config, s
     client.set_tag(run_id, "mlflow.note.content", note)
 
 
-def _log_model(client: Any, run_id: str, module: Any, weights: Path) -> None:
-    """As an MLflow model: `mlflow.pytorch.load_model("runs:/RUN_ID/model")`."""
-    import mlflow.pytorch
+def _log_model(client: Any, run_id: str, module: Any, weights: Path, input_shape: Sequence[int]) -> None:
+    """As an MLflow model, `mlflow.pytorch.load_model("runs:/RUN_ID/model")`: an exported graph, no pickle."""
     import torch
     from safetensors.torch import load_file
 
     module.load_state_dict(load_file(weights))
-    with tempfile.TemporaryDirectory() as made:
-        needs = [f"torch=={torch.__version__.split('+')[0]}", "fedlq-ray"]
-        mlflow.pytorch.save_model(module.eval(), f"{made}/model", pip_requirements=needs)
+    with tempfile.TemporaryDirectory() as made, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's own, about its own type hints
+        import mlflow.pytorch
+
+        try:
+            mlflow.pytorch.save_model(
+                module.eval(),
+                f"{made}/model",
+                input_example=np.zeros((2, *input_shape), np.float32),
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+            )
+        except Exception as exc:  # not every module can be exported
+            client.set_tag(run_id, "fedlq.model_not_exported", f"{type(exc).__name__}: {exc}"[:200])
+            return
         client.log_artifacts(run_id, f"{made}/model", "model")
 
 

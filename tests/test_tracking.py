@@ -182,7 +182,7 @@ def test_every_metric_and_tag_is_documented_with_its_unit():
     assert tags <= set(re.findall(r"`(fedlq\.\w+)`", told)) and len(tags) == 6
 
 
-def test_the_list_reads_well_and_the_model_loads(tmp_path, monkeypatch):
+def test_the_list_reads_well_and_the_model_loads(tmp_path):
     result = simulate(load(None, [*QUICK, "name=cmp-fedlq", "seed=3", "strategy.name=fedlq"]), parent="x/cmp")
     ((run_id,),) = rows("select run_uuid from runs where name = 'cmp-fedlq-3'")
     ((note,),) = rows(f"select value from tags where key = 'mlflow.note.content' and run_uuid = '{run_id}'")
@@ -193,7 +193,6 @@ def test_the_list_reads_well_and_the_model_loads(tmp_path, monkeypatch):
     import mlflow
     from mlflow import pytorch
 
-    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     model = pytorch.load_model(f"runs:/{run_id}/model")
     weights = load_file(result.path / "model.safetensors")
