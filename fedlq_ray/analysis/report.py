@@ -100,10 +100,8 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
     sure = [row for row in others if row["accuracy_gain_low"] is not None]
     beyond = [row for row in sure if row["accuracy_gain_low"] * row["accuracy_gain_high"] > 0]
     for row in beyond:
-        told.append(
-            f"{names[row['run']]} ends {tables.between(row, 'accuracy_gain', 100, 1)} points "
-            f"{'above' if row['accuracy_gain'] > 0 else 'below'} {base}."
-        )
+        gain = tables.between(row, "accuracy_gain", 100, 1)
+        told.append(f"{names[row['run']]} differs from {base} by {gain} points at the end.")
     if sure and len(beyond) < len(sure):
         rest = ", ".join(names[row["run"]] for row in sure if row not in beyond)
         told.append(

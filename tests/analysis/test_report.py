@@ -171,7 +171,7 @@ def test_findings_claim_only_what_the_intervals_bear():
         row | {"run": "unsure", "accuracy_gain": 0.02, "accuracy_gain_low": -0.01, "accuracy_gain_high": 0.05},
     ]
     told = " ".join(report.findings(made, 0.8))
-    assert "No run reached 80 %" in told and "sure ends +2.0 (+1.0 to +3.0) points above fedavg" in told
+    assert "No run reached 80 %" in told and "sure differs from fedavg by +2.0 (+1.0 to +3.0) points" in told
     assert "unsure cannot be told from fedavg by 3 seeds" in told
 
 
