@@ -28,6 +28,8 @@ def workplace(tmp_path, monkeypatch):
     for name in set(sys.modules) - known:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # else the next test that starts one finds it
 
 
 def command(line, monkeypatch, capfd):
