@@ -40,7 +40,7 @@ MODELS = {
         (5, 80),
     ),
     "vgg9": (
-        ["train.max_samples=100", "train.batch_size=8", "train.lr=0.04", "train.momentum=0.9"],
+        ["train.max_samples=100", "train.batch_size=8", "train.lr=0.01", "train.momentum=0.9", "train.max_grad_norm=2"],
         ["strategy.levels=[1,2,4,8]", "strategy.probe_samples=128"],
         (5, 20),
     ),
