@@ -195,6 +195,7 @@ def wait_for(file, seconds=300):
         time.sleep(0.3)
 
 
+@FULL  # its second attempt must still run when it is interrupted: a matter of seconds
 def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, expected):
     """`ray job stop`, and Ctrl-C answered with yes; the third attempt ends with the bytes of an undisturbed run."""
     out = cluster.folder / "shared" / "run"
