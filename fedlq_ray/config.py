@@ -261,7 +261,7 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))  # type: ignore[assignment]
         settings = OmegaConf.to_container(tree, resolve=True)
     except FileNotFoundError as exc:
-        raise ConfigError(f"{path}: no such file") from exc
+        raise ConfigError(f"{path}: no such file, and no key=value") from exc
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as exc:
         raise ConfigError(f"{source}: {' '.join(str(exc).split())}") from exc
     return parse(settings, source=str(path) if path else None)

@@ -206,8 +206,7 @@ def significance(runs: Runs) -> list[Shown]:
                 axis.plot(rounds, line, color=colour, linestyle=plots.DASHES[index % len(plots.DASHES)], linewidth=1.8)
                 if np.isfinite(line[-1]):
                     ends.append((rounds[-1], float(line[-1]), name, colour))
-            axis.set(xlabel="round", ylabel="accuracy or loss given up per memory saved", yscale="log")
-            axis.yaxis.label.set_text("loss per memory saved")
+            axis.set(xlabel="round", ylabel="loss per memory saved", yscale="log")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.2)
             axis.spines[["top", "right"]].set_visible(False)

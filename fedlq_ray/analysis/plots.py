@@ -83,16 +83,19 @@ def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarr
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside the ends (x, y, name, colour) of lines, moved up or down until none lies on another."""
-    low, high = axis.get_ylim()
-    step = 0.062 * (high - low)
-    placed: list[float] = []
-    for _, y, _, _ in (ordered := sorted(ends, key=lambda end: end[1])):
-        placed.append(max(y, placed[-1] + step) if placed else y)
-    over = (sum(placed) - sum(end[1] for end in ordered)) / max(1, len(placed))  # up and down by as much
-    for (x, _, name, colour), y in zip(ordered, placed, strict=True):
+    """Names beside the ends (x, y, name, colour) of lines, moved up until none lies on another; on any scale."""
+    axis.get_xlim(), axis.get_ylim()  # the scales are final once they are asked for
+    size = float(plt.rcParams["font.size"])
+    placed: list[tuple[float, float, float]] = []  # height, left and right, in points
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        left, at = axis.transData.transform((x, y)) * 72 / axis.figure.dpi
+        right, height = left + 0.65 * size * len(name), at
+        for other, begin, end in sorted(placed):
+            if begin < right and left < end and abs(other - height) < 1.2 * size:
+                height = other + 1.2 * size
+        placed.append((height, left, right))
         axis.annotate(
-            name, (x, y - over), (6, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False
+            name, (x, y), (6, height - at), textcoords="offset points", color=colour, va="center", annotation_clip=False
         )
 
 
