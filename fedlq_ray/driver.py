@@ -35,8 +35,9 @@ def drive(
     strategy = make(place.setting, given)
     outcome = Outcome(place.model.vector.clone())
     where = Folder(rundir.checkpoints(folder, config))
-    before, faults = latest(where, len(rundir.journal(folder)))
-    records = rundir.journal(folder)[: before["round"] if before else 0]
+    written = rundir.journal(folder)
+    before, faults = latest(where, len(written))
+    records = written[: before["round"] if before else 0]
     if before or faults:
         yield {"resumed": len(records), "records": records, "faults": faults}
     tracker = Tracker(tracking, config, records) if tracking else None

@@ -59,7 +59,10 @@ def speed_up(own: Mapping[int, float | None], base: Mapping[int, float | None]) 
     """The geometric mean of base / own, seed by seed, as `gain`: its interval is that of the logarithms."""
     logs = [{seed: value and -math.log(value) for seed, value in times.items()} for times in (own, base)]
     found = gain(*logs)
-    return found and Interval(*(None if value is None else math.exp(value) for value in found))  # type: ignore[arg-type]
+    if found is None:
+        return None
+    mean, low, high = found
+    return Interval(math.exp(mean), None if low is None else math.exp(low), None if high is None else math.exp(high))
 
 
 def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:

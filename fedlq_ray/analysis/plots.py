@@ -83,20 +83,27 @@ def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarr
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside the ends (x, y, name, colour) of lines, moved up until none lies on another; on any scale."""
+    """Names beside the ends (x, y, name, colour) of lines, moved up or down until none lies on another."""
     axis.get_xlim(), axis.get_ylim()  # the scales are final once they are asked for
     size = float(plt.rcParams["font.size"])
-    placed: list[tuple[float, float, float]] = []  # height, left and right, in points
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        left, at = axis.transData.transform((x, y)) * 72 / axis.figure.dpi
-        right, height = left + 0.65 * size * len(name), at
-        for other, begin, end in sorted(placed):
-            if begin < right and left < end and abs(other - height) < 1.2 * size:
-                height = other + 1.2 * size
-        placed.append((height, left, right))
-        axis.annotate(
-            name, (x, y), (6, height - at), textcoords="offset points", color=colour, va="center", annotation_clip=False
-        )
+    spots = [(*(axis.transData.transform(end[:2]) * 72 / axis.figure.dpi), end) for end in ends]  # in points
+    columns: list[list[Any]] = []  # names that could lie on each other
+    reach = -np.inf
+    for spot in sorted(spots):
+        if spot[0] >= reach:
+            columns.append([])
+        columns[-1].append(spot)
+        reach = max(reach, spot[0] + 0.65 * size * len(spot[2][2]))
+    for column in columns:
+        placed: list[float] = []
+        for _, height, _ in (ordered := sorted(column, key=lambda spot: spot[1])):
+            placed.append(max(height, placed[-1] + 1.3 * size) if placed else height)
+        over = (sum(placed) - sum(spot[1] for spot in ordered)) / len(placed)  # up and down by as much
+        for (_, height, (x, y, name, colour)), at in zip(ordered, placed, strict=True):
+            up = (6, at - over - height)
+            axis.annotate(
+                name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False
+            )
 
 
 def save(figure: Figure, file: Path, dpi: int = 120) -> None:

@@ -1,5 +1,6 @@
 """The report: one file that needs no other, well formed, with figures described; and its commands repeat the runs."""
 
+import itertools
 import json
 import re
 import shlex
@@ -186,12 +187,17 @@ def test_an_unfinished_run_and_one_without_clients_are_no_fault(folder, tmp_path
     assert "1 of 1" in told and "not recorded" in told
 
 
-def test_labels_of_lines_do_not_lie_on_each_other():
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_labels_of_lines_do_not_lie_on_each_other(scale):
     figure, axis = figures.canvas(3.0)
-    axis.set_ylim(0, 1)
-    plots.name_ends(axis, [(1.0, 0.5 + 0.001 * i, f"run {i}", "#000000") for i in range(5)])
-    heights = sorted(text.xy[1] for text in axis.texts)
-    assert np.diff(heights).min() > 0.05 and np.mean(heights) == pytest.approx(0.502)
+    axis.set(xlim=(0, 10), ylim=(0.01, 1), yscale=scale)
+    close = [(9.0, 0.5 + 0.001 * i, f"run {i}", "#000000") for i in range(5)]
+    plots.name_ends(axis, [*close, (1.0, 0.5, "alone", "#000000")])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    offsets = {text.get_text(): text.xyann[1] for text in axis.texts}
+    assert offsets.pop("alone") == 0 and np.mean(list(offsets.values())) == pytest.approx(0, abs=1e-6)
     drawn = svg.inline(figure, "x", "alt")
     assert drawn == drawn.strip() and drawn.startswith("<svg viewBox=") and "run 3</text>" in drawn
 
