@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,10 +37,14 @@ def locked(folder: Path) -> Iterator[None]:
         ConfigError: another process has it.
     """
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise ConfigError(f"{folder}: another process is running it") from exc
+        for left in reversed(range(5)):  # who only looks (`is_locked`) holds it for an instant
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as exc:
+                if not left:
+                    raise ConfigError(f"{folder}: another process is running it") from exc
+                time.sleep(0.05)
         yield
 
 

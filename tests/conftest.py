@@ -1,10 +1,25 @@
 """What every test shares: no writing to the user's home, and one thread, as client processes have."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def ray_here(tmp_path_factory):
+    """A Ray of two cores for a module's tests, which are in a folder of their own."""
+    import ray
+
+    where = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("runs"))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    os.chdir(where)

@@ -13,21 +13,9 @@ import pytest
 import fedlq_ray
 from fedlq_ray.config import load
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 QUICK = ["rounds=3", "clients.count=5", "clients.cohort=3", "strategy.error_feedback=true"]
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_here(tmp_path_factory):
-    import ray
-
-    where = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("runs"))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-    os.chdir(where)
 
 
 def run(*overrides):

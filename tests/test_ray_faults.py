@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from faults import workers
+from ray import cloudpickle
 
 import fedlq_ray
 from fedlq_ray import rundir
@@ -18,24 +19,12 @@ from fedlq_ray.quantization import MinMax
 from fedlq_ray.strategies import Strategy
 from fedlq_ray.training import Plan
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no other process can import a test
 QUICK = [
     "rounds=6", "clients.count=6", "clients.cohort=4", "clients.actors=2", "strategy.name=fedlq_rd",
     "strategy.metric=fisher", "strategy.probe_every=1", "tracking.uri=null", "checkpoint.every_rounds=2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_here(tmp_path_factory):
-    import ray
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no other process can import a test
-    where = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("runs"))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-    os.chdir(where)
 
 
 def run(*overrides, **given):
