@@ -20,7 +20,7 @@ from fedlq_ray.files import write_durably
 from fedlq_ray.models import FlatModel
 from fedlq_ray.profiles import Profile
 from fedlq_ray.task import Task
-from fedlq_ray.tracking import Tracking, now_ms
+from fedlq_ray.tracking import Tracking, absolute, now_ms
 
 Record = dict[str, Any]
 PROFILE_COLUMNS = [field.name for field in fields(Profile)]
@@ -75,9 +75,7 @@ def track(
     uri = config.tracking.uri
     if uri is None:
         return None
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    tracking = Tracking(uri, config.tracking.experiment, uuid.uuid4().hex, now_ms(), parent, tags, dataset)
+    tracking = Tracking(absolute(uri), config.tracking.experiment, uuid.uuid4().hex, now_ms(), parent, tags, dataset)
     write_durably(folder / "tracking.json", json.dumps(asdict(tracking), indent=1))
     return tracking
 

@@ -303,7 +303,7 @@ def _track_here(config: Config, local: Path) -> None:
     found, uri = rundir.read(local), config.tracking.uri or ""
     if found.tracking is None or not uri.startswith("sqlite:///"):
         return
-    where = replace(found.tracking, uri=f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}")
+    where = replace(found.tracking, uri=tracking.absolute(uri))
     write_durably(local / "tracking.json", json.dumps(asdict(where), indent=1))
     try:
         tracking.sync(where, found.config, found.records, found.status, local)

@@ -44,6 +44,12 @@ class Tracking:
     dataset: dict[str, str] = field(default_factory=dict)
 
 
+def absolute(uri: str) -> str:
+    """The same store, also from another working directory: MLflow keeps a store by its address as it is written."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri else f"sqlite:///{Path(path).resolve()}"
+
+
 def connect(uri: str) -> Any:
     """A client of an MLflow store or server."""
     # A server that is down must cost seconds, not the twenty minutes of MLflow's defaults.
@@ -56,7 +62,7 @@ def connect(uri: str) -> Any:
 
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    return mlflow.MlflowClient(tracking_uri=uri)
+    return mlflow.MlflowClient(tracking_uri=absolute(uri))
 
 
 def find_or_create(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fedlq_ray
+from fedlq_ray import tracking
 from fedlq_ray.config import load
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
@@ -51,10 +52,8 @@ def test_hosting_changes_no_byte_of_adaptive_work_coded_downlinks_ef21_or_probes
 
 
 def test_mlflow_has_the_run_and_syncing_twice_adds_nothing():
-    from mlflow import MlflowClient
-
     result = run("clients.hosting=packed", "clients.actors=1", "tracking.experiment=seen")
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = tracking.connect("sqlite:///mlflow.db")
     experiment = client.get_experiment_by_name("seen").experiment_id
 
     def history():
@@ -115,9 +114,7 @@ def test_an_interrupt_keeps_what_was_done(number, code):
 
 
 def status_in_mlflow(experiment):
-    from mlflow import MlflowClient
-
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = tracking.connect("sqlite:///mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     return found.info.status
 

@@ -172,6 +172,15 @@ def test_ui_finds_the_store_of_the_runs():
         _store("apart")
 
 
+def test_the_same_relative_store_in_two_folders_is_two_stores(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run(f"tracking.experiment={name}")
+        found = tracking.connect("sqlite:///mlflow.db").search_experiments(filter_string="name != 'Default'")
+        assert [experiment.name for experiment in found] == [name]
+
+
 def test_every_metric_and_tag_is_documented_with_its_unit():
     run("strategy.name=fedlq", "strategy.probe_every=1", "strategy.probe_samples=64", "target_accuracy=0.05")
     told = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
