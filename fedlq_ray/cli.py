@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def demo(overrides: tuple[str, ...], out: str | None) -> None:
 
 
 def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, ...] = ()) -> None:
+    from fedlq_ray import many
     from fedlq_ray import sweep as sweeps
     from fedlq_ray.analysis import compare
     from fedlq_ray.progress import watch
@@ -144,9 +146,16 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     comparison = sweeps.load(file, overrides, only)
     console = Console(stderr=True)
 
-    def start(config: Config, parent: str) -> None:
+    def begin(config: Config, parent: str) -> None:
         with watch(config, console, False) as report:
             run_or_resume(config, watch=report, parent=parent)
+
+    def start(configs: Sequence[Config], parent: str) -> Iterator[Any]:
+        abreast = many.abreast(configs)
+        if abreast:
+            yield from many.run(abreast, parent, console)
+        apart = {config.out for config in abreast}
+        yield from many.in_turn(begin)([config for config in configs if config.out not in apart], parent)
 
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False))
     table = compare.rows(outcome)

@@ -27,16 +27,21 @@ def _from_folder(path: Path, every_s: float) -> Iterator[Event]:
     told = 0
     while True:
         running = is_locked(path)  # asked first, so that what it wrote last is read below
-        records = rundir.journal(path)
-        if len(records) < told:
-            yield {"restarted": f"the run went back to round {len(records)}"}
-            told = 0
-        yield from ({"record": record} for record in records[told:])
-        told = len(records)
+        told, events = news(path, told)
+        yield from events
         if not running:
             yield {"ended": rundir.read(path).status}
             return
         time.sleep(every_s)
+
+
+def news(path: Path, told: int) -> tuple[int, list[Event]]:
+    """How many rounds a run's folder has, and what is new since it had `told`."""
+    records = rundir.journal(path)
+    back: list[Event] = []
+    if len(records) < told:
+        back, told = [{"restarted": f"the run went back to round {len(records)}"}], 0
+    return len(records), [*back, *({"record": record} for record in records[told:])]
 
 
 def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterator[Event]]:

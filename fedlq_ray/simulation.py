@@ -210,7 +210,7 @@ def _carry_out(
             stacklevel=3,
         )
     if status == "KILLED":
-        raise Terminated if interrupts.received == signal.SIGTERM else KeyboardInterrupt
+        interrupts.pass_on()
     summary = rundir.summarise(config, records, rundir.sha256(weights))
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     Folder(rundir.checkpoints(folder, config)).clear()
@@ -282,6 +282,11 @@ class Interrupts:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+
+    def pass_on(self) -> None:
+        """What was noted, as an exception."""
+        if self.received is not None:
+            raise Terminated if self.received == signal.SIGTERM else KeyboardInterrupt
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():

@@ -1,4 +1,4 @@
-"""Several runs of one comparison, one after another: `base` settings, `runs` of overrides, `seeds`, and `tune`.
+"""Several runs of one comparison: `base` settings, `runs` of overrides, `seeds`, and `tune`.
 
 `tune` names settings and the values to try. Every run gets the values that do best for it on held-out training
 samples, on a seed of its own: the same effort for each scheme, and the test set chooses nothing. `tuning` has settings
@@ -11,7 +11,7 @@ are accuracies that the table tells the time to, beside `target_accuracy`.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -68,7 +68,7 @@ class Outcome:
         return sum(run.summary is None for runs in self.runs.values() for run in runs)
 
 
-Start = Callable[[Config, str], Any]
+Start = Callable[[Sequence[Config], str], Iterable[tuple[Config, FedLQError | None]]]
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
@@ -146,68 +146,111 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
     """Tune, then run what is not finished in `out` yet; a run that fails is told, and the others go on.
 
     Args:
-        start: called with a configuration and the name of the MLflow parent; runs it, with nothing but what it says,
-            or goes on with it where its folder holds an unfinished run.
+        start: called with configurations and the name of the MLflow parent; runs each, with nothing but what it says,
+            or goes on with it where its folder holds an unfinished run; gives each as it ends, and why it failed.
         tell: called with a line about what failed, and about what tuning chose.
     """
     parent = f"{out.resolve()}/{comparison.name}"
-    finished = reclock.sources(out)
+
+    def finish(wanted: Mapping[Path, Config]) -> dict[Path, Finished]:
+        return _finish(wanted, out, start, parent, tell)
+
+    trials = {
+        (label, settings): (out / "tune" / label / settings, config)
+        for label, tries in comparison.tuning.items()
+        for settings, config in tries.items()
+    }
+    tried = finish(dict(trials.values()))
+    left = {
+        label: _best_first({s: tried[trials[label, s][0]] for s in comparison.tuning[label]})
+        for label in comparison.runs
+    }
     results: dict[str, list[Finished]] = {}
     tuned: dict[str, str] = {}
-    for label, configs in comparison.runs.items():
-        tried = {
-            settings: _once(config, out / "tune" / label / settings, start, parent, tell, finished)
-            for settings, config in comparison.tuning[label].items()
-        }
-        usable = [settings for settings, run in tried.items() if run.summary] or list(tried)[:1] or [""]
-        for settings in sorted(usable, key=lambda settings: _merit(tried[settings]) if tried else (), reverse=True):
-            if settings:
-                tuned[label] = settings
-                tell(f"{label}: {settings} did best on held-out training samples")
-            usable.remove(settings)
-            aside = out / "diverged" / label / settings
-            if usable and aside.exists():
+    while left:
+        wanted: dict[str, dict[Path, Config]] = {}
+        for label, usable in left.items():
+            while len(usable) > 1 and (out / "diverged" / label / usable[0]).exists():
+                usable.pop(0)
+            if usable[0]:
+                tuned[label] = usable[0]
+                tell(f"{label}: {usable[0]} did best on held-out training samples")
+            wanted[label] = {
+                out / f"{label}-{c.seed}": _with(c.model_dump(mode="json"), usable[0].split(), label)
+                for c in comparison.runs[label]
+            }
+        done = finish({folder: config for own in wanted.values() for folder, config in own.items()})
+        for label, own in wanted.items():
+            results[label] = [done[folder] for folder in own]
+            settings = left[label].pop(0)
+            if not left[label] or not any(run.diverged for run in results[label]):
+                del left[label]
                 continue
-            chosen = [_with(config.model_dump(mode="json"), settings.split(), label) for config in configs]
-            results[label] = [_once(c, out / f"{label}-{c.seed}", start, parent, tell, finished) for c in chosen]
-            if not usable or not any(run.diverged for run in results[label]):
-                break
+            aside = out / "diverged" / label / settings
             aside.mkdir(parents=True)
-            for config in chosen:
-                (out / f"{label}-{config.seed}").rename(aside / f"{label}-{config.seed}")
-            finished = reclock.sources(out)
-    return Outcome(results, tuned, comparison.targets)
+            for folder in own:
+                folder.rename(aside / folder.name)
+    return Outcome({label: results[label] for label in comparison.runs}, tuned, comparison.targets)
 
 
-def _once(
-    config: Config, folder: Path, start: Start, parent: str, tell: Callable[[str], None], finished: dict[str, Path]
-) -> Finished:
-    """A run's result: from its folder where it is finished, or from that of one that only the clock sets apart."""
-    source = finished.get(reclock.key(config)) if reclock.reclockable(config) else None
-    if (folder / "config.yaml").exists():
-        found = rundir.read(folder)
-        if digest(found.config) != digest(config):
-            raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
-        if found.summary:
-            return Finished(config, found.records, found.summary, folder)
-    if folder.exists() and (source or not (folder / "config.yaml").exists()):  # cut short, and nothing to go on from
-        folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
-    here, diverged = config.model_copy(update={"out": str(folder)}), False
-    try:
-        if source:
-            reclock.write(here, source, parent)
-            tell(f"{folder}: trains as {source} did, so that its bytes are only clocked anew")
-        else:
-            start(here, parent)
-    except ConfigError:
-        raise
-    except FedLQError as exc:
-        tell(f"{folder}: failed: {exc}")
-        diverged = isinstance(exc, DivergedError)
+def _best_first(tried: Mapping[str, Finished]) -> list[str]:
+    """Settings that finished their trial, by what tuning looks for; without tuning one, that changes nothing."""
+    usable = [settings for settings, run in tried.items() if run.summary] or list(tried)[:1] or [""]
+    return sorted(usable, key=lambda settings: _merit(tried[settings]) if tried else (), reverse=True)
+
+
+def _finish(
+    wanted: Mapping[Path, Config], out: Path, start: Start, parent: str, tell: Callable[[str], None]
+) -> dict[Path, Finished]:
+    """The runs' results, by folder: from there where they are finished.
+
+    Of those that only the clock sets apart one trains, and the others are clocked anew from it.
+    """
+    diverged: set[Path] = set()
+    left = dict(wanted)
+    while left:
+        finished = reclock.sources(out)
+        now: dict[str, Path] = {}
+        for folder, config in list(left.items()):
+            key = reclock.key(config) if reclock.reclockable(config) else str(folder)
+            if _is_finished(folder, config):
+                del left[folder]
+            elif key in finished:
+                _make_way(folder)
+                reclock.write(config.model_copy(update={"out": str(folder)}), finished[key], parent)
+                tell(f"{folder}: trains as {finished[key]} did, so that its bytes are only clocked anew")
+                del left[folder]
+            else:
+                now.setdefault(key, folder)
+        for folder in now.values():
+            if not (folder / "config.yaml").exists():
+                _make_way(folder)
+        started = [left.pop(folder).model_copy(update={"out": str(folder)}) for folder in now.values()]
+        for config, failure in start(started, parent):
+            if failure:
+                tell(f"{config.out}: failed: {failure}")
+                if isinstance(failure, DivergedError):
+                    diverged.add(Path(str(config.out)))
+    found = {folder: rundir.read(folder) for folder in wanted}
+    return {
+        folder: Finished(config, found[folder].records, found[folder].summary, folder, folder in diverged)
+        for folder, config in wanted.items()
+    }
+
+
+def _is_finished(folder: Path, config: Config) -> bool:
+    if not (folder / "config.yaml").exists():
+        return False
     found = rundir.read(folder)
-    if found.summary:
-        finished.setdefault(reclock.key(config), folder)
-    return Finished(config, found.records, found.summary, folder, diverged)
+    if digest(found.config) != digest(config):
+        raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
+    return found.summary is not None
+
+
+def _make_way(folder: Path) -> None:
+    """Put aside what was cut short, and has nothing to go on from."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
 
 
 def _merit(run: Finished) -> tuple[float, ...]:

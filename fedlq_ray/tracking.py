@@ -21,6 +21,7 @@ import numpy as np
 
 from fedlq_ray.config import Config, digest, flat, to_yaml
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.files import alone
 
 FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
 _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
@@ -62,7 +63,12 @@ def connect(uri: str) -> Any:
 
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    return mlflow.MlflowClient(tracking_uri=absolute(uri))
+    uri = absolute(uri)
+    path = Path(uri.removeprefix("sqlite:///"))
+    if str(path) == uri or not path.parent.is_dir():
+        return mlflow.MlflowClient(tracking_uri=uri)
+    with alone(path.parent):  # two that make its tables at the same time spoil the file
+        return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def find_or_create(

@@ -14,6 +14,7 @@ from fedlq_ray import ConfigError, reclock
 from fedlq_ray.analysis import compare
 from fedlq_ray.config import load as load_settings
 from fedlq_ray.config import to_yaml
+from fedlq_ray.many import in_turn
 from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import run_or_resume, simulate
 from fedlq_ray.sweep import Outcome, load, run
@@ -29,7 +30,9 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def sweep(tmp_path, text, told):
     (tmp_path / "s.yaml").write_text(BASE + text)
     comparison = load(tmp_path / "s.yaml")
-    return run(comparison, tmp_path / "out", lambda config, parent: run_or_resume(config, parent=parent), told.append)
+    return run(
+        comparison, tmp_path / "out", in_turn(lambda config, parent: run_or_resume(config, parent=parent)), told.append
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,12 +78,12 @@ def test_where_runs_diverge_the_next_best_settings_take_their_place(tmp_path):
         finally:  # the folder of the run that was asked for
             (Path(config.out) / "config.yaml").write_text(to_yaml(config))
 
-    found = run(load(tmp_path / "s.yaml"), tmp_path / "out", start, told.append)
+    found = run(load(tmp_path / "s.yaml"), tmp_path / "out", in_turn(start), told.append)
     assert [line.split()[1] for line in told if "did best" in line] == ["train.lr=0.2", "train.lr=0.05"]
     assert found.tuned == {"a": "train.lr=0.05"} and found.failed == 0 and len(found.runs["a"]) == 2
     assert {f.name for f in (tmp_path / "out/diverged/a/train.lr=0.2").iterdir()} == {"a-0", "a-1"}
     (tmp_path / "out/tune/a/train.lr=1000").rename(tmp_path / "elsewhere")  # failed, so that it would be tried again
-    again = run(load(tmp_path / "s.yaml"), tmp_path / "out", start, told.append)
+    again = run(load(tmp_path / "s.yaml"), tmp_path / "out", in_turn(start), told.append)
     assert again.tuned == found.tuned and again.failed == 0
 
 
@@ -123,10 +126,12 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path):
 
     comparison = load(tmp_path / "s.yaml")
     with pytest.raises(KeyboardInterrupt):
-        run(comparison, tmp_path / "out", lambda config, parent: simulate(config, watch=cut), [].append)
+        run(comparison, tmp_path / "out", in_turn(lambda config, parent: simulate(config, watch=cut)), [].append)
     assert 0 < len(journal(tmp_path / "out/fedavg-0")) < 6
     resumed = []
-    again = run(comparison, tmp_path / "out", lambda config, _: run_or_resume(config, watch=resumed.append), [].append)
+    again = run(
+        comparison, tmp_path / "out", in_turn(lambda config, _: run_or_resume(config, watch=resumed.append)), [].append
+    )
     assert again.runs == whole.runs and any("resumed" in event for event in resumed)
 
 
@@ -202,7 +207,7 @@ def test_what_ignores_time_trains_once_and_leaves_what_training_anew_would(chang
         simulate(config, parent=parent)
 
     comparison = load(tmp_path / "s.yaml")
-    found = run(comparison, tmp_path / "out", start, lambda line: None)
+    found = run(comparison, tmp_path / "out", in_turn(start), lambda line: None)
     assert trained == ["s-uniform-mixed", "s-eden-mixed", "s-fedlq-mixed", "s-fedlq-thin", "s-fedavg-mixed"]
     for label, (config,) in comparison.runs.items():
         simulate(config.model_copy(update={"out": f"anew/{label}-0"}))
@@ -220,7 +225,7 @@ def test_what_ignores_time_trains_once_and_leaves_what_training_anew_would(chang
         assert (told["reached"], told["mean"], told["mb"]) == ((1, *first[:2]) if first else (0, None, None))
     assert len(compare.plot(found, tmp_path / "a.png")) == 2 and (tmp_path / "a@thin.png").exists()
     (tmp_path / "out/eden@thin-0/summary.json").unlink()  # cut short: taken up from the finished one
-    assert run(comparison, tmp_path / "out", start, lambda line: None).runs == found.runs and len(trained) == 5
+    assert run(comparison, tmp_path / "out", in_turn(start), lambda line: None).runs == found.runs and len(trained) == 5
 
 
 def test_tuning_chooses_by_each_populations_own_clock_and_trains_once(tmp_path):

@@ -172,6 +172,13 @@ def test_ui_finds_the_store_of_the_runs():
         _store("apart")
 
 
+def test_two_processes_may_make_a_store_at_the_same_time():
+    code = "from fedlq_ray import tracking; tracking.connect('sqlite:///mlflow.db').search_experiments()"
+    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=200) for process in both] == [0, 0]
+    assert tracking.connect("sqlite:///mlflow.db").search_experiments()
+
+
 def test_the_same_relative_store_in_two_folders_is_two_stores(tmp_path, monkeypatch):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
