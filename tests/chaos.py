@@ -1,7 +1,8 @@
 """Kills a run at random moments, goes on, and compares bytes: `python tests/chaos.py TARGET --moments 50`.
 
 TARGET is what SIGKILL hits: `serial`, the whole program without Ray; `program`, the whole program with Ray under it;
-`driver`, `client` (one client actor) or `clients` (all of them). A line a moment is appended to --out.
+`driver`, `client` (one client actor), `clients` (all of them) or `node` (the second of two nodes with all that runs
+there; a new one joins for the next moment). A line a moment is appended to --out.
 """
 
 import argparse
@@ -25,10 +26,31 @@ RUN = (
 )  # fmt: skip
 
 
-def fedlq(*arguments: str) -> subprocess.Popen[bytes]:
+class Nodes:
+    """Two nodes, of which the second can be killed."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self.second: object = None
+
+    def whole(self) -> str:
+        """The cluster's address, when it has both."""
+        if self.second is None:
+            self.second = self.cluster.add_node(num_cpus=1, wait=True)
+        return str(self.cluster.address)
+
+    def kill(self) -> int:
+        self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = None
+        return 1
+
+
+def fedlq(*arguments: str, address: str = "local") -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "fedlq_ray.cli", *arguments]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, **quiet)  # type: ignore[call-overload, no-any-return]
 
 
@@ -37,11 +59,12 @@ def lines(out: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def strike(target: str, moment: float, folder: Path) -> dict[str, object]:
+def strike(target: str, moment: float, folder: Path, nodes: Nodes | None) -> dict[str, object]:
     """A run that is hit when this share of its rounds is done, and what came of it."""
     out, rounds = folder / f"run-{moment:.6f}", int(RUN[0].partition("=")[2])
     hosting = "serial" if target == "serial" else "packed"
-    process = fedlq("run", *RUN, f"clients.hosting={hosting}", f"out={out}")
+    address = nodes.whole() if nodes else "local"
+    process = fedlq("run", *RUN, f"clients.hosting={hosting}", f"out={out}", address=address)
     while process.poll() is None and lines(out) < int(moment * rounds):
         time.sleep(0.01)
     time.sleep(moment * rounds % 1 * 0.2)  # somewhere in a round, too
@@ -49,6 +72,8 @@ def strike(target: str, moment: float, folder: Path) -> dict[str, object]:
     if target in ("serial", "program"):
         process.kill()
         hit = 1
+    elif nodes:
+        hit = nodes.kill() if process.poll() is None else 0
     else:
         kind = "Driver" if target == "driver" else "ClientActor"
         for pid in workers(kind, process.pid)[: 1 if target == "client" else None]:
@@ -67,7 +92,7 @@ def strike(target: str, moment: float, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=["serial", "program", "driver", "client", "clients"])
+    parser.add_argument("target", choices=["serial", "program", "driver", "client", "clients", "node"])
     parser.add_argument("--moments", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("chaos.jsonl"))
@@ -77,11 +102,14 @@ def main() -> None:
         folder = Path(made)
         if fedlq("run", *RUN, "clients.hosting=serial", f"out={folder / 'whole'}").wait():
             sys.exit("the run without a fault failed")
+        nodes = Nodes() if given.target == "node" else None
         results = []
         for _ in range(given.moments):
-            results.append(strike(given.target, draw.random(), folder))
+            results.append(strike(given.target, draw.random(), folder, nodes))
             with given.out.open("a") as file:
                 file.write(json.dumps(results[-1]) + "\n")
+        if nodes:
+            nodes.cluster.shutdown()
     lost = [result for result in results if not result["same"]]
     hits = sum(result["hit"] != 0 for result in results)
     print(f"{given.target}: {len(results)} moments, {hits} hit, {len(lost)} differ")
