@@ -1,6 +1,7 @@
 """What every test shares: no writing to the user's home, and one thread, as client processes have."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
+# A shell's background job ignores SIGINT, and so do the programs that it starts: tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

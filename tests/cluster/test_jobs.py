@@ -171,7 +171,7 @@ def test_a_run_is_submitted_shown_and_fetched_and_its_name_is_then_taken(cluster
     done = cluster.submit("small.yaml")
     assert done.returncode == 0, done.stderr
     project = cluster.folder / "project"
-    assert "small round 3/3" in done.stderr and "small-1: results in runs/small-0" in done.stdout
+    assert "small-0 round 3/3" in done.stderr and "small-1: results in runs/small-0" in done.stdout
     assert sha256(project / "runs/small-0") == expected[3]
     assert json.loads((project / "runs/small-0/tracking.json").read_text())["uri"] == f"sqlite:///{project}/mlflow.db"
     assert (project / "mlflow.db").exists()
