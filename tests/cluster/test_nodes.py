@@ -97,8 +97,11 @@ def test_a_node_that_joins_is_used(hosting, nodes, tmp_path):
 
 
 @FULL
-def test_actors_go_where_their_resources_are(nodes, expected, tmp_path):
+def test_actors_go_where_their_resources_are(nodes, expected, tmp_path, monkeypatch):
     import ray
+
+    from fedlq_ray import hosting
+    from fedlq_ray.task import prepare
 
     nodes.add_node(num_cpus=2, resources={"big": 2}, labels={"place": "shed"})
     seen = []
@@ -108,9 +111,10 @@ def test_actors_go_where_their_resources_are(nodes, expected, tmp_path):
     assert seen == [([0, 5], 0)] or seen == [([1, 4], 0)]  # four that train, and the one that evaluates, anywhere
     with pytest.raises(fedlq_ray.FedLQError, match="an actor asks for 9 huge, and the cluster has 0"):
         run(tmp_path / "none", "clients.hosting=packed", "clients.resources.huge=9")
+    monkeypatch.setattr(hosting, "_START_S", 3.0)
+    waits = load(None, [*QUICK, "clients.resources.huge=9", "clients.actors=1", "clients.timeout_s=3"])
     with pytest.raises(fedlq_ray.FedLQError, match="did not start in 3 s with resources=.*huge"):
-        waits = ["clients.resources.huge=9", "clients.actors=1", "clients.timeout_s=3"]
-        run(tmp_path / "waits", "clients.hosting=packed", *waits)
+        hosting.RayHost(prepare(waits), "packed")
 
 
 def test_actors_are_dealt_by_cores():
