@@ -1,5 +1,6 @@
 """Several nodes on one machine: the same bytes on any number of them, and while they come and go."""
 
+import json
 import os
 import time
 
@@ -115,6 +116,24 @@ def test_actors_go_where_their_resources_are(nodes, expected, tmp_path, monkeypa
     waits = load(None, [*QUICK, "clients.resources.huge=9", "clients.actors=1", "clients.timeout_s=3"])
     with pytest.raises(fedlq_ray.FedLQError, match="did not start in 3 s with resources=.*huge"):
         hosting.RayHost(prepare(waits), "packed")
+
+
+@FULL
+def test_memories_that_fill_the_object_store_go_to_disk(tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    large = ["clients.count=30", "clients.cohort=15", "model.args.hidden=[13000]", "train.max_samples=32", "rounds=4"]
+    alone = run(tmp_path / "serial", *large, "clients.hosting=serial")
+    node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 79_000_000}  # the least that Ray takes
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        assert 30 * json.loads(alone[0].splitlines()[0])["downlink_bytes"] / 15 > 100_000_000  # of memories
+        assert run(tmp_path / "packed", *large, "clients.hosting=packed") == alone
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_actors_are_dealt_by_cores():
