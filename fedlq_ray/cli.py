@@ -302,7 +302,7 @@ def main() -> None:
         click.echo(f"failed: {exc}", err=True)
         code = 1
     except (KeyboardInterrupt, click.Abort) as exc:
-        click.echo("interrupted; results so far are kept, and `fedlq resume RUN_DIR` goes on", err=True)
+        click.echo("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, goes on", err=True)
         cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps what it meets
         code = 143 if type(cause).__name__ == "Terminated" else 130
     sys.exit(code)

@@ -116,7 +116,6 @@ def serve(address: Path, raylet: int) -> None:
     import fedlq_ray.task  # noqa: F401  (what a worker needs, but Ray)
 
     torch.set_num_threads(1)
-    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)  # the first optimizer imports 100 MB more
     gc.collect()
     gc.freeze()  # a collection in a worker would touch, and so copy, every object
     signal.signal(signal.SIGCHLD, lambda *_: None)  # so that select is woken

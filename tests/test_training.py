@@ -1,8 +1,11 @@
 """A client's round: what training moves, what it leaves alone, and what its reply is a function of."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -41,9 +44,24 @@ def trained_by_pytorch(max_grad_norm=float("inf"), **settings):
     return FlatModel(plain).vector
 
 
-def test_training_is_pytorchs_own_sgd():
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-    torch.testing.assert_close(trained(module(), **settings).vector, trained_by_pytorch(**settings))
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_training_is_pytorchs_own_sgd_bit_for_bit(momentum, weight_decay):
+    settings = {"lr": 0.1, "momentum": momentum, "weight_decay": weight_decay}
+    assert torch.equal(trained(module(), **settings).vector, trained_by_pytorch(foreach=False, **settings))
+
+
+def test_training_does_not_import_pytorchs_compiler():
+    code = """
+import sys, numpy, torch
+from fedlq_ray.config import TrainConfig
+from fedlq_ray.models import FlatModel
+from fedlq_ray.training import train_locally
+x, y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
+train_locally(FlatModel(torch.nn.Linear(6, 2)), x, y, TrainConfig(), samples=4, rng=numpy.random.default_rng(0))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_gradients_are_clipped_as_pytorch_does():
