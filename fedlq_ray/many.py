@@ -18,7 +18,7 @@ from fedlq_ray.files import is_locked
 from fedlq_ray.parts import make_importable
 from fedlq_ray.simulation import Interrupts, run_or_resume, start_ray
 
-# What a run may take, asked of Ray for each: 0.7 GB measured with Fashion-MNIST, 1.4 GB with CIFAR-10.
+# What a run may take, asked of Ray for each: 0.7 GB measured with Fashion-MNIST, 1.0 GB with CIFAR-10.
 RUN_BYTES = 2e9
 
 
