@@ -118,8 +118,8 @@ def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> 
     training samples; `tuning` has settings of those trials alone, such as `rounds=60`. `populations` (a name and a list
     of key=value each) repeats every run under other settings, as RUN@POPULATION; a scheme that ignores time trains once
     for all that move only the clock. `targets` are accuracies to tell the time to. Runs with serial hosting, or where
-    it is left open, go several at a time, as many as cores and memory bear; others one after another. A run that fails is told,
-    and the others go on.
+    it is left open, go several at a time, as many as cores and memory bear; others one after another. A run that fails
+    is told, and the others go on.
     """
     names = tuple(name.strip() for name in only.split(",") if name.strip())
     _sweep(Path(file), overrides, Path(out or f"runs/{Path(file).stem}"), names)
