@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,14 @@ def connect(uri: str) -> Any:
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     uri = absolute(uri)
-    path = Path(uri.removeprefix("sqlite:///"))
-    if str(path) == uri or not path.parent.is_dir():
+    with _alone(uri):  # two that make a file's tables at the same time spoil it
         return mlflow.MlflowClient(tracking_uri=uri)
-    with alone(path.parent):  # two that make its tables at the same time spoil the file
-        return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _alone(uri: str) -> AbstractContextManager[None]:
+    """No other process of this machine in here with the same store, if it is a file; with no server, if it is one."""
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    return alone(folder if uri.startswith("sqlite:///") and folder.is_dir() else Path(tempfile.gettempdir()))
 
 
 def find_or_create(
@@ -99,7 +103,9 @@ def _parent(client: Any, tracking: Tracking) -> str:
     """The id of the comparison that a run belongs to."""
     assert tracking.parent is not None
     name = tracking.parent.rsplit("/", 1)[-1]
-    run_id = find_or_create(client, tracking, tracking.parent, name, {"fedlq.kind": "comparison"}, tracking.started_ms)
+    kind = {"fedlq.kind": "comparison"}
+    with _alone(tracking.uri):  # its runs may all start now, and one is to make it
+        run_id = find_or_create(client, tracking, tracking.parent, name, kind, tracking.started_ms)
     client.set_terminated(run_id)  # it only holds its children together
     return run_id
 

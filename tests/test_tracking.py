@@ -179,6 +179,27 @@ def test_two_processes_may_make_a_store_at_the_same_time():
     assert tracking.connect("sqlite:///mlflow.db").search_experiments()
 
 
+def test_runs_that_start_at_once_have_one_parent():
+    code = """
+import sys
+from fedlq_ray import tracking
+uri = tracking.absolute("sqlite:///mlflow.db")
+client = tracking.connect(uri)
+its = tracking.Tracking(uri, "fedlq", "key", 1, parent="here/both")
+print("ready", flush=True)
+sys.stdin.readline()
+tracking._parent(client, its)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(3)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 3
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(timeout=200) for process in both] == [0, 0, 0]
+    assert rows("select count(*) from runs") == [(1,)]
+
+
 def test_the_same_relative_store_in_two_folders_is_two_stores(tmp_path, monkeypatch):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
