@@ -11,6 +11,7 @@ machine; milliseconds are the driver process's processor time a payload, which o
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -145,9 +146,9 @@ def main() -> None:
                 f"{scheme:16} {row['parameters']:>9,} {row['payload_bytes']:>10,.0f} B  {told}  {mb:.1f} MB/s",
                 flush=True,
             )
-    made_by = {"machine": provenance.machine(), "commit": provenance.commit(), "versions": provenance.versions()}
     if given.out:
-        given.out.write_text(json.dumps({**made_by, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1) + "\n")
+        about = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), **provenance.made_by()}
+        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,9 +53,9 @@ def main() -> None:
     for nodes in given.nodes:
         rows.append(measure(nodes, given.rounds))
         print(f"{nodes} nodes  cohort {rows[-1]['cohort']}  {rows[-1]['round_s']:.3f} s a round", flush=True)
-    made_by = {"machine": provenance.machine(), "commit": provenance.commit(), "versions": provenance.versions()}
     if given.out:
-        given.out.write_text(json.dumps({**made_by, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1) + "\n")
+        about = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), **provenance.made_by()}
+        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
