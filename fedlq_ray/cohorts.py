@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from fedlq_ray.clock import client_time
 from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.sgd import samples_of
 from fedlq_ray.strategies import Member
 from fedlq_ray.task import Task
-from fedlq_ray.training import samples_of
 
 
 def draw(task: Task, round: int) -> list[int]:

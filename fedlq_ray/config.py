@@ -69,7 +69,9 @@ class ClientsConfig(Section):
     num_cpus: float = key(
         0.0, "cores that an actor reserves of Ray; with it, or the three below, Ray chooses its node", ge=0
     )
-    num_gpus: float = key(0.0, "GPUs that an actor reserves, for parts of yours that use one", ge=0)
+    num_gpus: float = key(
+        0.0, "GPUs that an actor reserves, such as 0.25: four share one; for train.device=cuda, or parts of yours", ge=0
+    )
     resources: dict[str, float] = key({}, "Ray's custom resources that an actor reserves, such as {big: 1}")
     labels: dict[str, str] = key({}, "Ray's labels that an actor's node must have, such as {market-type: spot}")
     profiles: Text = key("mixed", "a population's name, or a CSV with a row a client")
@@ -85,6 +87,9 @@ class ClientsConfig(Section):
 
 
 class TrainConfig(Section):
+    device: Literal["cpu", "cuda"] = key(
+        "cpu", "where clients train, and evaluations and probes run; a GPU's results are not a CPU's"
+    )
     lr: Positive = key(0.1, "learning rate of the clients' SGD", le=1e3)
     momentum: float = key(0.0, "momentum of the clients' SGD, fresh each round", ge=0, lt=1)
     weight_decay: float = key(0.0, "L2 penalty of the clients' SGD", ge=0, le=1)
@@ -223,6 +228,10 @@ class Config(Section):
         if self.clients.cohort > self.clients.count:
             raise ValueError(
                 f"clients.cohort ({self.clients.cohort}) must not be larger than clients.count ({self.clients.count})"
+            )
+        if self.train.device == "cuda" and self.clients.hosting != "serial" and not self.clients.num_gpus:
+            raise ValueError(
+                "train.device=cuda needs clients.num_gpus, an actor's share of a GPU, such as 0.25 (or hosting=serial)"
             )
         if self.stop_at_target and self.target_accuracy is None:
             raise ValueError("stop_at_target needs a target_accuracy")

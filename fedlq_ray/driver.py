@@ -33,7 +33,7 @@ def drive(
     """
     place, config = Workplace(task), task.config
     strategy = make(place.setting, given)
-    outcome = Outcome(place.model.vector.clone())
+    outcome = Outcome(place.initial_weights())
     where = Folder(rundir.checkpoints(folder, config))
     written = rundir.journal(folder)
     before, faults = latest(where, len(written))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedlq_ray import forkserver
 from fedlq_ray.config import ClientsConfig
+from fedlq_ray.device import reproducible
 from fedlq_ray.errors import ClientError, DivergedError, FedLQError
 from fedlq_ray.placement import Nodes, asks, deal, fitting
 from fedlq_ray.strategies import Probe
@@ -44,7 +45,8 @@ class ClientActor:
     """Hosts one client or many: which one a call is about is in the job; what it remembers comes and goes with it."""
 
     def __init__(self, task: Task) -> None:
-        torch.set_num_threads(1)  # more threads would change sums, and fight over the cores
+        self.settings = reproducible(task.config.train.device)
+        self.settings.__enter__()  # for as long as this process lives
         self.place = Workplace(task)
 
     def alive(self) -> int:
@@ -92,6 +94,9 @@ def choose(clients: ClientsConfig) -> tuple[str, str]:
         raise FedLQError(f"clients.hosting=dedicated: {figures}; use packed, which hosts many clients in an actor")
     if clients.hosting != "auto":
         return clients.hosting, "as configured"
+    wanted = asks(clients)
+    if wanted and not clients.actors and clients.count >= (room := fitting(wanted)):
+        return "packed", f"the cluster has room for {room} actors that ask for so much"
     if need > free / 2:
         return "packed", figures
     if clients.count > ACTORS_A_CORE * cores:
@@ -123,8 +128,26 @@ class RayHost:
         self.actors: list[Any] = []
         self.fitted: set[str] = set()  # the nodes that they were dealt to
         self.fit()
-        (self.evaluator,) = self.start(1, {})
+        (self.evaluator,) = self.start(1, self.asks_to_evaluate)
         self.memories: dict[int, Any] = {}
+
+    @property
+    def asks_to_evaluate(self) -> dict[str, Any]:
+        """What the actor that evaluates asks Ray for: nothing, but for its part of a GPU."""
+        if self.task.config.train.device == "cpu":
+            return {}
+        return {name: asked for name, asked in self.asks.items() if name not in ("num_cpus", "resources")}
+
+    def _room(self) -> int:
+        """For how many actors that train, beside the one that evaluates."""
+        room = fitting(self.asks) - bool(self.asks_to_evaluate)
+        if not room:
+            share = self.clients.num_gpus
+            raise FedLQError(
+                f"clients.num_gpus={share:g}: there is no GPU left for the actor that evaluates; "
+                f"set {share / 2:g} or less"
+            )
+        return room
 
     @property
     def count(self) -> int:
@@ -136,7 +159,7 @@ class RayHost:
             return
         self.fitted = set(self.nodes.known)
         packed = self.kind == "packed"
-        actors = self.clients.actors or (fitting(self.asks) if self.asks else self.nodes.cores)
+        actors = self.clients.actors or (self._room() if self.asks else self.nodes.cores)
         wanted = min(actors, self.clients.count) if packed else self.clients.count
         self.depth = 2 * wanted if packed else self.nodes.cores  # packed: the next job waits at the actor
         room = Counter(deal(wanted, self.nodes.known.values(), {}))
@@ -261,7 +284,7 @@ class Ask:
                 why = _why(exc)
                 if self.of is self.host.evaluator:  # else another question has brought a new one
                     ray.kill(self.of)
-                    (self.host.evaluator,) = self.host.start(1, {})
+                    (self.host.evaluator,) = self.host.start(1, self.host.asks_to_evaluate)
                 self.of = self.host.evaluator
                 self.ref = self.ask(self.of)
         raise FedLQError(f"the actor that evaluates died or hung ({why}); too little memory?")

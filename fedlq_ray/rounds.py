@@ -213,7 +213,7 @@ def run(
             came = [(share, m.work) for share, m in zip(shares, answering, strict=True) if m.client in fold.replies]
             work = sum(share * done for share, done in came) / (fold.answered or 1)
             # Buffers are averages already: scaled or stepped beyond them, a variance could fall below zero.
-            update, parameters = fold.mean().float(), place.model.num_parameters
+            update, parameters = fold.mean().float(), sum(layer.size for layer in task.layers if not layer.buffer)
             update[:parameters] *= work
             update = strategy.combine(update)
             outcome.update = torch.cat([server.step(update)[:parameters], update[parameters:]])
@@ -285,10 +285,7 @@ def _record(
     sent = [len(replies[client].payload) if client in replies else 0 for client in clients]
     received = [offers[client].num_bytes if client in plans else 0 for client in clients]
     times = clock(task, round, clients, samples, sent, received)
-    bits = {
-        layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent))
-        for layer in place.model.layers
-    }
+    bits = {layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent)) for layer in task.layers}
     shares = {job.client: share for job, share in zip(fold.jobs, fold.shares, strict=True)}
     losses = [shares[client] * reply.train_loss for client, reply in replies.items()]
     return {

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fedlq_ray import provenance, rundir, tracking
 from fedlq_ray.config import Config, digest, load, to_yaml
+from fedlq_ray.device import reproducible
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.files import locked, write_durably
 from fedlq_ray.models import FlatModel
@@ -296,13 +297,8 @@ class Interrupts:
 def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
     from fedlq_ray.driver import drive_serially
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with interrupts:
-            yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None, folder)
-    finally:
-        torch.set_num_threads(threads)
+    with reproducible(task.config.train.device), interrupts:
+        yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None, folder)
 
 
 def start_ray() -> None:

@@ -1,6 +1,7 @@
 """What an experiment works on, made and checked from a configuration before anything is written or started."""
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from fedlq_ray.config import Config
 from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
-from fedlq_ray.models import FlatModel, build, training_flops
+from fedlq_ray.device import require_gpu
+from fedlq_ray.models import MODELS, FlatModel, Layer, build, training_flops
 from fedlq_ray.profiles import Profile, load_profiles
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
 from fedlq_ray.seeding import numpy_rng, torch_seed
+from fedlq_ray.sgd import LocalSGD
 from fedlq_ray.significance import Measurement, gather, measure
 from fedlq_ray.strategies import Probe, Setting
 from fedlq_ray.training import Evaluation, Plan, Reply, client_round, evaluate
@@ -28,6 +31,7 @@ class Task:
 
     Attributes:
         shards, held: each client's indices into the training data, to train on and held out.
+        builtin: the model is one of this package's.
         flops: of a sample's forward and backward pass.
     """
 
@@ -37,6 +41,8 @@ class Task:
     held: list[NDArray[np.int64]]
     profiles: list[Profile]
     module: nn.Module
+    layers: tuple[Layer, ...]
+    builtin: bool
     flops: float
     quantizer: Family
 
@@ -65,10 +71,13 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.seed, "weights"))
         module = build(model or config.model.name, dataset.input_shape, dataset.num_classes, config.model.args)
-    FlatModel(copy.deepcopy(module))  # refuses what cannot be flat, before anything starts
+    layers = FlatModel(copy.deepcopy(module)).layers  # refuses what cannot be flat, before anything starts
+    builtin = model is None and config.model.name in ("auto", *MODELS)
+    if config.clients.hosting == "serial" and config.train.device == "cuda":
+        require_gpu()
     flops = training_flops(module, dataset.input_shape)
     quantizers = family(config.strategy.quantizer, quantizer)
-    return Task(config, dataset, kept, held, profiles, module, flops, quantizers)
+    return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers)
 
 
 class Timed(NamedTuple):
@@ -100,32 +109,43 @@ class Workplace:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.model = FlatModel(copy.deepcopy(task.module))
         self._evaluated_on: tuple[Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def model(self) -> FlatModel:
+        """Made where it is used: whoever only plans and aggregates needs no GPU."""
+        return FlatModel(copy.deepcopy(self.task.module), self.task.config.train.device)
+
+    @functools.cached_property
+    def sgd(self) -> LocalSGD:
+        return LocalSGD(self.model, self.task.config.train, record=self.task.builtin)
+
+    def initial_weights(self) -> Tensor:
+        """The flat vector (d,) that training starts from."""
+        return FlatModel(copy.deepcopy(self.task.module)).vector
 
     @property
     def setting(self) -> Setting:
         task = self.task
-        return Setting(task.config.strategy, self.model.layers, task.config.seed, task.quantizer)
+        return Setting(task.config.strategy, task.layers, task.config.seed, task.quantizer)
 
     def normalise(self, x: NDArray[Any]) -> Tensor:
         return inputs(x, self.task.data.mean, self.task.data.std)
 
     def broadcast_size(self) -> int:
         """Bytes of the whole model on the wire, as float32."""
-        return PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.model.layers)
+        return PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.task.layers)
 
     def train(self, job: Job, weights: Tensor, memory: Tensor | None) -> tuple[Reply, Tensor | None]:
         shard = self.task.shards[job.client]
         return client_round(
-            self.model,
+            self.sgd,
             self.task.data.x_train[shard],
             self.task.data.y_train[shard],
             normalise=self.normalise,
             weights=weights,
             memory=memory,
             plan=job.plan,
-            train=self.task.config.train,
             samples=job.samples,
             seed=self.task.config.seed,
             round=job.round,
@@ -138,13 +158,15 @@ class Workplace:
         if self._evaluated_on is None:
             data = self.task.data
             if self.task.config.evaluate_on == "test":
-                self._evaluated_on = self.normalise(data.x_test), torch.from_numpy(data.y_test.copy())
+                x, y = self.normalise(data.x_test), torch.from_numpy(data.y_test.copy())
+                self._evaluated_on = x.to(self.model.device), y.to(self.model.device)
             else:
                 self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
         return evaluate(self.model, weights, *self._evaluated_on)
 
     def _training_samples(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return self.normalise(self.task.data.x_train[chosen]), torch.from_numpy(self.task.data.y_train[chosen])
+        x, y = self.normalise(self.task.data.x_train[chosen]), torch.from_numpy(self.task.data.y_train[chosen])
+        return x.to(self.model.device), y.to(self.model.device)
 
     def probe_data(self, samples: int, clients: tuple[int, ...] | None = None, round: int = 0) -> tuple[Tensor, Tensor]:
         """Samples held out from shards: of these clients, drawn by round, or of all, drawn once: the server's proxy.

@@ -1,7 +1,7 @@
 """A client's round and the evaluation, as pure functions: no clock, no Ray, no state of their own."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedlq_ray.config import TrainConfig
 from fedlq_ray.errors import ClientError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Family, Segment, decode, encode
 from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
+from fedlq_ray.sgd import LocalSGD, samples_of
 
 __all__ = ["Plan"]
 
@@ -53,72 +53,8 @@ class Reply:
     encode_s: float
 
 
-def samples_of(shard: int, train: TrainConfig) -> int:
-    """Samples that a client with a shard of this size uses in a pass."""
-    return shard if train.max_samples is None else min(shard, train.max_samples)
-
-
-def _batches(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    """`order` in pieces of `size`; a last one of a single sample joins its neighbour (batch-norm needs two)."""
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [np.concatenate(batches[-2:])]
-    return batches
-
-
-def train_locally(
-    model: FlatModel, x: Tensor, y: Tensor, train: TrainConfig, *, samples: int, rng: np.random.Generator
-) -> float:
-    """SGD on one shard, in place; gives the mean loss of all samples seen.
-
-    Args:
-        model: holds the global weights when it comes in, and the client's own when it goes out.
-        x, y: normalised inputs (n, ...) float32, labels (n,) int64.
-        samples: how many to go through, in as many passes as that takes.
-        rng: source of the order of samples.
-    """
-    model.module.train()
-    pieces = [(model.vector[start:stop], model.grad[start:stop]) for start, stop in model.trained]
-    velocities: list[Tensor] = []
-    anchor = model.vector[: model.num_parameters].clone() if train.prox_mu else None
-    total, seen = torch.zeros((), dtype=torch.float64), 0
-    while seen < samples:
-        # Two samples at least, where there are two (batch-norm needs them), though one were left to go through.
-        order = rng.permutation(len(y))[: min(samples_of(len(y), train), max(2, samples - seen))]
-        for batch in _batches(order, train.batch_size):
-            index = torch.from_numpy(batch)
-            model.grad.zero_()
-            loss = cross_entropy(model.module(x[index]), y[index])
-            loss.backward()
-            if anchor is not None:  # the gradient of mu / 2 |w - anchor|^2
-                model.grad.add_(model.vector[: model.num_parameters] - anchor, alpha=train.prox_mu)
-            if train.max_grad_norm is not None:
-                model.grad.mul_(min(1.0, train.max_grad_norm / max(float(model.grad.norm()), 1e-30)))
-            _step(pieces, velocities, train)
-            total += loss.detach() * len(batch)
-            seen += len(batch)
-    return float(total) / seen
-
-
-def _step(pieces: Sequence[tuple[Tensor, Tensor]], velocities: list[Tensor], train: TrainConfig) -> None:
-    """SGD's step of weights along gradients, in place, as torch.optim.SGD takes it, bit for bit.
-
-    That class imports PyTorch's compiler when it is first made, a second and 70 MB in each process that trains.
-    """
-    for index, (weights, gradient) in enumerate(pieces):
-        if train.weight_decay:
-            gradient = gradient.add(weights, alpha=train.weight_decay)
-        if train.momentum:
-            if len(velocities) == index:
-                velocities.append(gradient.clone())
-            else:
-                velocities[index].mul_(train.momentum).add_(gradient)
-            gradient = velocities[index]
-        weights.add_(gradient, alpha=-train.lr)
-
-
 def client_round(
-    model: FlatModel,
+    sgd: LocalSGD,
     x: NDArray[Any],
     y: NDArray[np.int64],
     *,
@@ -126,7 +62,6 @@ def client_round(
     weights: Tensor,
     memory: Tensor | None,
     plan: Plan,
-    train: TrainConfig,
     samples: int,
     seed: int,
     round: int,
@@ -136,7 +71,7 @@ def client_round(
     """One client's round: (weights, memory, plan, seed) to (payload, memory).
 
     Args:
-        model: scratch space of the right shape; what it holds does not matter.
+        sgd: with a model of the right shape; what it holds does not matter.
         x, y: the client's training shard, as stored.
         weights: the global flat vector (d,) float32; not changed.
         memory: error feedback's (d,) float32, or None for none yet.
@@ -147,16 +82,19 @@ def client_round(
     Raises:
         ClientError: training or a user's part failed, or training diverged; names the layer.
     """
+    model = sgd.model
     try:
-        with torch.random.fork_rng(devices=[]):  # a model's dropout draws from the global generator
+        gpus = [] if model.device.type == "cpu" else [model.device]
+        with torch.random.fork_rng(devices=gpus):  # a model's dropout draws from the global generator
             torch.manual_seed(torch_seed(seed, "model", round, client))
             model.load(weights)
             rng = numpy_rng(seed, "batches", round, client)
-            loss = train_locally(model, normalise(x), torch.from_numpy(y.copy()), train, samples=samples, rng=rng)
-        _require_finite(model.vector, model.layers, round, client)
+            loss = sgd.train(normalise(x), torch.from_numpy(y.copy()), samples=samples, rng=rng)
+        trained = model.vector.cpu()  # all that follows is the same on whatever device it was trained
+        _require_finite(trained, model.layers, round, client)
         started = time.perf_counter()
-        update = model.vector - weights
-        update[: model.num_parameters] *= train.local_epochs * samples_of(len(y), train) / samples
+        update = trained - weights
+        update[: model.num_parameters] *= sgd.settings.local_epochs * samples_of(len(y), sgd.settings) / samples
         sent = update if plan.payload == "update" else weights + update
         if plan.error_feedback and memory is not None:
             sent = sent - memory if plan.error_feedback == "ef21" else sent + memory
@@ -205,14 +143,15 @@ class Evaluation:
 
 @torch.no_grad()
 def sample_losses(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample's loss (n,) and whether it is classified rightly (n,) bool, in evaluation mode."""
+    """Each sample's loss (n,) float64 and whether it is right (n,) bool, on the CPU; in evaluation mode."""
     model.load(weights)
     model.module.eval()
+    x, y = x.to(model.device), y.to(model.device)
     outputs = [
         model.module(x[start : start + EVALUATION_CHUNK]).float() for start in range(0, len(y), EVALUATION_CHUNK)
     ]
     logits = torch.cat(outputs)
-    return cross_entropy(logits, y, reduction="none").double(), logits.argmax(1) == y
+    return cross_entropy(logits, y, reduction="none").double().cpu(), (logits.argmax(1) == y).cpu()
 
 
 def evaluate(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> Evaluation:

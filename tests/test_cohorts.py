@@ -8,10 +8,10 @@ import torch
 from fedlq_ray import cohorts, simulate
 from fedlq_ray.config import StrategyConfig, TrainConfig, load
 from fedlq_ray.quantization import Absent
+from fedlq_ray.sgd import samples_of
 from fedlq_ray.strategies import Member
 from fedlq_ray.strategies.budgets import taking_part
 from fedlq_ray.task import prepare
-from fedlq_ray.training import samples_of
 
 QUICK = ["rounds=4", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
 

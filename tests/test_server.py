@@ -8,7 +8,7 @@ from torch import nn
 from fedlq_ray.config import ServerConfig, TrainConfig
 from fedlq_ray.models import FlatModel
 from fedlq_ray.server import ServerOptimizer
-from fedlq_ray.training import train_locally
+from fedlq_ray.sgd import LocalSGD
 
 U = torch.tensor([1.0, -2.0])
 
@@ -38,7 +38,7 @@ def test_fedprox_pulls_to_the_global_weights_as_its_penalty_says():
     x, y = torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
     flat = FlatModel(module())
     train = TrainConfig(lr=0.5, batch_size=6, local_epochs=4, prox_mu=0.7)
-    train_locally(flat, x, y, train, samples=24, rng=np.random.default_rng(0))
+    LocalSGD(flat, train).train(x, y, samples=24, rng=np.random.default_rng(0))
     plain = module()
     start = [p.detach().clone() for p in plain.parameters()]
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedlq_ray.config import Config
+from fedlq_ray.device import reproducible
 from fedlq_ray.quantization import MinMax, Qsgd
 from fedlq_ray.rounds import Outcome, Record, run
 from fedlq_ray.serial import Done, SerialHost
@@ -99,19 +100,15 @@ def analyses(
             "stop_at_target": False,
         }
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        task = prepare(plain)
+    task = prepare(plain)
+    with reproducible(plain.train.device):
         host: Any = _Unwatched(task)
-        outcome = Outcome(host.place.model.vector.clone())
+        outcome = Outcome(host.place.initial_weights())
         for record in run(task, make(host.place.setting), host, outcome):
             watch(record)
             if record["round"] + 1 in rounds:
                 for payload in payloads:
                     yield _analysis(host.place, outcome, record["round"] + 1, payload, metrics)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _analysis(place: Workplace, outcome: Outcome, rounds: int, payload: str, metrics: Sequence[str]) -> LayerAnalysis:

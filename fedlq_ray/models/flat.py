@@ -39,11 +39,14 @@ class FlatModel:
         grad: (num_parameters,) float32; every parameter's gradient is a view of it, so it is zeroed, never replaced.
         trained: the (start, stop) runs of the vector that training may move: all parameters that are not frozen.
         layers: the segments, in order. Integer buffers are in none: they stay where they are.
+    Args:
+        module: with its parameters on the CPU, from where it goes to `device`.
+        device: "cpu" or "cuda", where all of it then lives.
     Raises:
         ConfigError: a parameter is not float32 on the CPU, or there is none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: str = "cpu") -> None:
         self.module = module
         owned: list[tuple[str, list[nn.Parameter]]] = []
         buffers: list[tuple[str, list[tuple[nn.Module, str, Tensor]]]] = []
@@ -65,10 +68,11 @@ class FlatModel:
                 raise ConfigError(
                     f"model.name: parameter {name} is {tensor.dtype} on {tensor.device}, not float32 on cpu"
                 )
+        module.to(device)
         self.num_parameters = sum(p.numel() for _, ps in owned for p in ps)
         total = self.num_parameters + sum(b.numel() for _, bs in buffers for _, _, b in bs)
-        self.vector = torch.zeros(total)
-        self.grad = torch.zeros(self.num_parameters)
+        self.vector = torch.zeros(total, device=device)
+        self.grad = torch.zeros(self.num_parameters, device=device)
         layers, at = [], 0
         trained: list[tuple[int, int]] = []
         for name, parameters in owned:
@@ -94,8 +98,12 @@ class FlatModel:
             layers.append(Layer(name, start, at, buffer=True))
         self.layers, self.trained = tuple(layers), tuple(trained)
 
+    @property
+    def device(self) -> torch.device:
+        return self.vector.device
+
     def load(self, vector: Tensor) -> None:
-        """Copy a flat vector (d,) float32 in."""
+        """Copy a flat vector (d,) float32 in, from whatever device."""
         if vector.shape != self.vector.shape or vector.dtype != torch.float32:
             raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {tuple(self.vector.shape)} is due")
         self.vector.copy_(vector)

@@ -37,7 +37,7 @@ class Evidence:
         layers: the L that may be quantized; none is a buffer.
         decoded: what comes of `sent` by each quantizer, (n, d); buffers as they are.
         sizes: bytes of each layer by each quantizer, (L, n).
-        x, y: normalised inputs (samples, ...) and labels (samples,).
+        x, y: normalised inputs (samples, ...) and labels (samples,), where the model is.
         seed, round: what randomness is keyed by.
     """
 
@@ -125,15 +125,15 @@ def _at_weights(evidence: Evidence) -> Tensor:
     """The parameters as a leaf of the graph (num_parameters,); the model gets its buffers, and evaluation mode."""
     evidence.model.load(evidence.weights)
     evidence.model.module.eval()
-    return evidence.weights[: evidence.model.num_parameters].requires_grad_()
+    return evidence.weights[: evidence.model.num_parameters].to(evidence.model.device).requires_grad_()
 
 
 def _gradients(evidence: Evidence) -> Iterator[Tensor]:
-    """Each sample's gradient (num_parameters,). One at a time: on a CPU as fast as vmap, and it takes any model."""
+    """Each sample's gradient (num_parameters,), on the CPU. One at a time: as fast as vmap there, for any model."""
     parameters = _at_weights(evidence)
     for i in range(len(evidence.y)):
         value = _mean_loss(evidence.model, parameters, evidence.x[i : i + 1], evidence.y[i : i + 1])
-        yield torch.autograd.grad(value, parameters)[0]
+        yield torch.autograd.grad(value, parameters)[0].cpu()
 
 
 def _projected(evidence: Evidence, power: int) -> Tensor:
@@ -171,7 +171,7 @@ def hessian_traces(evidence: Evidence, draws: int) -> Table:
     """
     parameters = _at_weights(evidence)
     rng = torch_rng(evidence.seed, "hutchinson", evidence.round)
-    vectors = torch.randint(0, 2, (draws, len(parameters)), generator=rng).float() * 2 - 1
+    vectors = (torch.randint(0, 2, (draws, len(parameters)), generator=rng).float() * 2 - 1).to(parameters.device)
     pieces = [slice(layer.start, layer.stop) for layer in evidence.layers]
     traces = np.zeros((draws, len(evidence.layers)))
     chunks = zip(evidence.x.split(HESSIAN_CHUNK), evidence.y.split(HESSIAN_CHUNK), strict=True)

@@ -1,0 +1,40 @@
+"""Where models run, and what makes the same sums there come out the same every time."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from fedlq_ray.errors import ConfigError
+
+
+@contextlib.contextmanager
+def reproducible(device: str) -> Iterator[None]:
+    """One thread, since more would change sums; on a GPU deterministic kernels in full float32. Afterwards as before.
+
+    A GPU's bytes are those of its type and of PyTorch's version, and not a CPU's.
+
+    Raises:
+        ConfigError: PyTorch finds no GPU in this process.
+    """
+    threads = torch.get_num_threads()
+    deterministic, tf32 = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+    torch.set_num_threads(1)
+    try:
+        if device == "cuda":
+            require_gpu()
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may differ from call to call
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def require_gpu() -> None:
+    """Refuse where PyTorch finds no GPU."""
+    if not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda: PyTorch finds no GPU in the process that trains")

@@ -1,0 +1,88 @@
+"""The clients' SGD: PyTorch's own, bit for bit, and what it leaves alone."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedlq_ray.config import TrainConfig
+from fedlq_ray.models import FlatModel
+from fedlq_ray.sgd import LocalSGD
+
+X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+Y = (X[:, 0] > 0).astype(np.int64)
+
+
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def trained(model, **settings):
+    flat = FlatModel(model)
+    train = TrainConfig(batch_size=8, local_epochs=2, **settings)
+    sgd = LocalSGD(flat, train)
+    sgd.train(torch.from_numpy(X[:16]), torch.from_numpy(Y[:16]), samples=32, rng=np.random.default_rng(5))
+    flat.load(FlatModel(module()).vector)  # a client before leaves nothing behind
+    sgd.train(torch.from_numpy(X), torch.from_numpy(Y), samples=80, rng=np.random.default_rng(1))
+    return flat
+
+
+def trained_by_pytorch(max_grad_norm=float("inf"), **settings):
+    plain, rng = module(), np.random.default_rng(1)
+    optimizer = torch.optim.SGD(plain.parameters(), **settings)
+    for _ in range(2):
+        order = rng.permutation(40)
+        for start in range(0, 40, 8):
+            batch = order[start : start + 8]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(torch.from_numpy(X[batch])), torch.from_numpy(Y[batch])).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
+            optimizer.step()
+    return FlatModel(plain).vector
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_training_is_pytorchs_own_sgd_bit_for_bit(momentum, weight_decay):
+    settings = {"lr": 0.1, "momentum": momentum, "weight_decay": weight_decay}
+    assert torch.equal(trained(module(), **settings).vector, trained_by_pytorch(foreach=False, **settings))
+
+
+def test_training_does_not_import_pytorchs_compiler():
+    code = """
+import sys, numpy, torch
+from fedlq_ray.config import TrainConfig
+from fedlq_ray.models import FlatModel
+from fedlq_ray.sgd import LocalSGD
+x, y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
+LocalSGD(FlatModel(torch.nn.Linear(6, 2)), TrainConfig()).train(x, y, samples=4, rng=numpy.random.default_rng(0))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_gradients_are_clipped_as_pytorch_does():
+    flat = trained(module(), lr=0.5, max_grad_norm=0.1)
+    torch.testing.assert_close(flat.vector, trained_by_pytorch(0.1, lr=0.5), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(flat.vector, trained(module(), lr=0.5).vector)
+
+
+def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
+    model = module()
+    model[0].bias.requires_grad_(False)
+    before = copy.deepcopy(model)
+    flat = trained(model, lr=0.1, momentum=0.9, weight_decay=0.5)
+    assert flat.trained == ((0, 48), (56, 74))
+    assert torch.equal(model[0].bias, before[0].bias)
+    assert not torch.equal(model[0].weight, before[0].weight) and not torch.equal(model[2].bias, before[2].bias)
+
+
+def test_a_last_sample_alone_is_joined_by_another_for_batch_norm():
+    flat = FlatModel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)))
+    x, y = torch.from_numpy(X), torch.from_numpy(Y)
+    LocalSGD(flat, TrainConfig(batch_size=8)).train(x, y, samples=41, rng=np.random.default_rng(1))
