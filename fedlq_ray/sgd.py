@@ -1,6 +1,7 @@
 """The clients' SGD: passes over a shard, a step at a time, in place on a flat model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,11 @@ def samples_of(shard: int, settings: TrainConfig) -> int:
     return shard if settings.max_samples is None else min(shard, settings.max_samples)
 
 
-def _batches(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    """`order` in pieces of `size`; a last one of a single sample joins its neighbour (batch-norm needs two)."""
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [np.concatenate(batches[-2:])]
+def _batches(samples: int, size: int) -> list[slice]:
+    """A pass in pieces of `size`; a last one of a single sample joins its neighbour (batch-norm needs two)."""
+    batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+    if len(batches) > 1 and samples % size == 1:
+        batches[-2:] = [slice(batches[-2].start, samples)]
     return batches
 
 
@@ -35,23 +36,32 @@ class LocalSGD:
 
     Args:
         model: holds the global weights when `train` begins, and the client's own when it ends.
-        record: on a GPU, record the step once and replay it: one launch in place of a hundred. For models that do the
-            same operations at every step, on whatever input.
+        record: on a GPU, record a step, for each size of batch that comes again, and replay it: one launch in place of
+            a hundred. For models that do the same operations at every step, on whatever input.
     """
 
     def __init__(self, model: FlatModel, settings: TrainConfig, *, record: bool = False) -> None:
         self.model, self.settings = model, settings
         self.velocity = torch.zeros_like(model.grad) if settings.momentum else None
-        self.anchor = torch.zeros_like(model.grad) if settings.prox_mu else None
+        self.anchor = torch.zeros_like(model.grad) if settings.prox_mu else None  # what FedProx pulls to
         self.loss = torch.zeros((), dtype=torch.float64, device=model.device)  # sum over the samples seen
         self.record = record and model.device.type == "cuda"
-        self.recorded: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
+        self.recorded: dict[int, _Recorded | None] = {}  # by the size of the batch; None: it came once
 
-    def train(self, x: Tensor, y: Tensor, *, samples: int, rng: np.random.Generator) -> float:
+    def train(
+        self,
+        x: NDArray[Any],
+        y: NDArray[np.int64],
+        *,
+        normalise: Callable[[NDArray[Any]], Tensor],
+        samples: int,
+        rng: np.random.Generator,
+    ) -> float:
         """Train on one shard; gives the mean loss of all samples seen.
 
         Args:
-            x, y: normalised inputs (n, ...) float32, labels (n,) int64.
+            x, y: inputs (n, ...) as stored, labels (n,).
+            normalise: makes of stored inputs what the model takes, float32, where the model is.
             samples: how many to go through, in as many passes as that takes.
             rng: source of the order of samples.
         """
@@ -60,25 +70,16 @@ class LocalSGD:
         if self.velocity is not None:
             self.velocity.zero_()
         if self.anchor is not None:
-            self.anchor.copy_(self.model.vector[: self.model.num_parameters])
-        x, y = x.to(self.model.device), y.to(self.model.device)
-        seen = 0
-        for batch in self._order(len(y), samples, rng):
-            index = torch.from_numpy(batch).to(self.model.device)
-            if self.record and len(batch) == self.settings.batch_size:
-                self._replay(x[index], y[index])
-            else:
-                self._step(x[index], y[index])
-            seen += len(batch)
-        return float(self.loss) / seen
-
-    def _order(self, shard: int, samples: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-        seen = 0
+            self.anchor.copy_(self.model.storage[: len(self.anchor)])
+        step, seen = self._replay if self.record else self._step, 0
         while seen < samples:
             # Two samples at least, where there are two (batch-norm needs them), though one were left to go through.
-            order = rng.permutation(shard)[: min(samples_of(shard, self.settings), max(2, samples - seen))]
-            yield from _batches(order, self.settings.batch_size)
+            order = rng.permutation(len(y))[: min(samples_of(len(y), self.settings), max(2, samples - seen))]
+            inputs, labels = normalise(x[order]), torch.from_numpy(y[order]).to(self.model.device)
+            for batch in _batches(len(order), self.settings.batch_size):
+                step(inputs[batch], labels[batch])
             seen += len(order)
+        return float(self.loss) / seen
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         model, settings = self.model, self.settings
@@ -86,12 +87,12 @@ class LocalSGD:
         loss = cross_entropy(model.module(x), y)
         loss.backward()
         if self.anchor is not None:  # the gradient of mu / 2 |w - anchor|^2
-            model.grad.add_(model.vector[: model.num_parameters] - self.anchor, alpha=settings.prox_mu)
+            model.grad.add_(model.storage[: len(self.anchor)] - self.anchor, alpha=settings.prox_mu)
         if settings.max_grad_norm is not None:
             norm = model.grad.norm().double().clamp_min(1e-30)
             model.grad.mul_((settings.max_grad_norm / norm).clamp_max(1.0).float())
         for start, stop in model.trained:
-            weights, gradient = model.vector[start:stop], model.grad[start:stop]
+            weights, gradient = model.storage[start:stop], model.grad[start:stop]
             if settings.weight_decay:
                 gradient = gradient.add(weights, alpha=settings.weight_decay)
             if self.velocity is not None:
@@ -100,26 +101,40 @@ class LocalSGD:
         self.loss += loss.detach() * len(y)
 
     def _replay(self, x: Tensor, y: Tensor) -> None:
-        if self.recorded is None:
-            self.recorded = self._record(x, y)
-        graph, its_x, its_y = self.recorded
-        its_x.copy_(x)
-        its_y.copy_(y)
-        graph.replay()
+        """A step, by its record where there is one."""
+        size = len(y)
+        if size not in self.recorded and size != self.settings.batch_size:
+            self.recorded[size] = None
+            return self._step(x, y)
+        recorded = self.recorded.get(size) or self._record(x, y)
+        self.recorded[size] = recorded
+        recorded.x.copy_(x)
+        recorded.y.copy_(y)
+        recorded.graph.replay()
 
-    def _record(self, x: Tensor, y: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """The step as a graph, and the tensors it reads its batch from; everything else is as it was."""
-        kept = [self.model.vector, self.loss, *([] if self.velocity is None else [self.velocity])]
+    def _record(self, x: Tensor, y: Tensor) -> "_Recorded":
+        """The step as a graph; the model and all else is as it was."""
+        kept = [self.model.storage, self.loss, *([] if self.velocity is None else [self.velocity])]
         kept += [buffer for buffer in self.model.module.buffers() if not buffer.is_floating_point()]
         before = [tensor.clone() for tensor in kept]
-        x, y = x.clone(), y.clone()
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        recorded = _Recorded(torch.cuda.CUDAGraph(), x.clone(), y.clone())
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._step(x, y)
-        with torch.cuda.graph(graph, stream=stream):
-            self._step(x, y)
+                self._step(recorded.x, recorded.y)
+        # Records share their memory: nothing in it outlives a replay.
+        shared = next((known.graph.pool() for known in self.recorded.values() if known), None)
+        with torch.cuda.graph(recorded.graph, stream=stream, pool=shared):
+            self._step(recorded.x, recorded.y)
         for tensor, value in zip(kept, before, strict=True):
             tensor.copy_(value)
-        return graph, x, y
+        return recorded
+
+
+class _Recorded(NamedTuple):
+    """A step, and the batch that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    y: Tensor

@@ -122,7 +122,7 @@ class Workplace:
 
     def initial_weights(self) -> Tensor:
         """The flat vector (d,) that training starts from."""
-        return FlatModel(copy.deepcopy(self.task.module)).vector
+        return FlatModel(copy.deepcopy(self.task.module)).read()
 
     @property
     def setting(self) -> Setting:
@@ -130,7 +130,7 @@ class Workplace:
         return Setting(task.config.strategy, task.layers, task.config.seed, task.quantizer)
 
     def normalise(self, x: NDArray[Any]) -> Tensor:
-        return inputs(x, self.task.data.mean, self.task.data.std)
+        return inputs(x, self.task.data.mean, self.task.data.std, self.model.device)
 
     def broadcast_size(self) -> int:
         """Bytes of the whole model on the wire, as float32."""
@@ -158,15 +158,16 @@ class Workplace:
         if self._evaluated_on is None:
             data = self.task.data
             if self.task.config.evaluate_on == "test":
-                x, y = self.normalise(data.x_test), torch.from_numpy(data.y_test.copy())
-                self._evaluated_on = x.to(self.model.device), y.to(self.model.device)
+                self._evaluated_on = self._samples(data.x_test, data.y_test)
             else:
                 self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
         return evaluate(self.model, weights, *self._evaluated_on)
 
     def _training_samples(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        x, y = self.normalise(self.task.data.x_train[chosen]), torch.from_numpy(self.task.data.y_train[chosen])
-        return x.to(self.model.device), y.to(self.model.device)
+        return self._samples(self.task.data.x_train[chosen], self.task.data.y_train[chosen])
+
+    def _samples(self, x: NDArray[Any], y: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self.normalise(x), torch.from_numpy(y.copy()).to(self.model.device)
 
     def probe_data(self, samples: int, clients: tuple[int, ...] | None = None, round: int = 0) -> tuple[Tensor, Tensor]:
         """Samples held out from shards: of these clients, drawn by round, or of all, drawn once: the server's proxy.

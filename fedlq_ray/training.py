@@ -89,8 +89,8 @@ def client_round(
             torch.manual_seed(torch_seed(seed, "model", round, client))
             model.load(weights)
             rng = numpy_rng(seed, "batches", round, client)
-            loss = sgd.train(normalise(x), torch.from_numpy(y.copy()), samples=samples, rng=rng)
-        trained = model.vector.cpu()  # all that follows is the same on whatever device it was trained
+            loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng)
+        trained = model.read()  # all that follows is the same on whatever device that was trained
         _require_finite(trained, model.layers, round, client)
         started = time.perf_counter()
         update = trained - weights

@@ -76,7 +76,7 @@ def test_a_clients_round_is_near_the_cpus_and_the_same_again(name):
             weights = place.initial_weights()
             plan = place.setting.at_levels([32] * len(place.setting.quantized))
             reply, _ = place.train(Job(0, 0, plan, 8), weights, None)
-            found.append((reply.payload, place.model.vector.cpu() - weights, place.evaluate(weights)))
+            found.append((reply.payload, place.model.storage.cpu() - weights, place.evaluate(weights)))
     (_, expected, by_cpu), (payload, update, by_gpu), (again, *_) = found
     assert payload == again
     assert float((update - expected).norm() / expected.norm()) < 2e-3
@@ -151,20 +151,25 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(tmp_path):
 @gpu
 @pytest.mark.parametrize("name", ["cnn", "resnet8_gn", "vgg9"])
 def test_recorded_steps_are_those_taken_one_by_one(name):
-    """Over two clients, of which the second's shard is not a multiple of the batch."""
-    x, y = torch.randn(70, 3, 32, 32), torch.arange(70) % 10
+    """Over two clients, of which the second's shard is not a multiple of the batch, and seen twice."""
+    x, y = np.random.default_rng(0).standard_normal((70, 32, 32, 3), np.float32), np.arange(70) % 10
     settings = TrainConfig(batch_size=16, momentum=0.9, prox_mu=0.1, max_grad_norm=1.0, weight_decay=0.01, lr=0.05)
+
+    def normalise(x):
+        return torch.from_numpy(x).permute(0, 3, 1, 2).to("cuda")
+
     ends = []
     with reproducible("cuda"):
         module = build(name, (3, 32, 32), 10, {})
         for record in (False, True):
             model = FlatModel(copy.deepcopy(module), "cuda")
-            sgd, start = LocalSGD(model, settings, record=record), model.vector.cpu()
-            for samples in (64, 140):
+            sgd, start = LocalSGD(model, settings, record=record), model.read()
+            for size, samples in ((64, 64), (70, 140)):
                 model.load(start)
-                loss = sgd.train(x[:samples], y[:samples], samples=samples, rng=np.random.default_rng(samples))
-                ends.append((loss, model.vector.cpu()))
-            assert (sgd.recorded is not None) == record
+                rng = np.random.default_rng(size)
+                loss = sgd.train(x[:size], y[:size], normalise=normalise, samples=samples, rng=rng)
+                ends.append((loss, model.read()))
+            assert set(sgd.recorded) == ({16, 6} if record else set())
     (loss, vector), (other_loss, other), *recorded = ends
     assert [loss, other_loss] == [found for found, _ in recorded]
     assert torch.equal(vector, recorded[0][1]) and torch.equal(other, recorded[1][1])

@@ -22,7 +22,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def downlink(bits, cap_bits=4.0):
     place = Workplace(prepare(load(None, QUICK)))
-    weights = place.model.vector.clone()
+    weights = place.model.storage.clone()
     return Downlink(place.setting, bits, cap_bits, weights, place.broadcast_size()), weights, place.broadcast_size()
 
 

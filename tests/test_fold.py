@@ -57,10 +57,10 @@ class Federation(RuleBasedStateMachine):
 
     def begin(self):
         self.host, self.snapshot, place = Disorderly(self.draw), None, Workplace(TASK)
-        self.outcome = Outcome(place.model.vector.clone())
+        self.outcome = Outcome(place.model.storage.clone())
         saved = unpack(self.checkpoint) if self.checkpoint else None
         self.journal = self.journal[: saved["round"] if saved else 0]
-        self.before = saved["weights"] if saved else place.model.vector.clone()
+        self.before = saved["weights"] if saved else place.model.storage.clone()
         self.rounds = run(TASK, make(place.setting), self.host, self.outcome, saved=saved, keep=self.keep)
 
     def keep(self, snapshot):
@@ -123,7 +123,7 @@ def whole():
     if not _WHOLE:
         place = Workplace(TASK)
         host = Disorderly(lambda: 0.5)
-        _WHOLE.extend(run(TASK, make(place.setting), host, Outcome(place.model.vector.clone())))
+        _WHOLE.extend(run(TASK, make(place.setting), host, Outcome(place.model.storage.clone())))
     return _WHOLE
 
 

@@ -236,7 +236,7 @@ def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late
     task = prepare(load(None, [*QUICK, *settings, *deadline]))
     place = Workplace(task)
     host = SerialHost(task)
-    records = list(rounds.run(task, make(place.setting), host, rounds.Outcome(place.model.vector.clone())))
+    records = list(rounds.run(task, make(place.setting), host, rounds.Outcome(place.model.storage.clone())))
     answered = {client for record in records for client in record["answered"]}
     assert answered == set(host.memories) == set(folds[-1].tracked) and len(answered) < 24
     assert all(torch.equal(host.memories[client], folds[-1].tracked[client]) for client in answered)

@@ -26,9 +26,9 @@ def trained(model, **settings):
     flat = FlatModel(model)
     train = TrainConfig(batch_size=8, local_epochs=2, **settings)
     sgd = LocalSGD(flat, train)
-    sgd.train(torch.from_numpy(X[:16]), torch.from_numpy(Y[:16]), samples=32, rng=np.random.default_rng(5))
-    flat.load(FlatModel(module()).vector)  # a client before leaves nothing behind
-    sgd.train(torch.from_numpy(X), torch.from_numpy(Y), samples=80, rng=np.random.default_rng(1))
+    sgd.train(X[:16], Y[:16], normalise=torch.from_numpy, samples=32, rng=np.random.default_rng(5))
+    flat.load(FlatModel(module()).storage)  # a client before leaves nothing behind
+    sgd.train(X, Y, normalise=torch.from_numpy, samples=80, rng=np.random.default_rng(1))
     return flat
 
 
@@ -43,14 +43,14 @@ def trained_by_pytorch(max_grad_norm=float("inf"), **settings):
             nn.functional.cross_entropy(plain(torch.from_numpy(X[batch])), torch.from_numpy(Y[batch])).backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
             optimizer.step()
-    return FlatModel(plain).vector
+    return FlatModel(plain).storage
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_training_is_pytorchs_own_sgd_bit_for_bit(momentum, weight_decay):
     settings = {"lr": 0.1, "momentum": momentum, "weight_decay": weight_decay}
-    assert torch.equal(trained(module(), **settings).vector, trained_by_pytorch(foreach=False, **settings))
+    assert torch.equal(trained(module(), **settings).storage, trained_by_pytorch(foreach=False, **settings))
 
 
 def test_training_does_not_import_pytorchs_compiler():
@@ -59,8 +59,9 @@ import sys, numpy, torch
 from fedlq_ray.config import TrainConfig
 from fedlq_ray.models import FlatModel
 from fedlq_ray.sgd import LocalSGD
-x, y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
-LocalSGD(FlatModel(torch.nn.Linear(6, 2)), TrainConfig()).train(x, y, samples=4, rng=numpy.random.default_rng(0))
+x, y = numpy.zeros((4, 6), numpy.float32), numpy.zeros(4, numpy.int64)
+sgd = LocalSGD(FlatModel(torch.nn.Linear(6, 2)), TrainConfig())
+sgd.train(x, y, normalise=torch.from_numpy, samples=4, rng=numpy.random.default_rng(0))
 sys.exit("torch._dynamo" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -68,8 +69,8 @@ sys.exit("torch._dynamo" in sys.modules)
 
 def test_gradients_are_clipped_as_pytorch_does():
     flat = trained(module(), lr=0.5, max_grad_norm=0.1)
-    torch.testing.assert_close(flat.vector, trained_by_pytorch(0.1, lr=0.5), rtol=1e-4, atol=1e-6)
-    assert not torch.equal(flat.vector, trained(module(), lr=0.5).vector)
+    torch.testing.assert_close(flat.storage, trained_by_pytorch(0.1, lr=0.5), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(flat.storage, trained(module(), lr=0.5).storage)
 
 
 def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
@@ -84,5 +85,5 @@ def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
 
 def test_a_last_sample_alone_is_joined_by_another_for_batch_norm():
     flat = FlatModel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)))
-    x, y = torch.from_numpy(X), torch.from_numpy(Y)
-    LocalSGD(flat, TrainConfig(batch_size=8)).train(x, y, samples=41, rng=np.random.default_rng(1))
+    sgd = LocalSGD(flat, TrainConfig(batch_size=8))
+    sgd.train(X, Y, normalise=torch.from_numpy, samples=41, rng=np.random.default_rng(1))

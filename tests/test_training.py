@@ -42,29 +42,29 @@ def received(reply, weights, kind="update"):
 
 def test_a_round_is_a_function_of_its_arguments():
     flat = FlatModel(module())
-    weights = flat.vector.clone()
+    weights = flat.storage.clone()
     first, _ = round_of(flat, weights)
-    flat.vector.normal_()  # scratch space: what it holds does not matter
+    flat.storage.normal_()  # scratch space: what it holds does not matter
     again, _ = round_of(flat, weights)
-    assert first.payload == again.payload and torch.equal(weights, FlatModel(module()).vector)
+    assert first.payload == again.payload and torch.equal(weights, FlatModel(module()).storage)
     assert round_of(flat, weights, client=4)[0].payload != first.payload
 
 
 def test_error_feedback_keeps_exactly_what_was_lost():
     flat = FlatModel(module())
-    weights, memory = flat.vector.clone(), torch.full_like(flat.vector, 0.25)
+    weights, memory = flat.storage.clone(), torch.full_like(flat.storage, 0.25)
     reply, kept = round_of(flat, weights, memory, feedback=True)
-    update = flat.vector - weights
+    update = flat.storage - weights
     torch.testing.assert_close(received(reply, weights) + kept, update + memory)
     assert round_of(flat, weights)[1] is None
 
 
 def test_ef21_sends_the_difference_and_keeps_what_the_server_then_has():
     flat = FlatModel(module())
-    weights, memory = flat.vector.clone(), torch.full_like(flat.vector, 0.25)
+    weights, memory = flat.storage.clone(), torch.full_like(flat.storage, 0.25)
     reply, kept = round_of(flat, weights, memory, feedback="ef21")
     torch.testing.assert_close(kept, memory + received(reply, weights))
-    sent = flat.vector - weights - memory
+    sent = flat.storage - weights - memory
     assert (received(reply, weights) - sent).abs().max() <= 1.001 * (sent.max() - sent.min()) / 3
     first, kept = round_of(flat, weights, feedback="ef21")
     assert torch.equal(kept, received(first, weights))
@@ -72,21 +72,21 @@ def test_ef21_sends_the_difference_and_keeps_what_the_server_then_has():
 
 def test_an_update_is_normalised_by_the_work_that_made_it():
     flat, plain = FlatModel(module()), FlatModel(module())
-    weights = flat.vector.clone()
+    weights = flat.storage.clone()
     memory = torch.zeros_like(weights)
     reply, kept = round_of(flat, weights, memory, feedback=True, samples=160)
     assert reply.samples == 160
-    torch.testing.assert_close(received(reply, weights) + kept, (flat.vector - weights) / 2)
+    torch.testing.assert_close(received(reply, weights) + kept, (flat.storage - weights) / 2)
     round_of(plain, weights)
-    assert not torch.equal(plain.vector, flat.vector)
+    assert not torch.equal(plain.storage, flat.storage)
 
 
 def test_payload_model_sends_the_model():
     flat = FlatModel(module())
-    weights = flat.vector.clone()
+    weights = flat.storage.clone()
     reply, _ = round_of(flat, weights, payload="model")
-    step = (flat.vector.max() - flat.vector.min()) / 3
-    assert (received(reply, weights, "model") - flat.vector).abs().max() <= 1.001 * step
+    step = (flat.storage.max() - flat.storage.min()) / 3
+    assert (received(reply, weights, "model") - flat.storage).abs().max() <= 1.001 * step
 
 
 def test_evaluation_counts_what_is_right():
@@ -101,9 +101,9 @@ def test_evaluation_counts_what_is_right():
 
 def test_buffers_are_not_normalised_by_work():
     flat = FlatModel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)))
-    weights = flat.vector.clone()
+    weights = flat.storage.clone()
     plan = Plan("update", (Segment(Float32(), 0, len(weights)),))
     reply, _ = round_of(flat, weights, plan=plan, samples=160)
     buffers = flat.num_parameters
-    torch.testing.assert_close(received(reply, weights)[:buffers], (flat.vector - weights)[:buffers] / 2)
-    torch.testing.assert_close(received(reply, weights)[buffers:], (flat.vector - weights)[buffers:])
+    torch.testing.assert_close(received(reply, weights)[:buffers], (flat.storage - weights)[:buffers] / 2)
+    torch.testing.assert_close(received(reply, weights)[buffers:], (flat.storage - weights)[buffers:])

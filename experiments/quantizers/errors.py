@@ -73,7 +73,7 @@ def updates(clients: int) -> list[Draw]:
     task = prepare(config)
     host = SerialHost(task)
     place = host.place
-    outcome, strategy = Outcome(place.model.vector.clone()), make(place.setting)
+    outcome, strategy = Outcome(place.initial_weights()), make(place.setting)
     for record in run(task, strategy, host, outcome):
         accuracy = record["accuracy"]
     print(f"trained {config.rounds} rounds, accuracy {accuracy:.3f}", flush=True)

@@ -45,7 +45,7 @@ class Case:
         model = ["model.name=mlp", f"model.args.hidden=[{hidden}]", "strategy.error_feedback=false"]
         self.task = prepare(load(None, [*clients, *model, *SCHEMES[scheme]]))
         place = Workplace(self.task)
-        weights = place.model.vector.clone()
+        weights = place.initial_weights()
         network = self.task.config.network
         down = Downlink(place.setting, None, network.downlink_cap_bits, weights, place.broadcast_size())
         drawn = cohorts.draw(self.task, 0)

@@ -45,7 +45,7 @@ PAYLOADS = ("update", "model")
 
 def states(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """After so many rounds of training: the weights (d,), and the last cohort's mean update (d,)."""
-    outcome = Outcome(host.place.model.vector.clone())
+    outcome = Outcome(host.place.initial_weights())
     for record in run(host.place.task, make(host.place.setting), host, outcome):
         if record["round"] + 1 in rounds:
             yield record["round"] + 1, outcome.weights.clone(), outcome.update.clone()

@@ -176,5 +176,5 @@ def _gradient(given: Evidence) -> Tensor:
     model.grad.zero_()
     cross_entropy(model.module(given.x).float(), given.y).backward()
     gradient = torch.zeros(len(given.sent), dtype=torch.float64)
-    gradient[: model.num_parameters] = model.grad
+    gradient[: model.num_parameters] = model.flat(model.grad)
     return gradient

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import socket
 import zipfile
 import zlib
@@ -57,9 +58,13 @@ class Dataset:
         return whole.hexdigest()[:32]
 
 
-def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32]) -> Tensor:
+def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32], device: torch.device | str = "cpu") -> Tensor:
     """Stored samples as a model takes them: float32, normalised; images (n, channels, height, width), channels_last."""
-    tensor = torch.from_numpy((x.astype(np.float32) - mean) / std)
+    stored = torch.from_numpy(x if x.flags.writeable else x.copy()).to(device)
+    rows = stored.reshape(len(x), math.prod(x.shape[1:])).float()
+    # Of every element, not of every channel: a loop over whole rows is many times as fast as one over three channels.
+    by_element = [torch.from_numpy(np.broadcast_to(v, x.shape[1:]).reshape(-1).copy()).to(device) for v in (mean, std)]
+    tensor = (rows - by_element[0]).div_(by_element[1]).view(stored.shape)
     return tensor.permute(0, 3, 1, 2) if x.ndim == 4 else tensor
 
 

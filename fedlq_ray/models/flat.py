@@ -1,11 +1,15 @@
 """A model as one flat vector, and layers as segments of it."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fedlq_ray.errors import ConfigError
+
+# Elements at a multiple of which a tensor begins: by what a GPU's libraries load at a time.
+ALIGNMENT = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,19 @@ def _storage_view(segment: Tensor, shape: torch.Size) -> Tensor:
 
 
 class FlatModel:
-    """A module whose parameters, and then float buffers, are views of one float32 vector.
+    """A module whose parameters, and then float buffers, are views of one float32 storage.
+
+    The flat vector (d,), which `load` takes and `read` gives, has them one after another without gaps. So has the
+    storage on a CPU; on a GPU each begins at a multiple of 16 elements, as libraries there ask.
 
     Attributes:
-        module: the module; training it changes `vector`.
-        vector: (d,) float32; parameters first, `num_parameters` of them, then float buffers (batch-norm statistics).
-        grad: (num_parameters,) float32; every parameter's gradient is a view of it, so it is zeroed, never replaced.
-        trained: the (start, stop) runs of the vector that training may move: all parameters that are not frozen.
-        layers: the segments, in order. Integer buffers are in none: they stay where they are.
+        module: the module; training it changes `storage`.
+        storage: float32; parameters first, then float buffers (batch-norm statistics); gaps hold zeros.
+        grad: float32, as long as the parameters' part of `storage`; every parameter's gradient is a view of it, so it
+            is zeroed, never replaced.
+        trained: the (start, stop) runs of `storage` that training may move: all parameters that are not frozen.
+        num_parameters: how many elements of the flat vector are parameters; the rest are buffers.
+        layers: the segments of the flat vector, in order. Integer buffers are in none: they stay where they are.
     Args:
         module: with its parameters on the CPU, from where it goes to `device`.
         device: "cpu" or "cuda", where all of it then lives.
@@ -70,43 +79,64 @@ class FlatModel:
                 )
         module.to(device)
         self.num_parameters = sum(p.numel() for _, ps in owned for p in ps)
-        total = self.num_parameters + sum(b.numel() for _, bs in buffers for _, _, b in bs)
-        self.vector = torch.zeros(total, device=device)
-        self.grad = torch.zeros(self.num_parameters, device=device)
-        layers, at = [], 0
+        step = ALIGNMENT[device]
+        sizes = [p.numel() for _, ps in owned for p in ps] + [b.numel() for _, bs in buffers for _, _, b in bs]
+        ends = list(itertools.accumulate(-(-size // step) * step for size in sizes))
+        places = iter(zip([0, *ends], sizes, strict=False))  # where each begins in the storage
+        self.storage = torch.zeros(ends[-1], device=device)
+        self.grad = torch.zeros(ends[sum(len(ps) for _, ps in owned) - 1], device=device)
+        # The flat vector's elements in the storage; None where it is the storage.
+        spots = [torch.arange(at, at + size) for at, size in zip([0, *ends], sizes, strict=False)]
+        self._spots = None if sum(sizes) == ends[-1] else torch.cat(spots).to(device)
+        layers, flat = [], 0
         trained: list[tuple[int, int]] = []
         for name, parameters in owned:
-            start = at
+            start = flat
             for parameter in parameters:
-                view = _storage_view(self.vector[at : at + parameter.numel()], parameter.shape)
+                at, size = next(places)
+                view = _storage_view(self.storage[at : at + size], parameter.shape)
                 view.copy_(parameter.data)
                 parameter.data = view
-                end = at + parameter.numel()
                 if parameter.requires_grad:
-                    parameter.grad = _storage_view(self.grad[at:end], parameter.shape)
+                    parameter.grad = _storage_view(self.grad[at : at + size], parameter.shape)
                     joins = trained and trained[-1][1] == at
-                    trained.append((trained.pop()[0] if joins else at, end))
-                at = end
-            layers.append(Layer(name, start, at))
+                    trained.append((trained.pop()[0] if joins else at, at + -(-size // step) * step))
+                flat += size
+            layers.append(Layer(name, start, flat))
         for name, group in buffers:
-            start = at
+            start = flat
             for part, buffer_name, value in group:
-                view = self.vector[at : at + value.numel()].view(value.shape)
+                at, size = next(places)
+                view = self.storage[at : at + size].view(value.shape)
                 view.copy_(value)
                 part._buffers[buffer_name] = view
-                at += value.numel()
-            layers.append(Layer(name, start, at, buffer=True))
-        self.layers, self.trained = tuple(layers), tuple(trained)
+                flat += size
+            layers.append(Layer(name, start, flat, buffer=True))
+        self.layers, self.trained, self._size = tuple(layers), tuple(trained), flat
 
     @property
     def device(self) -> torch.device:
-        return self.vector.device
+        return self.storage.device
 
     def load(self, vector: Tensor) -> None:
         """Copy a flat vector (d,) float32 in, from whatever device."""
-        if vector.shape != self.vector.shape or vector.dtype != torch.float32:
-            raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {tuple(self.vector.shape)} is due")
-        self.vector.copy_(vector)
+        if vector.shape != (self._size,) or vector.dtype != torch.float32:
+            raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {(self._size,)} is due")
+        if self._spots is None:
+            self.storage.copy_(vector)
+        else:
+            self.storage[self._spots] = vector.to(self.device)
+
+    def read(self) -> Tensor:
+        """The flat vector (d,), a copy on the CPU."""
+        return self.flat(self.storage)
+
+    def flat(self, values: Tensor) -> Tensor:
+        """Without gaps what has the layout of `storage` or `grad`: a copy on the CPU."""
+        if self._spots is None:
+            return values.detach().clone()
+        spots = self._spots if len(values) == len(self.storage) else self._spots[: self.num_parameters]
+        return values.detach()[spots].cpu()
 
     def parameters_of(self, vector: Tensor) -> dict[str, Tensor]:
         """Another flat vector (num_parameters,) as parameters by name, views that gradients pass through.
@@ -115,6 +145,8 @@ class FlatModel:
         """
         named = list(self.module.named_parameters())
         pieces = vector.split([p.numel() for _, p in named])
+        if self._spots is not None:
+            pieces = tuple(piece.clone() for piece in pieces)  # which lies as libraries ask
         return {name: _storage_view(piece, p.shape) for (name, p), piece in zip(named, pieces, strict=True)}
 
     def state_dict(self, vector: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,12 +1,16 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fedlq_ray.config import TrainConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel, Layer, build
+from fedlq_ray.models.flat import ALIGNMENT
+from fedlq_ray.sgd import LocalSGD
 
 
 def _step(model: FlatModel, x: torch.Tensor) -> None:
@@ -34,7 +38,7 @@ def test_flattening_does_not_change_the_values_and_covers_the_vector_once():
     model = FlatModel(copy.deepcopy(plain))
     for (key, old), new in zip(plain.state_dict().items(), model.module.state_dict().values(), strict=True):
         assert torch.equal(old, new), key
-    assert model.layers[0].start == 0 and model.layers[-1].stop == len(model.vector)
+    assert model.layers[0].start == 0 and model.layers[-1].stop == len(model.storage)
     assert all(a.stop == b.start for a, b in zip(model.layers, model.layers[1:], strict=False))
 
 
@@ -43,7 +47,7 @@ def test_convolutions_lie_in_channels_last_order():
     with torch.no_grad():
         model.module.weight.copy_(torch.arange(8.0).view(1, 2, 2, 2))  # channel 0 holds 0..3, channel 1 holds 4..7
     assert model.layers == (Layer("(root)", 0, 8),)
-    assert model.vector.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert model.storage.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def test_frozen_parameters_are_in_the_vector_and_their_gradient_stays_zero():
@@ -63,7 +67,7 @@ def test_batch_norm_counts_are_left_out_and_kept_in_the_state_dict():
     ]
     model.module(torch.randn(5, 4))
     assert model.state_dict()["num_batches_tracked"].item() == 1
-    assert torch.equal(model.vector[8:12], model.module.running_mean)
+    assert torch.equal(model.storage[8:12], model.module.running_mean)
 
 
 def test_load_copies_in_and_refuses_another_length_or_type():
@@ -71,7 +75,7 @@ def test_load_copies_in_and_refuses_another_length_or_type():
     given = torch.arange(8.0)
     model.load(given)
     assert model.module.bias.tolist() == [6, 7]
-    model.vector.zero_()
+    model.storage.zero_()
     assert given.sum() == 28  # the vector that was loaded is not shared
     with pytest.raises(ValueError, match=r"\(7,\)"):
         model.load(torch.zeros(7))
@@ -86,7 +90,7 @@ def test_a_state_dict_goes_through_safetensors_into_a_fresh_module(tmp_path):
     save_file(state, tmp_path / "m.safetensors")
     fresh = build("cnn", (1, 28, 28), 10, {})
     fresh.load_state_dict(load_file(tmp_path / "m.safetensors"))
-    assert torch.equal(FlatModel(fresh).vector, model.vector)
+    assert torch.equal(FlatModel(fresh).storage, model.storage)
 
 
 def test_tied_weights_go_through_safetensors_into_a_strict_load(tmp_path):
@@ -99,7 +103,7 @@ def test_tied_weights_go_through_safetensors_into_a_strict_load(tmp_path):
     save_file(model.state_dict(), tmp_path / "m.safetensors")
     fresh = tied()
     fresh.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
-    assert torch.equal(FlatModel(fresh).vector, model.vector)
+    assert torch.equal(FlatModel(fresh).storage, model.storage)
 
 
 def test_models_that_cannot_be_flat_are_refused_by_parameter_name():
@@ -109,3 +113,31 @@ def test_models_that_cannot_be_flat_are_refused_by_parameter_name():
         FlatModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half()))
     with pytest.raises(ConfigError, match="on meta"):
         FlatModel(nn.Linear(2, 2, device="meta"))
+
+
+def test_a_layout_with_gaps_trains_as_one_without(monkeypatch):
+    """As on a GPU: each tensor at a multiple of 16 elements, a frozen one and buffers among them."""
+    ends = []
+    for step in (1, 16):
+        monkeypatch.setitem(ALIGNMENT, "cpu", step)
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(45, 3))
+        module[0].bias.requires_grad_(False)
+        model = FlatModel(module)
+        start = model.read()
+        model.load(torch.zeros_like(start))
+        model.load(start)
+        assert torch.equal(model.read(), start) and model.layers[-1].stop == len(start)
+        settings = TrainConfig(lr=0.1, momentum=0.9, weight_decay=0.01, prox_mu=0.1, batch_size=8)
+        x, y = np.random.default_rng(0).standard_normal((24, 3, 5, 5), np.float32), np.arange(24) % 3
+        rng = np.random.default_rng(1)
+        LocalSGD(model, settings).train(x, y, normalise=torch.from_numpy, samples=48, rng=rng)
+        named = model.parameters_of(start[: model.num_parameters])
+        assert all(named[name].shape == p.shape for name, p in module.named_parameters())
+        assert all(
+            tensor.data_ptr() % (4 * step) == model.storage.data_ptr() % (4 * step) for tensor in module.parameters()
+        )
+        ends.append((model.read(), model.flat(model.grad), [layer.size for layer in model.layers]))
+    (without, gradient, sizes), (with_gaps, same, same_sizes) = ends
+    assert torch.equal(without, with_gaps) and torch.equal(gradient, same) and sizes == same_sizes
+    assert not torch.equal(without, start)

@@ -14,7 +14,7 @@ def test_the_cnn_has_147146_parameters_in_four_layers():
         ("fc1", 131328),
         ("fc2", 2570),
     ]
-    assert model.num_parameters == 147146 == len(model.vector)
+    assert model.num_parameters == 147146 == len(model.storage)
 
 
 def test_flops_are_those_of_hand_arithmetic():
@@ -35,10 +35,10 @@ def test_a_flat_step_equals_torch_on_the_plain_module(name):
     nn.functional.cross_entropy(plain(x), y).backward()
     torch.optim.SGD(plain.parameters(), lr=0.1).step()
     nn.functional.cross_entropy(flat.module(x), y).backward()
-    flat.vector[: flat.num_parameters] -= 0.1 * flat.grad
+    flat.storage[: flat.num_parameters] -= 0.1 * flat.grad
     for key, value in flat.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-3, atol=2e-4)
-    assert flat.layers[-1].stop == len(flat.vector)
+    assert flat.layers[-1].stop == len(flat.storage)
 
 
 def test_batch_norm_statistics_are_segments_after_all_parameters():
@@ -49,9 +49,9 @@ def test_batch_norm_statistics_are_segments_after_all_parameters():
         ("2", 10, False),
         ("1.buffers", 8, True),
     ]
-    before = model.vector[34:].clone()
+    before = model.storage[34:].clone()
     model.module(torch.randn(5, 3))
-    assert not torch.equal(before, model.vector[34:])
+    assert not torch.equal(before, model.storage[34:])
 
 
 def test_shared_parameters_appear_once_and_root_ones_are_named():

@@ -38,12 +38,12 @@ def test_torchvision_imports_beside_a_torch_without_its_operators():
 def test_batch_norm_statistics_of_a_traced_model_move_inside_the_vector():
     model = FlatModel(build(SMALL, (3, 32, 32), 10, {}))
     statistics = next(layer for layer in model.layers if layer.buffer)
-    before = model.vector.clone()
+    before = model.storage.clone()
     model.module.train()
     nn.functional.cross_entropy(model.module(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3])).backward()
     where = slice(statistics.start, statistics.stop)
-    assert not torch.equal(model.vector[where], before[where])
-    assert torch.equal(model.vector[: model.num_parameters], before[: model.num_parameters])
+    assert not torch.equal(model.storage[where], before[where])
+    assert torch.equal(model.storage[: model.num_parameters], before[: model.num_parameters])
     assert model.grad.any()
 
 

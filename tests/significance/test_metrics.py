@@ -39,7 +39,7 @@ def evidence(payload="update", deep=False, samples=40, seed=3):
     module = Deep() if deep else nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES))
     model = FlatModel(module)
     x, y = torch.randn(samples, *((2, 4, 4) if deep else (5,))), torch.randint(0, CLASSES, (samples,))
-    weights = model.vector.clone()
+    weights = model.storage.clone()
     if deep:
         weights[model.num_parameters :] += torch.rand(8)  # means and variances that are not those of a new layer
     sent = weights if payload == "model" else 0.1 * torch.randn(len(weights))
@@ -83,7 +83,7 @@ def test_fisher_and_taylor_are_those_of_autograd(payload):
 def test_fisher_of_a_linear_softmax_by_its_formula():
     torch.manual_seed(1)
     model, x, y = FlatModel(nn.Linear(4, CLASSES)), torch.randn(30, 4), torch.randint(0, CLASSES, (30,))
-    w = model.vector.clone()
+    w = model.storage.clone()
     given = gather(model, torch.zeros(15), w, model.layers, QUANTIZERS, x, y, seed=0, round=0)
     # The gradient is (p - onehot) x' for the matrix, p - onehot for the bias.
     residual = softmax(x @ w[:12].view(3, 4).T + w[12:], 1) - torch.eye(3)[y]
@@ -120,10 +120,10 @@ def test_a_convolution_in_evaluation_mode_has_the_gradient_of_ordinary_backward(
     given.model.module.eval()
     given.model.grad.zero_()
     cross_entropy(given.model.module(given.x), given.y).backward()
-    gradient, statistics = given.model.grad.double(), given.model.vector[given.model.num_parameters :].clone()
+    gradient, statistics = given.model.grad.double(), given.model.storage[given.model.num_parameters :].clone()
     due = by_layer(given, lambda p, e: (gradient[p] @ e).abs())
     assert np.allclose(taylor(given).drop, due, rtol=1e-3, atol=1e-7)
-    assert torch.equal(given.model.vector[given.model.num_parameters :], statistics)
+    assert torch.equal(given.model.storage[given.model.num_parameters :], statistics)
 
 
 @pytest.mark.parametrize("deep", [False, True])
