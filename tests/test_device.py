@@ -76,7 +76,7 @@ def test_a_clients_round_is_near_the_cpus_and_the_same_again(name):
             weights = place.initial_weights()
             plan = place.setting.at_levels([32] * len(place.setting.quantized))
             reply, _ = place.train(Job(0, 0, plan, 8), weights, None)
-            found.append((reply.payload, place.model.storage.cpu() - weights, place.evaluate(weights)))
+            found.append((reply.payload, place.model.read() - weights, place.evaluate(weights)))
     (_, expected, by_cpu), (payload, update, by_gpu), (again, *_) = found
     assert payload == again
     assert float((update - expected).norm() / expected.norm()) < 2e-3
