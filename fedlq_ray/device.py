@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,20 +21,21 @@ def reproducible(device: str) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     deterministic, tf32 = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
     torch.set_num_threads(1)
     try:
         if device == "cuda":
             require_gpu()
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may differ from call to call
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every tensor
+            memory.fill_uninitialized_memory = False  # a kernel more for every tensor
             torch.backends.cudnn.allow_tf32 = False
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        memory.fill_uninitialized_memory = filling
         torch.backends.cudnn.allow_tf32 = tf32
 
 
