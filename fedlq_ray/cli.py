@@ -266,13 +266,21 @@ def _store(where: str | None) -> str:
 def sync(folder: str) -> None:
     """Log a run's folder to MLflow, where its server was down; twice adds nothing."""
     from fedlq_ray import rundir, tracking
+    from fedlq_ray.models import build
 
     found = rundir.read(folder)
     where = found.tracking
     if where is None:
         raise ConfigError(f"{folder}: was run without tracking (tracking.uri=null)")
+    module = None
+    if found.summary and where.dataset:
+        profile, model = json.loads(where.dataset["profile"]), found.config.model
+        try:
+            module = build(model.name, tuple(profile["input_shape"]), profile["num_classes"], dict(model.args))
+        except ConfigError as exc:
+            click.echo(f"the model is not logged: {exc}", err=True)
     try:
-        run_id = tracking.sync(where, found.config, found.records, found.status, Path(folder))
+        run_id = tracking.sync(where, found.config, found.records, found.status, Path(folder), module)
     except Exception as exc:  # MLflow raises many kinds
         raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
     click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")

@@ -37,11 +37,11 @@ def _from_folder(path: Path, every_s: float) -> Iterator[Event]:
 
 def news(path: Path, told: int) -> tuple[int, list[Event]]:
     """How many rounds a run's folder has, and what is new since it had `told`."""
-    records = rundir.journal(path)
     back: list[Event] = []
-    if len(records) < told:
-        back, told = [{"restarted": f"the run went back to round {len(records)}"}], 0
-    return len(records), [*back, *({"record": record} for record in records[told:])]
+    if (rounds := rundir.rounds(path)) < told:
+        back, told = [{"restarted": f"the run went back to round {rounds}"}], 0
+    records = rundir.journal(path, told)
+    return told + len(records), [*back, *({"record": record} for record in records)]
 
 
 def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterator[Event]]:

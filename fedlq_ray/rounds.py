@@ -286,6 +286,11 @@ def _record(
     received = [offers[client].num_bytes if client in plans else 0 for client in clients]
     times = clock(task, round, clients, samples, sent, received)
     bits = {layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent)) for layer in task.layers}
+    spent = {client: sent for client, sent in zip(replies, fold.sent, strict=True)}
+    by_client = {
+        layer.name: [float(f"{_bits(layer, spent[client]):.3g}") if client in spent else None for client in clients]
+        for layer in task.layers
+    }
     shares = {job.client: share for job, share in zip(fold.jobs, fold.shares, strict=True)}
     losses = [shares[client] * reply.train_loss for client, reply in replies.items()]
     return {
@@ -301,6 +306,7 @@ def _record(
         "client_samples": samples,
         "client_uplink_bytes": sent,
         "client_downlink_bytes": received,
+        "client_bits_per_parameter": by_client,
         "client_download_s": [t.download_s for t in times],
         "client_compute_s": [t.compute_s for t in times],
         "client_upload_s": [t.upload_s for t in times],

@@ -117,12 +117,24 @@ def checkpoints(folder: Path, config: Config) -> str:
     return config.checkpoint.path or str(folder / "checkpoints")
 
 
-def journal(folder: Path) -> list[Record]:
-    """The records of rounds.jsonl that are whole; one that was being written when its process was killed is not."""
+def _lines(folder: Path) -> list[bytes]:
     file = folder / "rounds.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
+
+def rounds(folder: Path) -> int:
+    """How many rounds rounds.jsonl has, without reading them."""
+    return len(_lines(folder))
+
+
+def journal(folder: Path, start: int = 0) -> list[Record]:
+    """The records of rounds.jsonl that are whole; one that was being written when its process was killed is not.
+
+    Args:
+        start: from which round on; those before it are not looked at.
+    """
     records: list[Record] = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(_lines(folder)[start:], start):
         try:
             record = json.loads(line)
         except ValueError:

@@ -304,12 +304,12 @@ def _log_model(client: Any, run_id: str, module: Any, weights: Path, input_shape
     import torch
     from safetensors.torch import load_file
 
-    module.load_state_dict(load_file(weights))
     with tempfile.TemporaryDirectory() as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's own, about its own type hints
         import mlflow.pytorch
 
         try:
+            module.load_state_dict(load_file(weights))
             mlflow.pytorch.save_model(
                 module.eval(),
                 f"{made}/model",
@@ -317,7 +317,7 @@ def _log_model(client: Any, run_id: str, module: Any, weights: Path, input_shape
                 serialization_format="pt2",
                 pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
             )
-        except Exception as exc:  # not every module can be exported
+        except Exception as exc:  # not every module can be exported, or is the one that these weights are of
             client.set_tag(run_id, "fedlq.model_not_exported", f"{type(exc).__name__}: {exc}"[:200])
             return
         client.log_artifacts(run_id, f"{made}/model", "model")

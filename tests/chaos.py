@@ -81,7 +81,9 @@ def strike(target: str, moment: float, folder: Path, nodes: Nodes | None) -> dic
             hit += 1
     code = process.wait()
     resumed = 0
-    if not (out / "summary.json").exists():
+    if (out / "summary.json").exists():
+        code = max(code, 0)  # a program that was killed when its result was there
+    else:
         resumed = 1
         again = ("resume", str(out)) if (out / "config.yaml").exists() else ("run", *RUN, f"out={out}")
         code = fedlq(*again).wait()

@@ -108,6 +108,9 @@ def test_a_server_that_does_not_answer_costs_seconds_and_no_result(hangs):
         counts.append([rows(f"select count(*) from {table}") for table in ("runs", "metrics", "inputs", "params")])
     assert counts[0] == counts[1] and counts[0][0] == [(1,)] and counts[0][1][0][0] > 20
     assert rows("select status from runs") == [("FINISHED",)]
+    client = tracking.connect(f"sqlite:///{Path.cwd()}/mlflow.db")
+    (run_id,) = rows("select run_uuid from runs")[0]
+    assert "model/MLmodel" in {file.path for file in client.list_artifacts(run_id, "model")}
 
 
 @pytest.mark.parametrize("status", [500, 429, 404])

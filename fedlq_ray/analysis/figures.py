@@ -144,7 +144,24 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
                 "client, by uplink",
             )
         )
+        if (cells := _layer_client_bits(runs[label][0], layers)) is not None:
+            shown.append(_by_layer_and_client(label, cells[:, order], norm, layers, seed))
     return shown, told
+
+
+def _by_layer_and_client(
+    label: str, values: NDArray[np.float64], norm: LogNorm, layers: Sequence[str], seed: int
+) -> Shown:
+    """How each layer's bits follow the link."""
+    ratios = []
+    for row in values:
+        slow, fast = _half_means(row)
+        ratios.append(fast / slow)
+    most, least = int(np.nanargmax(ratios)), int(np.nanargmin(ratios))
+    gains = f"{ratios[most]:.2g} times as many bits in {layers[most]}, {ratios[least]:.2g} times in {layers[least]}"
+    title = f"{label}: the faster half of the uplinks has {gains}"
+    caption = f"Bits a parameter of each layer and client, mean of its rounds, fastest uplink left. Seed {seed}."
+    return _heat(values, norm, title, caption, layers, "layer", "client, from the fastest uplink to the slowest")
 
 
 def _half_means(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -170,20 +187,43 @@ def _client_bits(run: Finished) -> NDArray[np.float64]:
     return found
 
 
-def _heat(values: NDArray[np.float64], norm: LogNorm, title: str, caption: str, names: Sequence[str], of: str) -> Shown:
+def _layer_client_bits(run: Finished, layers: Sequence[str]) -> NDArray[np.float64] | None:
+    """Bits a parameter by layer and client, mean of its rounds: (layers, clients), NaN where it sent none; None where
+    the journal does not have them, as of versions before."""
+    total = np.zeros((len(layers), run.config.clients.count))
+    times = np.zeros_like(total)
+    for record in run.records:
+        if "client_bits_per_parameter" not in record:
+            return None
+        found = np.array([record["client_bits_per_parameter"][layer] for layer in layers], float)
+        members = record["cohort"]
+        total[:, members] += np.nan_to_num(found)
+        times[:, members] += np.isfinite(found)
+    return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
+
+
+def _heat(
+    values: NDArray[np.float64],
+    norm: LogNorm,
+    title: str,
+    caption: str,
+    names: Sequence[str],
+    of: str,
+    by: str = "round",
+) -> Shown:
     with plt.rc_context(STYLE):
         figure, axis = canvas(1.7 + min(0.24 * len(names), 3.4))
         extent = (0.5, values.shape[1] + 0.5, len(names) - 0.5, -0.5)
         image = axis.imshow(values, norm=norm, cmap="viridis", aspect="auto", interpolation="none", extent=extent)
         few = len(names) <= 12
         axis.set_yticks(range(len(names)) if few else [0, len(names) - 1], names if few else ["fastest", "slowest"])
-        axis.set(xlabel="round", ylabel=of)
+        axis.set(xlabel=by, ylabel=of)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         bar = figure.colorbar(image, label="bits a parameter", orientation="horizontal", aspect=40, pad=0.02)
         levels = [level for level in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if norm.vmin <= level <= norm.vmax]  # type: ignore[operator]
         bar.ax.xaxis.set_minor_formatter(NullFormatter())
         bar.set_ticks(levels, labels=[f"{level:g}" for level in levels])
-    return Shown(title, caption, f"Heat map, {of} by round. {title}.", figure)
+    return Shown(title, caption, f"Heat map, {of} by {by}. {title}.", figure)
 
 
 def significance(runs: Runs) -> list[Shown]:

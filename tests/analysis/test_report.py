@@ -78,7 +78,7 @@ def test_the_page_is_whole_and_needs_no_network(page):
     inside = {f"#{name}" for name in reader.ids}
     assert all(found in inside or found.startswith("data:image/png;base64,") for found in reader.refers)
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
-    assert len(reader.labels) == 9 and all(label and len(label) > 40 for label in reader.labels)
+    assert len(reader.labels) == 10 and all(label and len(label) > 40 for label in reader.labels)
     assert "fedlq report &lt;it&gt;" in page and "<it>" not in page
     assert len(page) < 400_000
 
@@ -131,12 +131,30 @@ def test_a_sweeps_own_command_is_told_where_there_is_one(folder, outcome):
 
 def test_bits_by_client_are_those_of_its_payload_and_who_varies_is_drawn(outcome):
     shown, told = figures.bits(outcome.runs)
-    assert [one.title.split(":")[0] for one in shown] == ["fedlq", "fedlq"] and told[0].startswith("fedavg sends 32")
+    assert [one.title.split(":")[0] for one in shown] == ["fedlq"] * 3 and told[0].startswith("fedavg sends 32")
     run = outcome.runs["fedavg"][0]
     found = figures._client_bits(run)
     for column, record in enumerate(run.records):
         assert list(np.flatnonzero(np.isfinite(found[:, column]))) == sorted(record["cohort"])
     assert np.nanmean(found) == pytest.approx(32, rel=0.01)
+
+
+def test_bits_by_layer_and_client_are_means_over_its_rounds_and_journals_without_them_are_read(outcome):
+    run = outcome.runs["fedlq"][0]
+    layers, by_round = figures._layer_bits(run)
+    found = figures._layer_client_bits(run, layers)
+    for client in range(run.config.clients.count):
+        rounds = [r for r in run.records if client in r["answered"]]
+        for row, layer in enumerate(layers):
+            sent = [r["client_bits_per_parameter"][layer][r["cohort"].index(client)] for r in rounds]
+            assert found[row, client] == pytest.approx(np.mean(sent)) if sent else np.isnan(found[row, client])
+    for column, record in enumerate(run.records):  # the mean over who answered is what the round's record has
+        for row, layer in enumerate(layers):
+            sent = [bits for bits in record["client_bits_per_parameter"][layer] if bits is not None]
+            assert by_round[row, column] == pytest.approx(np.mean(sent), rel=0.01)
+    old = [{k: v for k, v in r.items() if k != "client_bits_per_parameter"} for r in run.records]
+    shown, _ = figures.bits({"fedlq": [run._replace(records=old)]})
+    assert len(shown) == 2
 
 
 def test_the_straggler_is_who_takes_longest_and_its_step_is_told(outcome):
