@@ -33,15 +33,17 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """The processor's name, and how many cores this process may use."""
+    """The processor's name, how many cores this process may use, and the NVIDIA GPUs."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux, or a processor that tells no name
+    gpus = [file.read_text() for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    models = [line.split(":", 1)[1].strip() for told in gpus for line in told.splitlines() if line.startswith("Model")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return ", ".join([name, f"{cores} cores", *models])
 
 
 def made_by() -> dict[str, Any]:
