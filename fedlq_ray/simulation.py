@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedlq_ray import provenance, rundir, tracking
 from fedlq_ray.config import Config, digest, load, to_yaml
-from fedlq_ray.device import reproducible
+from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.files import locked, write_durably
 from fedlq_ray.models import FlatModel
@@ -92,6 +92,7 @@ def simulate(
     """
     config = config or Config()
     task = prepare(config, model=model, data=data, quantizer=quantizer)
+    _require_device(config)
     place = Workplace(task)
     make(place.setting, strategy)  # a wrong strategy is told before anything is written
     if config.network.downlink_bits is not None:
@@ -135,11 +136,18 @@ def resume(
     if config.rounds < found.config.rounds:
         raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
     task = prepare(config, model=model, data=data, quantizer=quantizer)
+    _require_device(config)
     make(Workplace(task).setting, strategy)
     with locked(folder), _told(folder):
         write_durably(folder / "config.yaml", to_yaml(config))
         track = found.tracking or rundir.track(folder, config, None, tags(), dataset(task))
         return _carry_out(task, strategy, folder, track, watch)
+
+
+def _require_device(config: Config) -> None:
+    """Refuse a run in this process on a GPU that it does not have; Ray's actors look for theirs when they start."""
+    if config.clients.hosting == "serial" and config.train.device == "cuda":
+        require_gpu()
 
 
 def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Result:

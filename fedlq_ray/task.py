@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fedlq_ray.config import Config
 from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
-from fedlq_ray.device import require_gpu
 from fedlq_ray.models import MODELS, FlatModel, Layer, build, training_flops
 from fedlq_ray.profiles import Profile, load_profiles
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
@@ -73,8 +72,6 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
         module = build(model or config.model.name, dataset.input_shape, dataset.num_classes, config.model.args)
     layers = FlatModel(copy.deepcopy(module)).layers  # refuses what cannot be flat, before anything starts
     builtin = model is None and config.model.name in ("auto", *MODELS)
-    if config.clients.hosting == "serial" and config.train.device == "cuda":
-        require_gpu()
     flops = training_flops(module, dataset.input_shape)
     quantizers = family(config.strategy.quantizer, quantizer)
     return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers)
