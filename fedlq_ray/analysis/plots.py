@@ -1,5 +1,6 @@
 """Pictures of runs, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito)."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ def draw_accuracy(
     """One panel of `accuracy`."""
     ends = []
     for index, (name, seeds) in enumerate(runs.items()):
-        colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+        # Beyond the sixth, colours come again with another dash.
+        colour, dash = COLOURS[index % len(COLOURS)], DASHES[(index + index // len(COLOURS)) % len(DASHES)]
         series = [line for line in (seen(records, against) for records in seeds) if len(line[0])]
         if not series:
             continue
@@ -86,24 +88,22 @@ def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names beside the ends (x, y, name, colour) of lines, moved up or down until none lies on another."""
     axis.get_xlim(), axis.get_ylim()  # the scales are final once they are asked for
     size = float(plt.rcParams["font.size"])
-    spots = [(*(axis.transData.transform(end[:2]) * 72 / axis.figure.dpi), end) for end in ends]  # in points
-    columns: list[list[Any]] = []  # names that could lie on each other
-    reach = -np.inf
-    for spot in sorted(spots):
-        if spot[0] >= reach:
-            columns.append([])
-        columns[-1].append(spot)
-        reach = max(reach, spot[0] + 0.65 * size * len(spot[2][2]))
-    for column in columns:
-        placed: list[float] = []
-        for _, height, _ in (ordered := sorted(column, key=lambda spot: spot[1])):
-            placed.append(max(height, placed[-1] + 1.3 * size) if placed else height)
-        over = (sum(placed) - sum(spot[1] for spot in ordered)) / len(placed)  # up and down by as much
-        for (_, height, (x, y, name, colour)), at in zip(ordered, placed, strict=True):
-            up = (6, at - over - height)
-            axis.annotate(
-                name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False
-            )
+    ends = sorted(ends, key=lambda end: end[1])
+    spots = np.array([axis.transData.transform(end[:2]) * 72 / axis.figure.dpi for end in ends])  # in points
+    widths = [0.65 * size * len(name) for *_, name, _ in ends]
+    heights = spots[:, 1].copy() if ends else spots
+    near = [  # pairs of names, the lower first, that would lie on each other at the same height
+        (low, high)
+        for low, high in itertools.combinations(range(len(ends)), 2)
+        if spots[low, 0] < spots[high, 0] + widths[high] and spots[high, 0] < spots[low, 0] + widths[low]
+    ]
+    for _ in range(200):
+        for low, high in near:
+            push = max(0.0, 1.3 * size - (heights[high] - heights[low])) / 2
+            heights[low], heights[high] = heights[low] - push, heights[high] + push
+    for (x, y, name, colour), (_, before), at in zip(ends, spots, heights, strict=True):
+        up = (6, at - before)
+        axis.annotate(name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False)
 
 
 def save(figure: Figure, file: Path, dpi: int = 120) -> None:
