@@ -1,5 +1,8 @@
 """Clients as Ray actors: `dedicated`, an actor each, or `packed`, many in a few actors."""
 
+import asyncio
+import contextlib
+import itertools
 import os
 import time
 from collections import Counter
@@ -24,13 +27,13 @@ from fedlq_ray import forkserver
 from fedlq_ray.config import ClientsConfig
 from fedlq_ray.device import reproducible
 from fedlq_ray.errors import ClientError, DivergedError, FedLQError
-from fedlq_ray.placement import Nodes, asks, deal, fitting
+from fedlq_ray.placement import Nodes, asks, deal, fitting, on
 from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply
 
 # Private memory of an actor after training the small CNN, measured (ARCHITECTURE.md).
-FORKED_BYTES, ORDINARY_BYTES = 90e6, 220e6
+FORKED_BYTES, ORDINARY_BYTES = 55e6, 220e6
 _START_S = 300.0  # that actors may take to start, at least
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
 
@@ -52,6 +55,11 @@ class ClientActor:
     def alive(self) -> int:
         return os.getpid()
 
+    def rest(self, rung: list[Any]) -> None:
+        """Wait until the bell rings, or is gone."""
+        with contextlib.suppress(RayError):
+            ray.get(rung[0])
+
     def train(
         self, job: Job, weights: NDArray[np.float32], memory: NDArray[np.float32] | None
     ) -> tuple[Reply, NDArray[np.float32] | None]:
@@ -63,6 +71,25 @@ class ClientActor:
 
     def probe(self, probe: Probe, base: NDArray[np.float32], sent: NDArray[np.float32], round: int) -> Timed:
         return timed(self.place.probe, probe, _tensor(base), _tensor(sent), round)
+
+
+@ray.remote(num_cpus=0)
+class Bell:
+    """What dedicated actors wait for between their jobs, each by a ticket of its own.
+
+    An idle process of Ray wakes a hundred times a second to look for signals: two thirds of the half percent of a core
+    that it takes. One that waits in a call looks once a second.
+    """
+
+    def __init__(self) -> None:
+        self.rung: dict[int, asyncio.Event] = {}
+
+    async def wait(self, ticket: int) -> None:
+        await self.rung.setdefault(ticket, asyncio.Event()).wait()
+        del self.rung[ticket]
+
+    async def ring(self, ticket: int) -> None:
+        self.rung.setdefault(ticket, asyncio.Event()).set()
 
 
 def _why(exc: Exception) -> str:
@@ -127,8 +154,13 @@ class RayHost:
         self.homes: dict[Any, str | None] = {}  # the node that each actor was dealt to
         self.actors: list[Any] = []
         self.fitted: set[str] = set()  # the nodes that they were dealt to
+        self.tickets, self.resting = itertools.count(), dict[Any, int]()  # the ticket by which each actor waits
+        if kind == "dedicated":
+            here = on(ray.get_runtime_context().get_node_id())
+            room = 2 * self.clients.count + 10  # all may wait, and be called
+            self.bell = Bell.options(max_concurrency=room, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.fit()
-        (self.evaluator,) = self.start(1, self.asks_to_evaluate)
+        self.evaluator = self.start_evaluator()
         self.memories: dict[int, Any] = {}
 
     @property
@@ -137,6 +169,12 @@ class RayHost:
         if self.task.config.train.device == "cpu":
             return {}
         return {name: asked for name, asked in self.asks.items() if name not in ("num_cpus", "resources")}
+
+    def start_evaluator(self) -> Any:
+        """The actor that evaluates and probes; it does not rest."""
+        (actor,) = self.start(1, self.asks_to_evaluate)
+        self._wake(actor)
+        return actor
 
     def _room(self) -> int:
         """For how many actors that train, beside the one that evaluates."""
@@ -171,6 +209,7 @@ class RayHost:
         staying = [actor for actor in kept if actor]
         fresh = self.start(wanted - len(staying), self.asks, staying)
         for actor in set(self.actors) - set(staying):
+            self._wake(actor)
             ray.kill(actor)
         self.actors = [actor or fresh.pop() for actor in kept if actor or fresh] + fresh
 
@@ -181,8 +220,11 @@ class RayHost:
             taken = Counter(self.homes[actor] or "" for actor in beside)
             homes = [None] * count if asks else deal(count, self.nodes.look().values(), taken)
             actors = [ClientActor.options(**self.nodes.options(home), **asks).remote(self.shared) for home in homes]  # type: ignore[attr-defined]
+            alive = [actor.alive.remote() for actor in actors]
+            for actor in actors:
+                self._rest(actor)  # as soon as it is there: hundreds that idle would slow the start of the others
             try:
-                ray.get([actor.alive.remote() for actor in actors], timeout=wait_s)
+                ray.get(alive, timeout=wait_s)
                 self.homes |= zip(actors, homes, strict=True)
                 return actors
             except GetTimeoutError:
@@ -194,6 +236,16 @@ class RayHost:
                     raise FedLQError(f"a client's actor did not start: {_why(exc)}") from None
                 for actor in actors:
                     ray.kill(actor)
+
+    def _rest(self, actor: Any) -> None:
+        """Have a dedicated actor wait, after what it has to do."""
+        if self.kind == "dedicated":
+            ticket = self.resting[actor] = next(self.tickets)
+            actor.rest.remote([self.bell.wait.remote(ticket)])
+
+    def _wake(self, actor: Any) -> None:
+        if actor in self.resting:
+            self.bell.ring.remote(self.resting.pop(actor))
 
     def publish(self, weights: Tensor) -> Any:
         return ray.put(weights.numpy())
@@ -218,9 +270,13 @@ class RayHost:
                 heard[at] = heard[at] if load[at] else time.monotonic()
                 load[at] += 1
                 tries[job.client] += 1
+                self._wake(self.actors[at])
                 method = self.actors[at].train.options(num_returns=2)
                 ref, kept = method.remote(job, weights[job.client], self.memories.get(job.client))
                 under_way[ref] = Attempt(job, at, self.actors[at], kept)
+                self._rest(self.actors[at])
+                for coming in waiting[-self.depth :] if self.resting else ():
+                    self._wake(self.actors[coming.client])
             done, _ = ray.wait(list(under_way), num_returns=1, timeout=min(5.0, self.clients.timeout_s / 4))
             if not done:
                 self._give_up_silent(under_way.values(), heard)
@@ -239,6 +295,7 @@ class RayHost:
                     round=job.round,
                     client=job.client,
                 )
+                self._wake(actor)  # so that nobody waits for it
                 if self.actors[at] is actor:  # else another of its jobs has brought a new one
                     (self.actors[at],) = self.start(1, self.asks, {*self.actors} - {actor})
                     heard = [time.monotonic()] * self.count  # nobody was listened to in the meantime
@@ -284,7 +341,7 @@ class Ask:
                 why = _why(exc)
                 if self.of is self.host.evaluator:  # else another question has brought a new one
                     ray.kill(self.of)
-                    (self.host.evaluator,) = self.host.start(1, self.host.asks_to_evaluate)
+                    self.host.evaluator = self.host.start_evaluator()
                 self.of = self.host.evaluator
                 self.ref = self.ask(self.of)
         raise FedLQError(f"the actor that evaluates died or hung ({why}); too little memory?")
