@@ -4,10 +4,9 @@ A worker that imports torch itself has some 150 MB of its own; a forked one shar
 of Python by its public `runtime_env: py_executable` (`hosting.py`). What Ray starts is a stub: it hands its arguments,
 environment and standard streams to the server, and then waits, as a shell of a few hundred kB, for the worker's end.
 
-One server for each raylet, package and set of Ray's settings in the environment, which Ray reads when it is imported;
-started by the first stub, whose environment it has. Its socket lies in a folder that only the user can read. It ends
-when the raylet does, or when no worker has been left for a while. Only the standard library is imported at the top: the
-stub runs without packages.
+One server for each raylet and package, started by the first stub; its socket lies in a folder that only the user can
+read. It ends when the raylet does, or when no worker has been left for a while. Ray is imported after the fork, since
+it reads its environment at import. Only the standard library is imported at the top: the stub runs without packages.
 """
 
 import contextlib
@@ -42,8 +41,7 @@ def _address(raylet: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else")
-    settings = sorted(f"{n}={v}" for n, v in os.environ.items() if n.startswith("RAY_") and n != "RAY_JOB_ID")
-    key = f"{raylet} {sys.executable} {__file__} {settings}"
+    key = f"{raylet} {sys.executable} {__file__}"
     # Not hash(): it differs from process to process.
     return folder / f"{raylet}-{sum(i * b for i, b in enumerate(key.encode(), 1)):x}"
 
@@ -115,7 +113,7 @@ def serve(address: Path, raylet: int) -> None:
 
     import torch
 
-    import fedlq_ray.hosting  # noqa: F401  (what a worker needs, Ray with it)
+    import fedlq_ray.task  # noqa: F401  (what a worker needs, but Ray)
 
     torch.set_num_threads(1)
     gc.collect()
