@@ -222,7 +222,7 @@ def run(
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
             for client in set(drawn) & set(plans):
                 downlink.fetched(client, offers[client])
-            record = _record(task, place, round, members, plans, fold, offers)
+            record = _record(task, round, members, plans, fold, offers)
             payload_bytes = record["uplink_bytes"] / len(fold.replies) if fold.replies else payload_bytes
             round_time_s = record.pop("round_time_s")
             sim_time_s += round_time_s
@@ -271,7 +271,6 @@ def clock(
 
 def _record(
     task: Task,
-    place: Workplace,
     round: int,
     members: Sequence[Member],
     plans: Mapping[int, Plan],
@@ -285,12 +284,13 @@ def _record(
     sent = [len(replies[client].payload) if client in replies else 0 for client in clients]
     received = [offers[client].num_bytes if client in plans else 0 for client in clients]
     times = clock(task, round, clients, samples, sent, received)
-    bits = {layer.name: sum(_bits(layer, sent) for sent in fold.sent) / max(1, len(fold.sent)) for layer in task.layers}
-    spent = {client: sent for client, sent in zip(replies, fold.sent, strict=True)}
-    by_client = {
-        layer.name: [float(f"{_bits(layer, spent[client]):.3g}") if client in spent else None for client in clients]
-        for layer in task.layers
+    spent = {
+        client: {layer.name: _bits(layer, sent) for layer in task.layers}
+        for client, sent in zip(replies, fold.sent, strict=True)
     }
+    names = [layer.name for layer in task.layers]
+    bits = {name: sum(own[name] for own in spent.values()) / max(1, len(spent)) for name in names}
+    by_client = {name: [float(f"{spent[c][name]:.3g}") if c in spent else None for c in clients] for name in names}
     shares = {job.client: share for job, share in zip(fold.jobs, fold.shares, strict=True)}
     losses = [shares[client] * reply.train_loss for client, reply in replies.items()]
     return {
