@@ -1,5 +1,6 @@
 """A cohort's payloads, summed."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,6 +35,7 @@ class Fold:
         self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
         self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
         self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
+        self.square_error = 0.0  # sum of p_n^2 |Q(x_n) - x_n|^2
         self.waiting: dict[int, Reply | None] = {}
         self.turn = 0  # the job whose payload is the next to be summed
         self.replies: dict[int, Reply] = {}
@@ -47,7 +49,17 @@ class Fold:
 
     def mean(self) -> Tensor:
         """The cohort's mean update (d,) float64; where clients failed, that of the others."""
-        return self.update * (sum(self.shares) / self.answered) if self.lost and self.answered else self.update
+        return self.update * self._whole
+
+    @property
+    def _whole(self) -> float:
+        """By what the others' shares rise for those that failed."""
+        return sum(self.shares) / self.answered if self.lost and self.answered else 1.0
+
+    @property
+    def mean_error(self) -> float:
+        """What quantization adds to the mean update, root mean square, where clients' errors are independent."""
+        return self._whole * math.sqrt(self.square_error)
 
     @property
     def spread(self) -> float | None:
@@ -83,5 +95,6 @@ class Fold:
             value = value.double()
             self.update += share * (value - self.offers[job.client].model.double() if kind == "model" else value)
             self.energy += share**2 * float(value.square().sum())
+            self.square_error += share**2 * reply.square_error
             self.sent.append(payload.segments)
             self.replies[job.client] = reply

@@ -215,7 +215,7 @@ def run(
             # Buffers are averages already: scaled or stepped beyond them, a variance could fall below zero.
             update, parameters = fold.mean().float(), sum(layer.size for layer in task.layers if not layer.buffer)
             update[:parameters] *= work
-            update = strategy.combine(update)
+            mean, update = update, strategy.combine(update)
             outcome.update = torch.cat([server.step(update)[:parameters], update[parameters:]])
             outcome.weights = outcome.weights + outcome.update
             if not bool(torch.isfinite(outcome.weights).all()):
@@ -223,6 +223,8 @@ def run(
             for client in set(drawn) & set(plans):
                 downlink.fetched(client, offers[client])
             record = _record(task, round, members, plans, fold, offers)
+            record["update_norm"] = float(update[:parameters].double().norm())
+            record["quantization_error"] = work * fold.mean_error if update is mean else None
             payload_bytes = record["uplink_bytes"] / len(fold.replies) if fold.replies else payload_bytes
             round_time_s = record.pop("round_time_s")
             sim_time_s += round_time_s

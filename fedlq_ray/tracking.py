@@ -160,6 +160,8 @@ def log_record(client: Any, run_id: str, tracking: Tracking, record: Mapping[str
         "accuracy": record["accuracy"],
         "test_loss": record["test_loss"],
         "train_loss": record["train_loss"],
+        "update_norm": record.get("update_norm"),  # journals of versions before have none
+        "quantization_error": record.get("quantization_error"),
         "sim_time_s": record["sim_time_s"],
         "uplink_mb": totals["uplink_bytes"] / 1e6,
         "downlink_mb": totals["downlink_bytes"] / 1e6,

@@ -44,12 +44,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a client's round: the payload's bytes, the mean training loss, samples processed, and the wall
-    seconds of quantizing, which go to timing.json alone."""
+    """What came of a client's round.
+
+    Attributes:
+        train_loss: mean over the samples that it went through.
+        square_error: |Q(x) - x|^2 of the vector x that the payload is to carry.
+        encode_s: wall seconds of quantizing, which go to timing.json alone.
+    """
 
     payload: bytes
     train_loss: float
     samples: int
+    square_error: float
     encode_s: float
 
 
@@ -101,12 +107,12 @@ def client_round(
         segments = plan.segments(sent) if callable(plan.segments) else plan.segments
         noise = torch_rng(seed, "quantize", round, client)
         payload = encode(sent, segments, kind=plan.payload, round=round, client=client, rng=noise)
-        if plan.error_feedback:
-            received = decode(payload, len(sent), kind=plan.payload, round=round, client=client, custom=custom)
-            if plan.error_feedback == "ef21":
-                memory = received.vector if memory is None else memory + received.vector
-            else:
-                memory = sent - received.vector
+        received = decode(payload, len(sent), kind=plan.payload, round=round, client=client, custom=custom).vector
+        lost = sent - received
+        if plan.error_feedback == "ef21" and memory is not None:
+            memory = memory + received
+        else:
+            memory = received if plan.error_feedback == "ef21" else lost
         encode_s = time.perf_counter() - started
     except ClientError:
         raise
@@ -114,7 +120,7 @@ def client_round(
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, samples, encode_s)
+    reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s)
     return reply, memory if plan.error_feedback else None
 
 

@@ -62,6 +62,18 @@ def test_the_seed_decides_and_nothing_else_does():
     assert repeated.summary == first.summary and repeated.path != first.path
 
 
+def test_the_recorded_error_is_that_of_the_mean_update():
+    """What quantization did to the weights of one round, squared, is on average what clients reported."""
+    predicted, found = [], []
+    for seed in range(12):
+        one = (f"seed={seed}", "rounds=1", "strategy.bits=2")
+        exact, coarse = run("strategy.name=fedavg", *one), run("strategy.name=uniform", *one)
+        assert exact.history["quantization_error"].item() == 0
+        predicted.append(coarse.history["quantization_error"].item() ** 2)
+        found.append(float(((coarse.weights - exact.weights).astype(float) ** 2).sum()))
+    assert sum(found) == pytest.approx(sum(predicted), rel=0.1)
+
+
 def test_fractional_bits_hold_on_average():
     result = run("strategy.name=uniform", "strategy.bits=1.25", "rounds=8")
     floor, ceiling = run("strategy.name=uniform", "strategy.bits=1"), run("strategy.name=uniform", "strategy.bits=2")

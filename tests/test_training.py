@@ -1,6 +1,7 @@
 """A client's round: what training moves, what it leaves alone, and what its reply is a function of."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -56,6 +57,7 @@ def test_error_feedback_keeps_exactly_what_was_lost():
     reply, kept = round_of(flat, weights, memory, feedback=True)
     update = flat.storage - weights
     torch.testing.assert_close(received(reply, weights) + kept, update + memory)
+    assert reply.square_error == float(kept.double().square().sum()) > 0
     assert round_of(flat, weights)[1] is None
 
 
@@ -68,6 +70,18 @@ def test_ef21_sends_the_difference_and_keeps_what_the_server_then_has():
     assert (received(reply, weights) - sent).abs().max() <= 1.001 * (sent.max() - sent.min()) / 3
     first, kept = round_of(flat, weights, feedback="ef21")
     assert torch.equal(kept, received(first, weights))
+
+
+def test_the_error_that_a_client_reports_is_that_of_its_payload():
+    flat = FlatModel(module())
+    weights = flat.storage.clone()
+    exact = Plan("update", (Segment(Float32(), 0, len(weights)),))
+    assert round_of(flat, weights, plan=exact)[0].square_error == 0
+    for payload, base in (("update", 0), ("model", weights)):
+        reply, _ = round_of(flat, weights, payload=payload)
+        sent = flat.storage - weights + base
+        lost = (received(reply, weights, payload) - sent).double().square().sum()
+        assert reply.square_error == pytest.approx(float(lost), rel=1e-6)
 
 
 def test_an_update_is_normalised_by_the_work_that_made_it():

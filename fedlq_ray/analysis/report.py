@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray.analysis import figures, plots, svg, tables
+from fedlq_ray.analysis import bound, figures, plots, svg, tables
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.figures import Runs, Shown
 from fedlq_ray.analysis.runs import by_population, population
@@ -123,6 +123,8 @@ def _behaviour(runs: Runs, where: str) -> list[str]:
     shown = figures.significance(runs)
     if shown:
         parts += ["<h2>Significance by layer</h2>", _grid(shown, f"significance{where}")]
+    if charged := bound.shown(runs):
+        parts += ["<h2>Convergence bound against training</h2>", _grid([charged], f"bound{where}")]
     shown = figures.timelines(runs)
     if shown:
         steps = "".join(f'<span class="step" style="background: var(--{step})"></span>{step}' for step in plots.STEPS)

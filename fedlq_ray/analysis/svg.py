@@ -37,11 +37,11 @@ def inline(figure: Figure, name: str, alt: str, *, themed: bool = True) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)  # nothing refers to groups, and every figure has the same names
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)  # of drawing, not of text
     box = re.search(r'viewBox="([^"]*)"', text)
     assert box is not None  # matplotlib writes one
     text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(alt)}">', text, count=1)
     text = re.sub(r"<style.*?</style>|; font-family: [^;\"]*", "", text, flags=re.DOTALL)  # the page has its own
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
     for colour, variable in palette().items() if themed else ():
         text = text.replace(colour, variable)
     return re.sub(r"\n\s*", "\n", text).strip()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedlq_ray import simulate
-from fedlq_ray.analysis import compare, figures, plots, report, runs, svg
+from fedlq_ray.analysis import bound, compare, figures, plots, report, runs, svg
 from fedlq_ray.config import digest, load
 
 QUICK = ["rounds=4", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
@@ -78,7 +78,7 @@ def test_the_page_is_whole_and_needs_no_network(page):
     inside = {f"#{name}" for name in reader.ids}
     assert all(found in inside or found.startswith("data:image/png;base64,") for found in reader.refers)
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
-    assert len(reader.labels) == 10 and all(label and len(label) > 40 for label in reader.labels)
+    assert len(reader.labels) == 11 and all(label and len(label) > 40 for label in reader.labels)
     assert "fedlq report &lt;it&gt;" in page and "<it>" not in page
     assert len(page) < 400_000
 
@@ -171,6 +171,26 @@ def test_the_straggler_is_who_takes_longest_and_its_step_is_told(outcome):
     assert f"{seconds / lengths[round]:.0%} of it {cause}" in shown.title
 
 
+def test_the_bounds_charge_is_theorem_1s_term_and_pairs_are_counted_where_seeds_agree(outcome):
+    run = outcome.runs["fedlq"][1]
+    (charge,), (loss,) = bound._known([run], 3)
+    terms = []
+    for record in run.records[:3]:
+        steps = np.mean(record["client_samples"]) / run.config.train.batch_size
+        terms.append(record["quantization_error"] ** 2 / (run.config.train.lr * steps))
+    assert charge == pytest.approx(np.mean(terms)) and charge > 0
+    assert loss == pytest.approx(np.mean([record["train_loss"] for record in run.records[:3]]))
+    shown = bound.shown(outcome.runs)
+    plots.plt.close(shown.figure)
+    assert "Sampling of cohorts" in shown.caption and "Hollow" not in shown.caption
+    nothing = run._replace(records=[record | {"quantization_error": None} for record in run.records])
+    assert bound.shown({"fedavg": outcome.runs["fedavg"], "votes": [nothing]}) is None
+    charged = {"a": ([0, 0], [1.0, 1.2]), "b": ([1, 1], [1.1, 1.3]), "c": ([2, 2], [1.3, 1.0]), "d": ([3, 3], [0.9, 1])}
+    known = {name: (np.array(x, float), np.array(y, float)) for name, (x, y) in charged.items()}
+    assert "in 1 of 3 pairs of runs that the seeds tell apart" in bound._title(known)  # c differs from nobody surely
+    assert bound._title({"c": known["c"], "a": known["a"]}).startswith("No two runs")
+
+
 def test_titles_say_who_arrived_and_when(outcome):
     runs_ = dict(outcome.runs)
     times = {label: [figures._first(run, 0.3, "time") for run in seeds] for label, seeds in runs_.items()}
@@ -216,7 +236,9 @@ def test_labels_of_lines_do_not_lie_on_each_other(scale):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     offsets = {text.get_text(): text.xyann[1] for text in axis.texts}
     assert offsets.pop("alone") == 0 and np.mean(list(offsets.values())) == pytest.approx(0, abs=1e-6)
-    drawn = svg.inline(figure, "x", "alt")
+    axis.set_xticks([0.0], ["0.00125"])
+    drawn = svg.inline(figure, "x", "alt of 0.00125")
+    assert ">0.00125</text>" in drawn and "alt of 0.00125" in drawn and not re.search(r'="-?\d+\.\d{3}', drawn)
     assert drawn == drawn.strip() and drawn.startswith("<svg viewBox=") and "run 3</text>" in drawn
 
 

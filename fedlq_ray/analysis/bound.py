@@ -1,0 +1,119 @@
+"""What the convergence bound charges runs for quantization, beside how they trained.
+
+Of Theorem 1 (docs/theory.md) a run knows one term but for a constant: L / (lr tau) sum p_n^2 |Q(x_n) - x_n|^2, whose
+errors clients measure. Smoothness L, noise and heterogeneity of a network's losses it does not know, so runs can be
+ranked by the bound, and no gradient be held against it.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
+
+from fedlq_ray.analysis import plots
+from fedlq_ray.analysis.figures import STYLE, Runs, Shown, canvas
+from fedlq_ray.config import Config
+from fedlq_ray.strategies import STRATEGIES
+from fedlq_ray.sweep import Finished
+
+Known = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def shown(runs: Runs) -> Shown | None:
+    """Each run's charge and its training loss, means over the rounds that all have; None where fewer than two runs
+    know both."""
+    rounds = min((len(run.records) for seeds in runs.values() for run in seeds if run.records), default=0)
+    known = {label: found for label, seeds in runs.items() if (found := _known(seeds, rounds))}
+    if len(known) < 2 or not any(charges.any() for charges, _ in known.values()):
+        return None
+    least = min(charges[charges > 0].min() for charges, _ in known.values() if charges.any())
+    none = least / 4  # where runs stand that lose nothing: a logarithmic axis has no zero
+    fed_back = [label for label in known if _feedback(runs[label][0].config)]
+    with plt.rc_context(STYLE):
+        figure, axis = canvas(4.0)
+        ends = []
+        for index, label in enumerate(runs):
+            if label not in known:
+                continue
+            charges, losses = known[label]
+            x, y = max(float(charges.mean()), none), float(losses.mean())
+            colour = plots.COLOURS[index % len(plots.COLOURS)]
+            spans = np.array([[v.mean() - v.min(), v.max() - v.mean()] for v in (charges, losses)])[:, :, None]
+            face = "none" if label in fed_back else colour
+            bars = {"xerr": spans[0], "yerr": spans[1], "elinewidth": 1.2}
+            axis.errorbar(x, y, **bars, marker="o", markersize=8, mfc=face, color=colour)
+            ends.append((x, y, label, colour))
+        most = max(x for x, *_ in ends)
+        axis.set_xscale("log")
+        axis.set_xlim(none / 2, most * (most / none) ** 0.45)  # room for the name of the last
+        if any(not charges.any() for charges, _ in known.values()):
+            ticks = [10.0**e for e in range(int(np.ceil(np.log10(least))), int(np.floor(np.log10(most))) + 1)]
+            axis.set_xticks([none, *ticks], ["0", *[f"{tick:g}" for tick in ticks]])
+            axis.xaxis.set_minor_locator(NullLocator())
+        axis.margins(y=0.12)
+        axis.set(xlabel="bound's charge for quantization, by unit of L", ylabel="training loss, mean over rounds")
+        axis.grid(alpha=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+        plots.name_ends(axis, ends)
+    title = _title(known)
+    told = "; ".join(f"{label} {x.mean():.2g} and {y.mean():.3g}" for label, (x, y) in known.items())
+    return Shown(title, _caption(runs, known, rounds, fed_back), f"A point a run: charge and loss. {told}.", figure)
+
+
+def _known(seeds: Sequence[Finished], rounds: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Charge by unit of L, and training loss, of each seed; None where one has not recorded them."""
+    found = []
+    for run in seeds:
+        train, records = run.config.train, run.records[:rounds]
+        lost = [record.get("quantization_error") for record in records]
+        losses = [record["train_loss"] for record in records if record["train_loss"] is not None]
+        if None in lost or not losses:
+            return None
+        steps = np.array([np.mean([n for n in record["client_samples"] if n] or [1]) for record in records])
+        errors = np.square(np.array(lost, float))
+        found.append((float(np.mean(errors / (train.lr * steps / train.batch_size))), float(np.mean(losses))))
+    charges, means = np.array(found).T
+    return charges, means
+
+
+def _feedback(config: Config) -> bool:
+    own = getattr(STRATEGIES.get(config.strategy.name), "error_feedback", False)
+    return bool(own if config.strategy.error_feedback is None else config.strategy.error_feedback)
+
+
+def _title(known: Known) -> str:
+    """How many pairs of runs the bound orders as training did, of those that every seed orders the same."""
+    right = told = 0
+    for (first, lost), (second, other) in itertools.combinations(known.values(), 2):
+        if len(lost) != len(other):
+            continue
+        signs = np.sign(lost - other)
+        if len(set(signs)) == 1 and signs[0] and first.mean() != second.mean():
+            told += 1
+            right += signs[0] == np.sign(first.mean() - second.mean())
+    if not told:
+        return "No two runs' training losses can be told apart by these seeds"
+    alone = max(len(lost) for _, lost in known.values()) == 1
+    which = "pairs of runs, by one seed" if alone else "pairs of runs that the seeds tell apart"
+    return f"Who is charged more trains worse in {right} of {told} {which}"
+
+
+def _caption(runs: Runs, known: Known, rounds: int, fed_back: Sequence[str]) -> str:
+    """What is charged, and why it is no bound here."""
+    config = next(iter(runs.values()))[0].config
+    rates = {runs[label][0].config.train.lr for label in known}
+    parts = [
+        f"Theorem 1's term for quantization, L/(lr × steps) Σ p²|Q(x) − x|², over L, as clients measured it; mean of "
+        f"{rounds} rounds, bars from the least to the most seed. L is not known: it ranks runs, and bounds nothing."
+    ]
+    if len(rates) > 1:
+        parts.append("Learning rates differ, and with them the bound's other terms.")
+    if config.clients.cohort < config.clients.count:
+        parts.append("Sampling of cohorts is outside the theorem.")
+    if fed_back:
+        parts.append(f"Hollow: error feedback ({', '.join(fed_back)}), where what is lost is sent later.")
+    if missing := [label for label in runs if label not in known]:
+        parts.append(f"Not recorded for {', '.join(missing)}.")
+    return " ".join(parts)
