@@ -1,6 +1,6 @@
 """The driver, a client's actor and a node are killed at the N-th point of a small run: the same bytes.
 
-CI tries a few N. All of them, some 20 min: FEDLQ_POINTS=1 pytest tests/test_ray_points.py
+CI tries a few N. All of them, some 20 min, told with their number: FEDLQ_POINTS=1 pytest -rP tests/test_ray_points.py
 """
 
 import itertools
@@ -101,6 +101,7 @@ def tried(tmp_path, few, attempt):
         if not marker.exists():
             break
         hit += 1
+    print(f"{hit} points")
     return hit
 
 
@@ -130,6 +131,7 @@ def test_a_clients_actor_at_every_pass(tmp_path):
 @pytest.mark.skipif(not ALL, reason="half a minute for each point; FEDLQ_POINTS=1")
 def test_a_node_at_every_pass(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    ray.shutdown()  # that of the tests above
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
