@@ -22,14 +22,17 @@ Known = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def shown(runs: Runs) -> Shown | None:
-    """Each run's charge and its training loss, means over the rounds that all have; None where fewer than two runs
-    know both."""
+    """Each run's charge, and its training loss over that of who is charged least: means over the rounds that all have.
+    None where fewer than two runs know both."""
     rounds = min((len(run.records) for seeds in runs.values() for run in seeds if run.records), default=0)
     known = {label: found for label, seeds in runs.items() if (found := _known(seeds, rounds))}
+    most_seeds = max((len(losses) for _, losses in known.values()), default=0)
+    known = {label: found for label, found in known.items() if len(found[1]) == most_seeds}
     if len(known) < 2 or not any(charges.any() for charges, _ in known.values()):
         return None
     least = min(charges[charges > 0].min() for charges, _ in known.values() if charges.any())
     none = least / 4  # where runs stand that lose nothing: a logarithmic axis has no zero
+    base = min(known, key=lambda label: known[label][0].mean())
     fed_back = [label for label in known if _feedback(runs[label][0].config)]
     with plt.rc_context(STYLE):
         figure, axis = canvas(4.0)
@@ -37,7 +40,7 @@ def shown(runs: Runs) -> Shown | None:
         for index, label in enumerate(runs):
             if label not in known:
                 continue
-            charges, losses = known[label]
+            charges, losses = known[label][0], known[label][1] - known[base][1]
             x, y = max(float(charges.mean()), none), float(losses.mean())
             colour = plots.COLOURS[index % len(plots.COLOURS)]
             spans = np.array([[v.mean() - v.min(), v.max() - v.mean()] for v in (charges, losses)])[:, :, None]
@@ -53,13 +56,19 @@ def shown(runs: Runs) -> Shown | None:
             axis.set_xticks([none, *ticks], ["0", *[f"{tick:g}" for tick in ticks]])
             axis.xaxis.set_minor_locator(NullLocator())
         axis.margins(y=0.12)
-        axis.set(xlabel="bound's charge for quantization, by unit of L", ylabel="training loss, mean over rounds")
+        axis.set(xlabel="bound's charge for quantization, by unit of L", ylabel=f"training loss over {base}'s, by seed")
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
         plots.name_ends(axis, ends)
     title = _title(known)
-    told = "; ".join(f"{label} {x.mean():.2g} and {y.mean():.3g}" for label, (x, y) in known.items())
-    return Shown(title, _caption(runs, known, rounds, fed_back), f"A point a run: charge and loss. {told}.", figure)
+    means = {label: (x.mean(), (y - known[base][1]).mean()) for label, (x, y) in known.items()}
+    told = "; ".join(f"{label} {x:.2g} and {y:+.2g}" for label, (x, y) in means.items())
+    return Shown(
+        title,
+        _caption(runs, known, rounds, fed_back),
+        f"A point a run: charge, and loss over {base}'s. {told}.",
+        figure,
+    )
 
 
 def _known(seeds: Sequence[Finished], rounds: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -87,8 +96,6 @@ def _title(known: Known) -> str:
     """How many pairs of runs the bound orders as training did, of those that every seed orders the same."""
     right = told = 0
     for (first, lost), (second, other) in itertools.combinations(known.values(), 2):
-        if len(lost) != len(other):
-            continue
         signs = np.sign(lost - other)
         if len(set(signs)) == 1 and signs[0] and first.mean() != second.mean():
             told += 1
