@@ -54,7 +54,8 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
     A line of its output is JSON with `marks`: the time at which its first round started, and at which each ended.
     Returns:
         startup_s: from the command to the first round; round_s: of each round; peak_mb: greatest sum of the
-        proportional set sizes (PSS) of its processes; what else it printed.
+        proportional set sizes (PSS) of its processes; processor_s: of a round after the first, by kind of process;
+        what else it printed.
     Raises:
         SystemExit: it failed.
         subprocess.TimeoutExpired: it took too long; its processes are ended.
@@ -65,7 +66,7 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
         process = subprocess.Popen(
             [str(part) for part in command], cwd=cwd, stdout=out, stderr=err, env=os.environ | {_MARK: mark}
         )
-        watcher = _Memory(mark, process)
+        watcher = _Watcher(mark, process)
         watcher.start()
         try:
             code = process.wait(timeout_s)
@@ -82,7 +83,10 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
         told = json.loads(next(line for line in out if line.startswith('{"marks"')))
     marks = told.pop("marks")
     rounds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
-    return {"startup_s": marks[0] - started, "round_s": rounds, "peak_mb": watcher.peak_mb} | told
+    found = {"startup_s": marks[0] - started, "round_s": rounds, "peak_mb": watcher.peak_mb}
+    if len(rounds) > 1:
+        found["processor_s"] = watcher.processor_s(marks[1], marks[-1], len(rounds) - 1)
+    return found | told
 
 
 def _processes(mark: str) -> list[Path]:
@@ -95,18 +99,49 @@ def _processes(mark: str) -> list[Path]:
     return found
 
 
-class _Memory(threading.Thread):
-    """Samples the memory of a contender's processes while it runs."""
+def _kind(process: Path) -> str:
+    """What a process is: Ray's own title without the method, else the name of its script or program."""
+    words = (process / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").split()
+    if words[0].startswith("ray::"):
+        return words[0].partition(".")[0]
+    scripts = [word for word in words if word.endswith(".py")] if "python" in words[0] else []
+    return Path((scripts or words)[0]).name
+
+
+class _Watcher(threading.Thread):
+    """Samples the memory and the processor time of a contender's processes while it runs."""
 
     def __init__(self, mark: str, process: subprocess.Popen[bytes]) -> None:
         super().__init__(daemon=True)
         self.mark, self.process, self.peak_mb = mark, process, 0.0
+        self.spent: list[tuple[float, dict[str, tuple[str, float]]]] = []  # when, and by process: its kind and seconds
 
     def run(self) -> None:
         while self.process.poll() is None:
             before = time.thread_time()
             self.peak_mb = max(self.peak_mb, self.total_mb())
+            self.spent.append((time.time(), self.seconds()))
             time.sleep(max(0.5, _SHARE * (time.thread_time() - before)))
+
+    def seconds(self) -> dict[str, tuple[str, float]]:
+        found = {}
+        for entry in _processes(self.mark):
+            with contextlib.suppress(OSError, IndexError):
+                user, system = (entry / "stat").read_text().rpartition(")")[2].split()[11:13]
+                found[entry.name] = _kind(entry), (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return found
+
+    def processor_s(self, begin: float, end: float, rounds: int) -> dict[str, float]:
+        """Seconds of processor time a round, by kind, from the first sample in this time to the last."""
+        inside = [sample for sample in self.spent if begin <= sample[0] <= end]
+        if len(inside) < 2:
+            return {}
+        (started, first), (ended, last) = inside[0], inside[-1]
+        total: dict[str, float] = {}
+        for process, (kind, seconds) in last.items():
+            total[kind] = total.get(kind, 0.0) + seconds - first.get(process, (kind, 0.0))[1]
+        share = (end - begin) / (ended - started) / rounds
+        return {kind: round(share * spent, 4) for kind, spent in total.items() if spent}
 
     def total_mb(self) -> float:
         total = 0

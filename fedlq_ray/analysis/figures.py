@@ -19,6 +19,7 @@ from fedlq_ray.sweep import Finished
 Runs = Mapping[str, Sequence[Finished]]
 WIDTH = 5.0  # inches of a figure that fills a phone's width
 STYLE: Any = {"font.size": 11.5, "axes.labelsize": 11.5, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5}
+STYLE["figure.max_open_warning"] = 0  # all of a section are drawn before the first is closed
 _CONSTANT = 1.1  # bits whose most and least differ by less are told in words
 
 
