@@ -1,4 +1,4 @@
-"""The tables of experiments/README.md, from sweeps' table.json: python experiments/markdown.py RESULTS.json ..."""
+"""The table of a folder's README, from a sweep's table.json: python experiments/markdown.py RESULTS.json"""
 
 import json
 import sys
@@ -55,11 +55,8 @@ def table(rows: list[Row], targets: list[str]) -> list[str]:
     return lines
 
 
-def main(files: list[str]) -> None:
-    rows: dict[str, Row] = {}
-    for file in files:
-        for row in json.loads(Path(file).read_text())["rows"]:
-            rows.setdefault(row["run"], row)
+def main(file: str) -> None:
+    rows: dict[str, Row] = {row["run"]: row for row in json.loads(Path(file).read_text())["rows"]}
     populations = dict.fromkeys(name.partition("@")[2] for name in rows)
     targets = list(next(iter(rows.values()))["targets"])
     for population in populations:
@@ -68,4 +65,4 @@ def main(files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

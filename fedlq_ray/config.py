@@ -142,13 +142,15 @@ class StrategyConfig(Section):
     noise_cost: float = key(
         0.05, "floor_bits=null: how much a relative squared error of the averaged update adds to the rounds", ge=0
     )
-    cap_bits: float = key(8.0, "rate beyond which bits buy nothing", unit="bits a parameter", gt=0, le=32)
+    cap_bits: float = key(
+        8.0, "the most that a client sends: beyond it bits buy nothing", unit="bits a parameter", gt=0, le=32
+    )
     deadline_s: Positive | None = key(None, "budget=deadline: simulated length of a round", unit="s")
     late: Literal["wait", "drop", "partial"] = key(
         "wait",
         "fedlq, fedlq_rd, budget=deadline: what becomes of clients that cannot send all layers in time: the "
         "round waits for them, goes "
-        "on without them, or they send the most significant layers that fit",
+        "on without them, or they send what fits: the most significant layers (fedlq), all at a lower rate (fedlq_rd)",
     )
     allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
     significance: Literal["ratio", "sum"] = key("ratio", "fedlq: accuracy drop per memory saved, or a weighted sum")
@@ -184,7 +186,11 @@ class NetworkConfig(Section):
         "that takes them time for; null: whole models as float32", unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
     downlink_cap_bits: float = key(
-        4.0, "downlink_bits: rate beyond which bits buy nothing", unit="bits a parameter", gt=0, le=32
+        4.0,
+        "downlink_bits: the most that a client is sent: beyond it bits buy nothing",
+        unit="bits a parameter",
+        gt=0,
+        le=32,
     )
     uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit")
 

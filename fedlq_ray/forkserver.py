@@ -1,8 +1,9 @@
 """A server that has imported PyTorch once, and forks a ready Ray worker whenever Ray starts one.
 
 A worker that imports torch itself has some 150 MB of its own; a forked one shares them. Ray starts this file in place
-of Python by its public `runtime_env: py_executable` (`hosting.py`). What Ray starts is a stub: it hands its arguments,
-environment and standard streams to the server, and then waits, as a shell of a few hundred kB, for the worker's end.
+of Python by its public `runtime_env: py_executable` (`placement.py`). What Ray starts is a stub: it hands its
+arguments, environment and standard streams to the server, and then waits, as a shell of a few hundred kB, for the
+worker's end.
 
 One server for each raylet and package, started by the first stub; its socket lies in a folder that only the user can
 read. It ends when the raylet does, or when no worker has been left for a while. Ray is imported after the fork, since

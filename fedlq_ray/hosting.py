@@ -32,7 +32,7 @@ from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply
 
-# Private memory of an actor after training the small CNN, measured (ARCHITECTURE.md).
+# Memory of an actor after training the small CNN (experiments/benchmarks/README.md; ARCHITECTURE.md).
 FORKED_BYTES, ORDINARY_BYTES = 65e6, 220e6
 _START_S = 300.0  # that actors may take to start, at least
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
@@ -141,7 +141,7 @@ class Attempt(NamedTuple):
 
 
 class RayHost:
-    """Dispatches jobs to actors, the longest first, as many at a time as there are cores.
+    """Dispatches jobs to actors, the longest first: as many at a time as there are cores; packed, two for each actor.
 
     An actor that dies, or says nothing for `clients.timeout_s`, is replaced, and what it had to do is done again from
     the same state: a retry gives the same bytes, and what an actor given up still sends reaches nobody.

@@ -117,8 +117,15 @@ def _caption(runs: Runs, known: Known, rounds: int, fed_back: Sequence[str]) -> 
     ]
     if len(rates) > 1:
         parts.append("Learning rates differ, and with them the bound's other terms.")
-    if config.clients.cohort < config.clients.count:
-        parts.append("Sampling of cohorts is outside the theorem.")
+    beyond = {
+        "sampled cohorts": config.clients.cohort < config.clients.count,
+        "clipped gradients": config.train.max_grad_norm is not None,
+        "momentum": config.train.momentum > 0,
+        "a server's optimizer": config.server.optimizer != "none",
+        "a coded downlink": config.network.downlink_bits is not None,
+    }
+    if any(beyond.values()):
+        parts.append(f"Outside the theorem: {', '.join(name for name, here in beyond.items() if here)}.")
     if fed_back:
         parts.append(f"Hollow: error feedback ({', '.join(fed_back)}), where what is lost is sent later.")
     if missing := [label for label in runs if label not in known]:

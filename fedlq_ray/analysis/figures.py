@@ -247,7 +247,8 @@ def significance(runs: Runs) -> list[Shown]:
                 axis.plot(rounds, line, color=colour, linestyle=plots.DASHES[index % len(plots.DASHES)], linewidth=1.8)
                 if np.isfinite(line[-1]):
                     ends.append((rounds[-1], float(line[-1]), name, colour))
-            axis.set(xlabel="round", ylabel="loss per memory saved", yscale="log")
+            cost, per = _of_significance(seeds[0])
+            axis.set(xlabel="round", ylabel=f"{cost} per {per}", yscale="log")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.2)
             axis.spines[["top", "right"]].set_visible(False)
@@ -255,13 +256,22 @@ def significance(runs: Runs) -> list[Shown]:
         last = dict(zip(names, values[-1], strict=True))
         top = max(last, key=lambda name: last[name])
         caption = (
-            f"What quantizing a layer to its lowest level costs, per memory saved; running average of probes, "
+            f"What quantizing a layer costs in {cost}, per {per}; running average of probes, "
             f"seed {seeds[0].config.seed}. Values at or below zero are noise, and left out."
         )
         title = f"{label}: {top} matters most at the end"
         ordered = ", ".join(f"{name} {plots.short(last[name])}" for name in sorted(last, key=lambda n: -last[n]))
         shown.append(Shown(title, caption, f"Lines by layer over rounds, logarithmic. At the end: {ordered}.", figure))
     return shown
+
+
+def _of_significance(run: Finished) -> tuple[str, str]:
+    """What a run's significance is, and what it is by."""
+    strategy = run.config.strategy
+    estimated = strategy.metric in (None, "loss", "fisher", "taylor", "hawq")
+    return "loss" if estimated else str(strategy.metric), (
+        "squared error" if strategy.name == "fedlq_rd" else "memory saved"
+    )
 
 
 def timelines(runs: Runs) -> list[Shown]:

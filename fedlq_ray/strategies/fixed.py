@@ -47,7 +47,7 @@ class QsgdFixed(Fixed):
 
 class FedPAQ(Fixed):
     """FedPAQ (Reisizadeh et al., AISTATS 2020, arXiv:1909.13014): the update after local steps, by QSGD with the
-    Euclidean norm of the whole."""
+    Euclidean norm of each layer; of the whole, as in the paper, with `strategy.scope=model`."""
 
     def __init__(self, setting: Setting, levels: int = 7) -> None:
         super().__init__(setting, QsgdElias(levels, None, "l2"))

@@ -1,4 +1,5 @@
-"""Uniform quantization: one level for all layers of all clients, as FedPAQ (Reisizadeh et al., AISTATS 2020) has it.
+"""Uniform quantization: one level for all layers of all clients, by default of stochastic min-max (Suresh et al., ICML
+2017, arXiv:1611.00429), whose range is a layer's here, or the whole's with `strategy.scope=model`; no rotation.
 
 `strategy.bits` may be a fraction: then some clients of a cohort send the level below and the others the level above,
 so that over rounds a parameter takes that many bits on average. Who sends which is drawn anew each round.

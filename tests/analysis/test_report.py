@@ -182,7 +182,7 @@ def test_the_bounds_charge_is_theorem_1s_term_and_pairs_are_counted_where_seeds_
     assert loss == pytest.approx(np.mean([record["train_loss"] for record in run.records[:3]]))
     shown = bound.shown(outcome.runs)
     plots.plt.close(shown.figure)
-    assert "Sampling of cohorts" in shown.caption and "Hollow" not in shown.caption
+    assert "Outside the theorem: sampled cohorts." in shown.caption and "Hollow" not in shown.caption
     nothing = run._replace(records=[record | {"quantization_error": None} for record in run.records])
     assert bound.shown({"fedavg": outcome.runs["fedavg"], "votes": [nothing]}) is None
     charged = {"a": ([0, 0], [1.0, 1.2]), "b": ([1, 1], [1.1, 1.3]), "c": ([2, 2], [1.3, 1.0]), "d": ([3, 3], [0.9, 1])}
