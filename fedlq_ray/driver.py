@@ -13,7 +13,7 @@ from fedlq_ray.hosting import RayHost, choose
 from fedlq_ray.parts import make_importable
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
-from fedlq_ray.storage import Folder, Saver, latest
+from fedlq_ray.storage import Saver, checkpoints, latest
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Task, Workplace
 from fedlq_ray.tracking import Tracker, Tracking
@@ -34,7 +34,7 @@ def drive(
     place, config = Workplace(task), task.config
     strategy = make(place.setting, given)
     outcome = Outcome(place.initial_weights())
-    where = Folder(rundir.checkpoints(folder, config))
+    where = checkpoints(folder, config)
     written = rundir.journal(folder)
     before, faults = latest(where, len(written))
     records = written[: before["round"] if before else 0]

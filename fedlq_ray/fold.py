@@ -64,7 +64,8 @@ class Fold:
     @property
     def spread(self) -> float | None:
         """`News.spread` of these payloads."""
-        square = float(self.update.square().sum()) * sum(share**2 for share in self.shares)
+        came = sum(s**2 for j, s in zip(self.jobs, self.shares, strict=True) if j.client in self.replies)
+        square = float(self.mean().square().sum()) * came
         return self.energy / square if square else None
 
     def take(self, client: int, reply: Reply | None) -> None:

@@ -157,10 +157,10 @@ def run(
         record["test_loss"] = evaluation.loss if evaluation and math.isfinite(evaluation.loss) else None
         last_evaluation = record["test_loss"] if record["test_loss"] is not None else last_evaluation
         yield record
-        keep(after | {"test_loss": last_evaluation})
         target = config.target_accuracy
         if config.stop_at_target and evaluation and target is not None and evaluation.accuracy >= target:
-            raise _Reached
+            raise _Reached  # and nothing is kept to go on from: a resume would train past the target
+        keep(after | {"test_loss": last_evaluation})
 
     published = host.publish(outcome.weights)
 

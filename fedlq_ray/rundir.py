@@ -112,11 +112,6 @@ def save_model(folder: Path, model: FlatModel) -> None:
     write_durably(folder / "model.safetensors", save(model.state_dict()))
 
 
-def checkpoints(folder: Path, config: Config) -> str:
-    """Where a run's checkpoints lie."""
-    return config.checkpoint.path or str(folder / "checkpoints")
-
-
 def _lines(folder: Path) -> list[bytes]:
     file = folder / "rounds.jsonl"
     return file.read_bytes().split(b"\n")[:-1] if file.exists() else []

@@ -47,7 +47,8 @@ class SerialHost:
             reply: Reply | None = None
             try:
                 reply, kept = self.place.train(job, weights[job.client], self.memories.get(job.client))
-                self.memories[job.client] = kept
+                if job.plan.error_feedback:
+                    self.memories[job.client] = kept
             except ClientError:
                 if not self.skip:
                     raise

@@ -1,6 +1,6 @@
 """The clients' SGD: passes over a shard, a step at a time, in place on a flat model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,21 @@ def _batches(samples: int, size: int) -> list[slice]:
     if len(batches) > 1 and samples % size == 1:
         batches[-2:] = [slice(batches[-2].start, samples)]
     return batches
+
+
+def _passes(shard: int, samples: int, settings: TrainConfig) -> Iterator[int]:
+    """The samples of each pass in which so many are gone through."""
+    seen = 0
+    while seen < samples:
+        # Two samples at least, where there are two (batch-norm needs them), though one were left to go through.
+        size = min(samples_of(shard, settings), max(2, samples - seen))
+        yield size
+        seen += size
+
+
+def steps_of(shard: int, samples: int, settings: TrainConfig) -> int:
+    """Steps in which a client with a shard of this size goes through so many samples."""
+    return sum(len(_batches(size, settings.batch_size)) for size in _passes(shard, samples, settings))
 
 
 class LocalSGD:
@@ -72,9 +87,8 @@ class LocalSGD:
         if self.anchor is not None:
             self.anchor.copy_(self.model.storage[: len(self.anchor)])
         step, seen = self._replay if self.record else self._step, 0
-        while seen < samples:
-            # Two samples at least, where there are two (batch-norm needs them), though one were left to go through.
-            order = rng.permutation(len(y))[: min(samples_of(len(y), self.settings), max(2, samples - seen))]
+        for size in _passes(len(y), samples, self.settings):
+            order = rng.permutation(len(y))[:size]
             inputs, labels = normalise(x[order]), torch.from_numpy(y[order]).to(self.model.device)
             for batch in _batches(len(order), self.settings.batch_size):
                 step(inputs[batch], labels[batch])

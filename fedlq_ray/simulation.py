@@ -19,13 +19,12 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray import provenance, rundir, tracking
+from fedlq_ray import provenance, rundir, storage, tracking
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.files import locked, write_durably
 from fedlq_ray.models import FlatModel
-from fedlq_ray.storage import Folder
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
@@ -222,7 +221,7 @@ def _carry_out(
         interrupts.pass_on()
     summary = rundir.summarise(config, records, rundir.sha256(weights))
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    Folder(rundir.checkpoints(folder, config)).clear()
+    storage.checkpoints(folder, config).clear()
     if track and not last["tracked"]:
         _attach(folder, track, config, records, copy.deepcopy(task.module))
     return Result(pd.DataFrame(records), summary, weights, folder)

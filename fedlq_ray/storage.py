@@ -1,6 +1,7 @@
 """Where checkpoints lie, when they are written, and which one a run goes on from."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlq_ray.checkpoint import Snapshot, pack, unpack
-from fedlq_ray.config import CheckpointConfig
+from fedlq_ray.config import CheckpointConfig, Config, digest
 from fedlq_ray.errors import CheckpointError
 from fedlq_ray.files import write_durably
 
@@ -20,10 +21,14 @@ _SHARE = 0.05  # of the time, for checkpoints
 
 
 class Folder:
-    """Where a run's checkpoints lie: a local folder, or any filesystem of pyarrow by its address (s3://...)."""
+    """Where a run's checkpoints lie: a local folder, or any filesystem of pyarrow by its address (s3://...).
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    Args:
+        run: begins the files' names, where several runs may share the place.
+    """
+
+    def __init__(self, where: str, run: str = "") -> None:
+        self.where, self.run = where, run
         self.remote = "://" in where
 
     def _filesystem(self) -> tuple[Any, str]:
@@ -44,7 +49,8 @@ class Folder:
                 found = os.listdir(self.where) if os.path.isdir(self.where) else []
         except (OSError, ValueError, ImportError) as exc:
             raise CheckpointError(f"{self.where}: {exc}") from exc
-        return sorted((name for name in found if name.endswith(SUFFIX)), reverse=True)
+        whole = re.compile(rf"{re.escape(self.run)}\d+{re.escape(SUFFIX)}")
+        return sorted((name for name in found if whole.fullmatch(name)), reverse=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Whole or not at all, and on the disk when this returns."""
@@ -65,7 +71,7 @@ class Folder:
         return (Path(self.where) / name).read_bytes()
 
     def clear(self) -> None:
-        """Remove all checkpoints: the run is finished."""
+        """Remove all of the run's checkpoints: it is finished."""
         for name in self.names():
             self.remove(name)
         if not self.remote and Path(self.where).is_dir() and not os.listdir(self.where):
@@ -78,10 +84,16 @@ class Folder:
         else:
             (Path(self.where) / name).unlink(missing_ok=True)
 
+    def name_of(self, round: int) -> str:
+        """The file of the checkpoint from which `round` comes next."""
+        return f"{self.run}{round:08d}{SUFFIX}"
 
-def name_of(round: int) -> str:
-    """The file of the checkpoint from which `round` comes next."""
-    return f"{round:08d}{SUFFIX}"
+
+def checkpoints(folder: Path, config: Config) -> Folder:
+    """Where the checkpoints of the run in this folder lie. What a resume may change is not in their names."""
+    if config.checkpoint.path is None:
+        return Folder(str(folder / "checkpoints"))
+    return Folder(config.checkpoint.path, f"{digest(config, without=['rounds'])[:16]}-")
 
 
 def latest(folder: Folder, rounds: int) -> tuple[Snapshot | None, list[str]]:
@@ -161,7 +173,7 @@ class Saver:
         try:
             self.sync()
             data = pack(snapshot | {"memories": dict(self.recall(snapshot["memories"]))})
-            self.folder.write(name_of(snapshot["round"]), data)
+            self.folder.write(self.folder.name_of(snapshot["round"]), data)
             self.saved = snapshot["round"]
             for name in self.folder.names()[self.config.keep :]:
                 self.folder.remove(name)

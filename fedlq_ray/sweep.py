@@ -11,6 +11,7 @@ are accuracies that the table tells the time to, beside `target_accuracy`.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Comparison:
     name: str
     runs: dict[str, list[Config]]
     tuning: dict[str, dict[str, Config]]
+    tries: dict[str, list[str]]
     targets: tuple[float, ...] = ()
 
 
@@ -88,9 +90,18 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     if not isinstance(tree, Mapping) or set(tree) - set(KEYS) or not isinstance(tree.get("runs"), dict):
         raise ConfigError(f"{path}: a sweep has {', '.join(KEYS)}; runs is needed: a name and a list of key=value each")
     tune = tree.get("tune") or {}
+    lists = {key: tree.get(key) or [] for key in ("seeds", "tuning")}
+    if not all(isinstance(found, list) for found in lists.values()):
+        raise ConfigError(f"{path}: seeds and tuning are lists, such as seeds: [0, 1, 2]")
+    if not all(type(seed) is int and seed >= 0 for seed in lists["seeds"]):
+        raise ConfigError(f"{path}: seeds are whole numbers from 0, such as [0, 1, 2]")
+    if not isinstance(tree.get("base") or {}, dict):
+        raise ConfigError(f"{path}: base is settings by name, such as base: {{rounds: 50}}")
+    if not all(isinstance(changes, list | None) for changes in tree["runs"].values()):
+        raise ConfigError(f"{path}: each of runs is a list of key=value, such as fedlq: [strategy.name=fedlq]")
     if not isinstance(tune, dict) or not all(isinstance(values, list) and values for values in tune.values()):
         raise ConfigError(f"{path}: tune is a list of values for each setting, such as train.lr: [0.03, 0.1]")
-    tuning_alone = [str(setting) for setting in tree.get("tuning") or []]
+    tuning_alone = [str(setting) for setting in lists["tuning"]]
     populations, targets = tree.get("populations") or {}, tree.get("targets") or []
     if not isinstance(populations, dict) or not all(isinstance(s, list | None) for s in populations.values()):
         raise ConfigError(f"{path}: populations are a name and a list of key=value each")
@@ -98,7 +109,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise ConfigError(f"{path}: targets are accuracies, such as [0.8, 0.85]")
     base = tree.get("base") or {}
     name = str(base.get("name", Path(path).stem))
-    seeds = tree.get("seeds") or [0]
+    seeds = lists["seeds"] or [0]
 
     def config(label: str, *settings: str) -> Config:
         own_name = f"{name}-{label}".replace("@", "-")
@@ -109,19 +120,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, tree['runs']))}")
     chosen = {label: own for label, own in tree["runs"].items() if not only or str(label) in only}
     runs, tuning = {}, {}
+    each = [[f"{key}={_text(value)}" for value in values] for key, values in tune.items()]
+    tries = {" ".join(tried): list(tried) for tried in itertools.product(*each)} if tune else {}
     for label, own in _multiplied(chosen, populations).items():
         runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
-        tries = [[f"{key}={value}" for value in values] for key, values in tune.items()]
         apart = [*tuning_alone, f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
-        tuning[label] = (
-            {" ".join(tried): config(label, *own, *tried, *apart) for tried in itertools.product(*tries)}
-            if tune
-            else {}
-        )
+        tuning[label] = {name: config(label, *own, *tried, *apart) for name, tried in tries.items()}
     stops = [c.target_accuracy for configs in runs.values() for c in configs if c.stop_at_target and c.target_accuracy]
     if stops and targets and max(targets) > min(stops):
         raise ConfigError(f"{path}: targets are beyond target_accuracy={min(stops):g}, where stop_at_target ends runs")
-    return Comparison(name, runs, tuning, tuple(float(target) for target in targets))
+    return Comparison(name, runs, tuning, tries, tuple(float(target) for target in targets))
 
 
 def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict[str, list[str]]:
@@ -136,9 +144,17 @@ def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict
     }
 
 
+def _text(value: Any) -> str:
+    """A value as key=value takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Config:
     """`base` with key=value settings, of which a later one wins."""
-    tree = OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.from_dotlist(list(settings)))
+    try:
+        tree = OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.from_dotlist(list(settings)))
+    except (yaml.YAMLError, OmegaConfBaseException) as exc:
+        raise ConfigError(f"{source}: {' '.join(str(exc).split())}") from exc
     return parse(OmegaConf.to_container(tree, resolve=True), source=source)
 
 
@@ -176,7 +192,7 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
                 tuned[label] = usable[0]
                 tell(f"{label}: {usable[0]} did best on held-out training samples")
             wanted[label] = {
-                out / f"{label}-{c.seed}": _with(c.model_dump(mode="json"), usable[0].split(), label)
+                out / f"{label}-{c.seed}": _with(c.model_dump(mode="json"), comparison.tries.get(usable[0], []), label)
                 for c in comparison.runs[label]
             }
         done = finish({folder: config for own in wanted.values() for folder, config in own.items()})
@@ -231,9 +247,12 @@ def _finish(
                 tell(f"{config.out}: failed: {failure}")
                 if isinstance(failure, DivergedError):
                     diverged.add(Path(str(config.out)))
-    found = {folder: rundir.read(folder) for folder in wanted}
+    # A run may have failed before its folder was made.
+    found = {folder: rundir.read(folder) for folder in wanted if (folder / "config.yaml").exists()}
     return {
         folder: Finished(config, found[folder].records, found[folder].summary, folder, folder in diverged)
+        if folder in found
+        else Finished(config, [], None, folder, folder in diverged)
         for folder, config in wanted.items()
     }
 

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import queue
+import re
 import tempfile
 import threading
 import time
@@ -149,6 +150,11 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
     return run_id
 
 
+def _metric(what: str, layer: str) -> str:
+    """A layer's metric, in characters that MLflow takes."""
+    return f"{what}/{re.sub(r'[^A-Za-z0-9_. :/-]', '_', layer)}"
+
+
 def log_record(client: Any, run_id: str, tracking: Tracking, record: Mapping[str, Any], totals: dict[str, int]) -> None:
     """One round's metrics; `totals` keeps the bytes so far."""
     from mlflow.entities import Metric
@@ -166,8 +172,8 @@ def log_record(client: Any, run_id: str, tracking: Tracking, record: Mapping[str
         "uplink_mb": totals["uplink_bytes"] / 1e6,
         "downlink_mb": totals["downlink_bytes"] / 1e6,
         "round_uplink_mb": record["uplink_bytes"] / 1e6,
-        **{f"bits_per_parameter/{layer}": value for layer, value in bits.items()},
-        **{f"significance/{layer}": value for layer, value in record.get("significance", {}).items()},
+        **{_metric("bits_per_parameter", layer): value for layer, value in bits.items()},
+        **{_metric("significance", layer): value for layer, value in record.get("significance", {}).items()},
     }
     at = tracking.started_ms + round(record["sim_time_s"] * 1e3)
     metrics = [Metric(k, float(v), at, record["round"]) for k, v in values.items() if v is not None]

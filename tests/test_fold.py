@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from hypothesis import settings
@@ -11,11 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fedlq_ray.checkpoint import pack, unpack
 from fedlq_ray.config import load
-from fedlq_ray.quantization import decode
+from fedlq_ray.downlink import Offer
+from fedlq_ray.fold import Fold
+from fedlq_ray.quantization import Float32, Segment, Sign, decode, encode
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
 from fedlq_ray.strategies import make
-from fedlq_ray.task import Workplace, prepare
+from fedlq_ray.task import Job, Workplace, prepare
+from fedlq_ray.training import Plan, Reply
 
 ROUNDS = 5
 SETTINGS = [
@@ -125,6 +129,26 @@ def whole():
         host = Disorderly(lambda: 0.5)
         _WHOLE.extend(run(TASK, make(place.setting), host, Outcome(place.model.storage.clone())))
     return _WHOLE
+
+
+def test_spread_is_of_who_came():
+    layers = TASK.layers
+    update = torch.linspace(-1, 1, layers[-1].stop)
+    jobs = [Job(0, client, Plan("update", (Segment(Float32(), 0, len(update)),)), 1) for client in range(4)]
+    fold = Fold(TASK, {0: Offer(update, 0)}, jobs, [0.1, 0.2, 0.3, 0.4], {})
+    for job in jobs:
+        payload = encode(update, job.plan.segments, kind="update", round=0, client=job.client, rng=torch.Generator())
+        fold.take(job.client, None if job.client in (1, 2) else Reply(payload, 1.0, 1, 0.0, 0.0))
+    assert fold.lost == [1, 2] and abs(fold.spread - 1) < 1e-6  # they are all the same
+
+
+def test_a_round_without_error_feedback_leaves_memories_alone():
+    host = SerialHost(TASK)
+    weights = host.place.initial_weights()
+    plan = Plan("update", (Segment(Sign(), 0, len(weights)),), True)
+    for feedback in (True, False):
+        list(host.train([Job(0, 0, replace(plan, error_feedback=feedback), 16)], {0: weights}))
+        assert host.memories[0].norm() > 0
 
 
 TestFederation = Federation.TestCase

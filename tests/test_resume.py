@@ -11,10 +11,11 @@ from faults import SMALL, at_point, die, evidence, go_on, in_child, start
 
 from fedlq_ray import config as configuration
 from fedlq_ray import rundir
+from fedlq_ray.checkpoint import Snapshot, remembered
 from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
 from fedlq_ray.files import locked
 from fedlq_ray.simulation import resume, simulate
-from fedlq_ray.storage import Folder
+from fedlq_ray.storage import Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
 
 # Between them, all that a run remembers: strategy state, error memory, EF21, coded downlink, server moments, work.
@@ -200,10 +201,58 @@ def test_remote_filesystem(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) 
     (tmp_path / "store").mkdir()
     where = f"file://{tmp_path}/store"
     _cut(tmp_path / "run", *KINDS["rd"], f"checkpoint.path={where}")
-    assert Folder(where).names()
+    assert os.listdir(tmp_path / "store")
     resume(tmp_path / "run")
     assert evidence(tmp_path / "run") == whole["rd"]
-    assert not Folder(where).names()
+    assert not os.listdir(tmp_path / "store")
+
+
+def test_runs_may_have_their_checkpoints_in_one_place(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
+    place = f"checkpoint.path={tmp_path}/store"
+    for kind, after in (("rd", 3), ("fedlq", 2)):
+        _cut(tmp_path / kind, *KINDS[kind], place, after=after)
+    start(tmp_path / "ef21", *KINDS["ef21"], place)  # starts, and clears, beside them
+    for kind in ("fedlq", "rd"):
+        resume(tmp_path / kind)
+    for kind in KINDS:
+        assert evidence(tmp_path / kind) == whole[kind]
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_resume_does_not_train_past_the_target(tmp_path: Path) -> None:
+    settings = (
+        "stop_at_target=true",
+        "target_accuracy=0.2",
+        "rounds=6",
+        "evaluate_every=2",
+        "checkpoint.every_rounds=1",
+    )
+    kept: list[int] = []
+    offer = Saver.offer
+
+    def note(self: Saver, snapshot: Snapshot) -> None:
+        kept.append(snapshot["round"])
+        offer(self, snapshot)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "offer", note)
+        start(tmp_path / "run", *settings)
+    done = len(evidence(tmp_path / "run")[0].splitlines())
+    assert 1 < done < 6 and kept == list(range(1, done))  # none from which a round would follow the last
+
+
+def test_what_is_remembered_is_what_was_so_then() -> None:
+    class Appends:
+        remembers = ("rates", "of")
+
+        def __init__(self) -> None:
+            self.rates, self.of = [1.0], {"a": [2.0]}
+
+    strategy = Appends()
+    before = remembered(strategy)
+    strategy.rates.append(3.0)
+    strategy.of["a"].append(4.0)
+    assert before == {"rates": [1.0], "of": {"a": [2.0]}}
 
 
 def test_strategy_that_forgets(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlq_ray import ConfigError, reclock
+from fedlq_ray import ConfigError, FedLQError, reclock
 from fedlq_ray.analysis import compare
 from fedlq_ray.config import load as load_settings
 from fedlq_ray.config import to_yaml
@@ -43,6 +43,12 @@ def sweep(tmp_path, text, told):
         ("runs: {a: []}\ntune: {train.lr: 0.1}", "tune is a list of values"),
         ("runs: {a: []}\ntune: {train.lr: [-1]}", "train.lr: .*greater than 0"),
         ("runs: [a", "while parsing"),
+        ("runs: {a: [strategy.levels=[1]}", "while parsing"),
+        ("runs: {a: ['train.lr=[0.1']}", "run a: while parsing"),
+        ("runs: {a: train.lr=0.1}", "each of runs is a list"),
+        ("runs: {a: []}\nseeds: 3", "seeds and tuning are lists"),
+        ("runs: {a: []}\nseeds: [one]", "seeds are whole numbers"),
+        ("runs: {a: []}\ntuning: rounds=3", "seeds and tuning are lists"),
         ("runs: {a: []}\npopulations: [thin]", "populations are a name"),
         ("runs: {a: []}\npopulations: {x: [clients.profiles=3]}\ntargets: [80]", "targets are accuracies"),
         ("runs: {a: [stop_at_target=true]}\ntargets: [0.95]", "beyond target_accuracy=0.93"),
@@ -62,6 +68,26 @@ def test_tuning_takes_what_does_best_on_held_out_samples_of_another_seed(tmp_pat
     tried = load_config(tmp_path / "out/tune/a/train.lr=0.0001")
     assert "evaluate_on: holdout" in tried and "seed: 2" in tried
     assert "evaluate_on: test" in load_config(tmp_path / "out/a-0")
+
+
+def test_tuning_takes_lists_and_nothing_and_a_run_without_a_folder_is_a_failed_one(tmp_path):
+    text = "runs: {a: [strategy.name=fedlq]}\ntune: {strategy.levels: [[1, 2], [4, 8]], train.max_grad_norm: [null]}"
+    found = sweep(tmp_path, text, [])
+    assert found.tuned["a"] in (
+        "strategy.levels=[1, 2] train.max_grad_norm=null",
+        "strategy.levels=[4, 8] train.max_grad_norm=null",
+    )
+    levels = [int(bits) for bits in found.tuned["a"].partition("[")[2].partition("]")[0].split(", ")]
+    assert list(found.runs["a"][0].config.strategy.levels) == levels
+
+    def start(configs, parent):
+        for config in configs:
+            failed = config.strategy.name == "fedavg"
+            yield config, FedLQError("its worker was killed") if failed else run_or_resume(config) and None
+
+    (tmp_path / "s.yaml").write_text(BASE + "runs: {b: [strategy.name=fedavg], c: [strategy.name=uniform]}")
+    found = run(load(tmp_path / "s.yaml"), tmp_path / "out", start, [].append)
+    assert found.failed == 1 and found.runs["b"][0].records == [] and found.runs["c"][0].summary
 
 
 def test_where_runs_diverge_the_next_best_settings_take_their_place(tmp_path):

@@ -12,23 +12,25 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
-from fedlq_ray.analysis import plots
+from fedlq_ray.analysis import figures, plots
 from fedlq_ray.analysis.figures import STYLE, Runs, Shown, canvas
 from fedlq_ray.config import Config
+from fedlq_ray.sgd import steps_of
 from fedlq_ray.strategies import STRATEGIES
 from fedlq_ray.sweep import Finished
 
-Known = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Known = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by run: charge and training loss, by seed
 
 
 def shown(runs: Runs) -> Shown | None:
-    """Each run's charge, and its training loss over that of who is charged least: means over the rounds that all have.
-    None where fewer than two runs know both."""
-    rounds = min((len(run.records) for seeds in runs.values() for run in seeds if run.records), default=0)
-    known = {label: found for label, seeds in runs.items() if (found := _known(seeds, rounds))}
-    most_seeds = max((len(losses) for _, losses in known.values()), default=0)
-    known = {label: found for label, found in known.items() if len(found[1]) == most_seeds}
-    if len(known) < 2 or not any(charges.any() for charges, _ in known.values()):
+    """Each run's charge, and its training loss over that of who is charged least: means over the rounds that all have,
+    by the seeds that all have. None where fewer than two runs know both."""
+    recorded = {label: {run.config.seed: run for run in seeds if _recorded(run)} for label, seeds in runs.items()}
+    recorded = {label: by_seed for label, by_seed in recorded.items() if by_seed}
+    common = sorted(set.intersection(*map(set, recorded.values()))) if recorded else []
+    rounds = min((len(by_seed[seed].records) for by_seed in recorded.values() for seed in common), default=0)
+    known = {label: _means([by_seed[seed] for seed in common], rounds) for label, by_seed in recorded.items()}
+    if len(known) < 2 or not rounds or not any(charges.any() for charges, _ in known.values()):
         return None
     least = min(charges[charges > 0].min() for charges, _ in known.values() if charges.any())
     none = least / 4  # where runs stand that lose nothing: a logarithmic axis has no zero
@@ -65,26 +67,34 @@ def shown(runs: Runs) -> Shown | None:
     told = "; ".join(f"{label} {x:.2g} and {y:+.2g}" for label, (x, y) in means.items())
     return Shown(
         title,
-        _caption(runs, known, rounds, fed_back),
+        _caption(runs, known, rounds, common, fed_back),
         f"A point a run: charge, and loss over {base}'s. {told}.",
         figure,
     )
 
 
-def _known(seeds: Sequence[Finished], rounds: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Charge by unit of L, and training loss, of each seed; None where one has not recorded them."""
+def _recorded(run: Finished) -> bool:
+    """A run that came to its end, and has what the charge is made of."""
+    has = all(record.get("quantization_error") is not None for record in run.records)
+    return run.summary is not None and has and bool(figures.clients_of(run))
+
+
+def _means(seeds: Sequence[Finished], rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Charge by unit of L, and training loss, of each seed."""
     found = []
     for run in seeds:
-        train, records = run.config.train, run.records[:rounds]
-        lost = [record.get("quantization_error") for record in records]
-        losses = [record["train_loss"] for record in records if record["train_loss"] is not None]
-        if None in lost or not losses:
-            return None
-        steps = np.array([np.mean([n for n in record["client_samples"] if n] or [1]) for record in records])
-        errors = np.square(np.array(lost, float))
-        found.append((float(np.mean(errors / (train.lr * steps / train.batch_size))), float(np.mean(losses))))
-    charges, means = np.array(found).T
-    return charges, means
+        train, shards = run.config.train, [int(client["samples"]) for client in figures.clients_of(run)]
+        charges, losses = [], []
+        for record in run.records[:rounds]:
+            if not record["answered"]:
+                continue
+            done = dict(zip(record["cohort"], record["client_samples"], strict=True))
+            steps = np.mean([steps_of(shards[client], done[client], train) for client in record["answered"]])
+            charges.append(record["quantization_error"] ** 2 / (train.lr * steps))
+            losses.append(record["train_loss"])
+        found.append((np.mean(charges), np.mean(losses)) if charges else (0.0, np.nan))
+    charge, loss = np.array(found).T
+    return charge, loss
 
 
 def _feedback(config: Config) -> bool:
@@ -107,13 +117,14 @@ def _title(known: Known) -> str:
     return f"Who is charged more trains worse in {right} of {told} {which}"
 
 
-def _caption(runs: Runs, known: Known, rounds: int, fed_back: Sequence[str]) -> str:
+def _caption(runs: Runs, known: Known, rounds: int, seeds: Sequence[int], fed_back: Sequence[str]) -> str:
     """What is charged, and why it is no bound here."""
     config = next(iter(runs.values()))[0].config
     rates = {runs[label][0].config.train.lr for label in known}
     parts = [
-        f"Theorem 1's term for quantization, L/(lr × steps) Σ p²|Q(x) − x|², over L, as clients measured it; mean of "
-        f"{rounds} rounds, bars from the least to the most seed. L is not known: it ranks runs, and bounds nothing."
+        "Theorem 1's term for quantization, L/(lr × steps) Σ p²|Q(x) − x|², over L, as clients measured it; mean of "
+        f"{rounds} rounds, bars over seeds {', '.join(map(str, seeds))}. L is not known: this ranks runs, and bounds "
+        "nothing."
     ]
     if len(rates) > 1:
         parts.append("Learning rates differ, and with them the bound's other terms.")
@@ -129,5 +140,5 @@ def _caption(runs: Runs, known: Known, rounds: int, fed_back: Sequence[str]) -> 
     if fed_back:
         parts.append(f"Hollow: error feedback ({', '.join(fed_back)}), where what is lost is sent later.")
     if missing := [label for label in runs if label not in known]:
-        parts.append(f"Not recorded for {', '.join(missing)}.")
+        parts.append(f"Not known of {', '.join(missing)}: not recorded, or not finished.")
     return " ".join(parts)

@@ -87,7 +87,7 @@ def _final(seeds: Sequence[Finished]) -> str:
     return f"{100 * sum(known) / len(known):.1f} %" if known else "no result"
 
 
-def _clients(run: Finished) -> list[dict[str, float]]:
+def clients_of(run: Finished) -> list[dict[str, float]]:
     """What clients.csv has of each client, as numbers; nothing where the run has none."""
     file = run.folder / "clients.csv"
     if not file.exists():
@@ -131,21 +131,24 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
         shown.append(_heat(values, norm, title, caption, layers, "layer"))
         if label not in by_client:
             continue
-        clients = _clients(runs[label][0])
-        order = np.argsort([-client["uplink_mbps"] for client in clients]) if clients else np.arange(len(values))
+        clients = clients_of(runs[label][0])
+        uplinks = [client["uplink_mbps"] for client in clients] or [0.0] * len(by_client[label])
+        order = np.argsort(-np.array(uplinks), kind="stable")
         values = by_client[label][order]
         slow, fast = _half_means(values)
+        halves = f"{fast:.2g} bits a parameter on the faster half of the uplinks, {slow:.2g} on the slower"
+        both = np.isfinite(slow) and np.isfinite(fast)  # else one of them was in no cohort
         shown.append(
             _heat(
                 values,
                 norm,
-                f"{label}: {fast:.2g} bits a parameter on the faster half of the uplinks, {slow:.2g} on the slower",
+                f"{label}: {halves if both else 'bits a parameter by client'}",
                 f"Of each client's payload, fastest uplink on top; blank: not in the cohort. Seed {seed}.",
                 [str(client) for client in order],
                 "client, by uplink",
             )
         )
-        if (cells := _layer_client_bits(runs[label][0], layers)) is not None:
+        if both and (cells := _layer_client_bits(runs[label][0], layers)) is not None:
             shown.append(_by_layer_and_client(label, cells[:, order], norm, layers, seed))
     return shown, told
 
@@ -168,7 +171,8 @@ def _by_layer_and_client(
 def _half_means(values: NDArray[np.float64]) -> tuple[float, float]:
     """Means over the slower and the faster half of the rows, which are sorted from fast to slow."""
     half = len(values) // 2
-    return float(np.nanmean(values[half:])), float(np.nanmean(values[:half]))
+    slow, fast = ([v for v in part.ravel() if np.isfinite(v)] for part in (values[half:], values[:half]))
+    return float(np.mean(slow)) if slow else np.nan, float(np.mean(fast)) if fast else np.nan
 
 
 def _layer_bits(run: Finished) -> tuple[list[str], NDArray[np.float64]]:
@@ -299,7 +303,7 @@ def _timeline(label: str, run: Finished, round: int) -> Shown | None:
     order = np.argsort(-steps.sum(1), kind="stable")
     last, total = order[0], steps.sum(1).max()
     cause = list(plots.STEPS)[int(steps[last].argmax())]
-    clients = _clients(run)
+    clients = clients_of(run)
     with plt.rc_context(STYLE):
         figure, axis = canvas(1.0 + 0.26 * len(order))
         left = np.zeros(len(order))
@@ -346,7 +350,7 @@ def _stragglers(run: Finished, clients: Sequence[Mapping[str, float]]) -> str:
 
 def labels(run: Finished) -> Shown | None:
     """Training samples by client and class; None where the folder has no clients.csv."""
-    clients = _clients(run)
+    clients = clients_of(run)
     names = [key for key in (clients[0] if clients else {}) if key.startswith("label_")]
     if not names:
         return None

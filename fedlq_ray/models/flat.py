@@ -47,7 +47,8 @@ class FlatModel:
             is zeroed, never replaced.
         trained: the (start, stop) runs of `storage` that training may move: all parameters that are not frozen.
         num_parameters: how many elements of the flat vector are parameters; the rest are buffers.
-        layers: the segments of the flat vector, in order. Integer buffers are in none: they stay where they are.
+        layers: the segments of the flat vector, in order. Integer buffers are in none: `load` gives them the
+            values that they had at first, so that nothing of one client comes to the next.
     Args:
         module: with its parameters on the CPU, from where it goes to `device`.
         device: "cpu" or "cuda", where all of it then lives.
@@ -113,6 +114,7 @@ class FlatModel:
                 flat += size
             layers.append(Layer(name, start, flat, buffer=True))
         self.layers, self.trained, self._size = tuple(layers), tuple(trained), flat
+        self._counters = [(b, b.clone()) for b in module.buffers() if not b.is_floating_point()]
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +122,8 @@ class FlatModel:
 
     def load(self, vector: Tensor) -> None:
         """Copy a flat vector (d,) float32 in, from whatever device."""
+        for buffer, value in self._counters:
+            buffer.copy_(value)
         if vector.shape != (self._size,) or vector.dtype != torch.float32:
             raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {(self._size,)} is due")
         if self._spots is None:

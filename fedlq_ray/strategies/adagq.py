@@ -52,7 +52,7 @@ class AdaGQ(Strategy):
             self.rates = []
         elif self.before is not None and news.train_loss is not None:
             loss, seconds = self.before
-            self.rates.append(((loss - news.train_loss) / max(seconds, 1e-12), self.levels(round - 1)))
+            self.rates = [*self.rates, ((loss - news.train_loss) / max(seconds, 1e-12), self.levels(round - 1))]
         self.before = None if news.train_loss is None else (news.train_loss, news.round_time_s)
         if len(self.rates) == 2:
             self._decide(float(news.update.double().norm()))

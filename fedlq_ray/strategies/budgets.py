@@ -121,10 +121,15 @@ def bytes_at_rate(setting: Setting, bits: float) -> float:
     return bits * sum(layer.size for layer in setting.quantized) / 8 + buffers
 
 
+def headers_rate(setting: Setting) -> float:
+    """Bits a parameter that the headers of an entropy-coded payload take."""
+    layers = setting.quantized
+    return 8 * (PAYLOAD_HEADER + len(layers) * (LAYER_HEADER + Ecsq.HEADER.size)) / sum(layer.size for layer in layers)
+
+
 def require_rate(setting: Setting, bits: float, key: str) -> None:
     """Raises ConfigError where headers take all of a rate of entropy-coded layers: only zeros would be sent."""
-    layers = setting.quantized
-    least = 8 * (PAYLOAD_HEADER + len(layers) * (LAYER_HEADER + Ecsq.HEADER.size)) / sum(layer.size for layer in layers)
+    least = headers_rate(setting)
     if bits <= least:
         raise ConfigError(f"{key}: {bits:g} bits a parameter, where this model's headers alone take {least:.3g}")
 

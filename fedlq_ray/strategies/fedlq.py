@@ -30,6 +30,8 @@ class FedLQ(Strategy):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         config = setting.config
+        if len(config.levels) < 2:
+            raise ConfigError("strategy.levels: fedlq chooses among levels, and needs at least two, such as [1,2,4,8]")
         if config.late == "partial" and config.payload == "model":
             raise ConfigError("strategy.late: partial leaves layers out, which payload=model cannot; use update")
         self.sizes = layer_sizes(setting, config.levels)

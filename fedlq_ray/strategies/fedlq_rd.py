@@ -5,6 +5,7 @@ of a layer's significance, so that the entropy-coded payload just fits the clien
 feedback carries what was lost; the reconstruction is the one of least error, so that it contracts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,13 +16,21 @@ import numpy as np
 from fedlq_ray.quantization import Ecsq
 from fedlq_ray.significance import Drops
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
-from fedlq_ray.strategies.budgets import budgets, bytes_at_rate, one_step, require_rate, sent_in_equal_time, taking_part
+from fedlq_ray.strategies.budgets import (
+    budgets,
+    bytes_at_rate,
+    headers_rate,
+    one_step,
+    require_rate,
+    sent_in_equal_time,
+    taking_part,
+)
 from fedlq_ray.training import Plan
 
 # Normalised squared error at so many bits a parameter, on clients' updates (docs/quantizers.md).
 RATES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
 ERRORS = (1.0, 0.427, 0.271, 0.153, 0.0608, 0.0124, 0.0028, 0.00065)
-SCRAP = 0.02  # bits a parameter: a smaller payload says nothing
+SCRAP = 0.02  # bits a parameter: a smaller payload says nothing; nor does one of less than twice its headers
 PROBED = (3.0, 8.0)  # steps to measure significance with, in root mean squares of the update: about 1 and 0.3 bits
 
 
@@ -36,11 +45,15 @@ class FedLQRD(Strategy):
         self.spread, self.rms = 1.0, 0.0  # News.spread, and root mean square of the update, of the last round
         self.drops = Drops(setting.config.probe_decay)
         self.counts = [layer.size for layer in setting.quantized]
+        self.scrap = max(SCRAP, 2 * headers_rate(setting))
+        for key in ("bits",) if setting.config.budget == "bits" else ("floor_bits", "cap_bits"):
+            if (rate := getattr(setting.config, key)) is not None:
+                require_rate(setting, rate, f"strategy.{key}")
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
         setting, config = self.setting, self.setting.config
-        least = bytes_at_rate(setting, config.floor_bits or SCRAP)
-        limits = taking_part(config, cohort, self.budgets(cohort), least, bytes_at_rate(setting, SCRAP))
+        least = bytes_at_rate(setting, config.floor_bits or self.scrap)
+        limits = taking_part(config, cohort, self.budgets(cohort), least, bytes_at_rate(setting, self.scrap))
         weights = np.sqrt(self.drops.curvature(self.counts)).tolist()
         return {
             client: Plan(config.payload, one_step(setting, limit, weights), setting.error_feedback)
@@ -57,6 +70,8 @@ class FedLQRD(Strategy):
     def noise(self, bits: float) -> float:
         """Squared error at a rate. With error feedback it is made good later: what it then adds to the rounds goes as
         q / (1 - q)^2 (Karimireddy et al., ICML 2019, Theorem II); a heuristic, outside our theorem."""
+        if bits < self.scrap:
+            return math.inf
         q = float(np.exp(np.interp(bits, RATES, np.log(ERRORS))))
         return self.spread * (q / (1 - q) ** 2 if self.setting.error_feedback else q)
 
@@ -90,4 +105,3 @@ class EcsqFixed(FedLQRD):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(replace(setting, config=setting.config.model_copy(update={"budget": "bits", "metric": None})))
-        require_rate(setting, setting.config.bits, "strategy.bits")

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -173,22 +174,44 @@ def test_the_straggler_is_who_takes_longest_and_its_step_is_told(outcome):
 
 def test_the_bounds_charge_is_theorem_1s_term_and_pairs_are_counted_where_seeds_agree(outcome):
     run = outcome.runs["fedlq"][1]
-    (charge,), (loss,) = bound._known([run], 3)
-    terms = []
+    (charge,), (loss,) = bound._means([run], 3)
+    terms, sizes = [], [client["samples"] for client in figures.clients_of(run)]
     for record in run.records[:3]:
-        steps = np.mean(record["client_samples"]) / run.config.train.batch_size
-        terms.append(record["quantization_error"] ** 2 / (run.config.train.lr * steps))
+        steps = [run.config.train.local_epochs * -(-sizes[c] // run.config.train.batch_size) for c in record["cohort"]]
+        terms.append(record["quantization_error"] ** 2 / (run.config.train.lr * np.mean(steps)))
     assert charge == pytest.approx(np.mean(terms)) and charge > 0
     assert loss == pytest.approx(np.mean([record["train_loss"] for record in run.records[:3]]))
     shown = bound.shown(outcome.runs)
     plots.plt.close(shown.figure)
     assert "Outside the theorem: sampled cohorts." in shown.caption and "Hollow" not in shown.caption
+    one, two = outcome.runs["fedavg"]
+    shown = bound.shown({"fedavg": [one, two], "fedlq": [run, run._replace(summary=None)]})
+    plots.plt.close(shown.figure)  # seed 1 is common to both
+    assert "over seeds 1." in shown.caption and "by one seed" in shown.title
     nothing = run._replace(records=[record | {"quantization_error": None} for record in run.records])
     assert bound.shown({"fedavg": outcome.runs["fedavg"], "votes": [nothing]}) is None
     charged = {"a": ([0, 0], [1.0, 1.2]), "b": ([1, 1], [1.1, 1.3]), "c": ([2, 2], [1.3, 1.0]), "d": ([3, 3], [0.9, 1])}
     known = {name: (np.array(x, float), np.array(y, float)) for name, (x, y) in charged.items()}
     assert "in 1 of 3 pairs of runs that the seeds tell apart" in bound._title(known)  # c differs from nobody surely
     assert bound._title({"c": known["c"], "a": known["a"]}).startswith("No two runs")
+
+
+def test_clients_who_never_sent_and_folders_without_clients_are_drawn(outcome, tmp_path):
+    run = outcome.runs["fedlq"][0]
+    fastest = np.argsort([-client["uplink_mbps"] for client in figures.clients_of(run)])[:4].tolist()
+    records = []
+    for record in run.records:  # the slower half is in no cohort
+        kept = [i for i, client in enumerate(record["cohort"]) if client in fastest]
+        cut = {key: [record[key][i] for i in kept] for key in ("cohort", "client_uplink_bytes")}
+        layers = {k: [v[i] for i in kept] for k, v in record["client_bits_per_parameter"].items()}
+        records.append(record | cut | {"client_bits_per_parameter": layers})
+    shown, _ = figures.bits({"fedlq": [run._replace(records=records)]})
+    assert [one.title.split(":")[1] for one in shown][1:] == [" bits a parameter by client"]
+    shutil.copy(run.folder / "model.safetensors", tmp_path)
+    shown += figures.bits({"fedlq": [run._replace(folder=tmp_path)]})[0]
+    assert len(shown) == 5 and not figures.clients_of(run._replace(folder=tmp_path))
+    for one in shown:
+        plots.plt.close(one.figure)
 
 
 def test_titles_say_who_arrived_and_when(outcome):

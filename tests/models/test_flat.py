@@ -68,6 +68,8 @@ def test_batch_norm_counts_are_left_out_and_kept_in_the_state_dict():
     model.module(torch.randn(5, 4))
     assert model.state_dict()["num_batches_tracked"].item() == 1
     assert torch.equal(model.storage[8:12], model.module.running_mean)
+    model.load(model.read())  # as for the next client, to whom nothing comes from the one before
+    assert model.state_dict()["num_batches_tracked"].item() == 0
 
 
 def test_load_copies_in_and_refuses_another_length_or_type():

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fedlq_ray.config import StrategyConfig
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
-from fedlq_ray.quantization import Absent
+from fedlq_ray.quantization import Absent, decode, encode
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import Member, News, Setting, make
 
@@ -31,12 +32,16 @@ def news(levels, error=1.0, spread=2.0):
     [
         {"levels": (3, 8)},
         {"levels": (16, 32)},
-        {"levels": (8,), "cap_bits": 4.0},
+        {"levels": (6, 8), "cap_bits": 4.0},
         {"cap_bits": 0.5},
         {"cap_bits": 0.01},
     ],
 )
 def test_a_floor_by_the_bound_whatever_levels_and_cap(name, config):
+    if name == "fedlq_rd" and config.get("cap_bits", 8) < 0.1:
+        with pytest.raises(ConfigError, match=r"strategy.cap_bits: 0.01 bits .* headers alone"):
+            strategy(name, floor_bits=None, **config)
+        return
     made = strategy(name, floor_bits=None, **config)
     for round in range(3):
         assert set(made.plan(round, COHORT)) == {0, 1}
@@ -48,6 +53,20 @@ def test_no_rate_below_the_lowest_level_before_any_probe_either():
     assert made.noise(3.0) == math.inf and made.noise(4.0) < 1
     made.learn(0, news(2))
     assert made.noise(3.0) == math.inf
+
+
+def test_what_can_send_nothing_or_choose_nothing_is_refused():
+    for config in ({"levels": (32,)}, {"levels": (8,), "significance": "sum"}):
+        with pytest.raises(ConfigError, match="needs at least two"):
+            strategy(**config)
+    with pytest.raises(ConfigError, match=r"strategy.floor_bits: 0.02 bits .* headers alone"):
+        strategy("fedlq_rd", floor_bits=0.02)
+    made = strategy("fedlq_rd", budget="deadline", deadline_s=1e-3, late="partial")
+    (plan,) = made.plan(0, COHORT).values()
+    vector = torch.from_numpy(np.random.default_rng(0).standard_normal(1310)).float()
+    payload = encode(vector, plan.segments(vector), kind="update", round=0, client=1, rng=torch.Generator())
+    received = decode(payload, 1310, kind="update", round=0, client=1).vector
+    assert received[:1300].norm() > 0  # more than headers
 
 
 def test_noise_is_the_error_over_the_mean_updates_square():
