@@ -16,7 +16,8 @@ demo: install
 	$(BIN)/fedlq demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not cluster"
+	$(BIN)/python -m pytest -m "ray or cluster"
 
 check: install
 	$(BIN)/ruff format --check .
