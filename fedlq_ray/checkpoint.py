@@ -114,15 +114,18 @@ def unpack(data: bytes) -> Snapshot:
 def remembered(strategy: Any) -> Snapshot:
     """What a strategy has in the attributes that it `remembers`; of a dataclass, its fields.
 
-    Lists and dicts are copied, tensors and arrays are not: what is written later is what was so now.
+    Lists, tuples and dicts are copied, tensors and arrays are not: what is written later is what was so now.
     """
+
+    def copied(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(copied(item) for item in value)
+        return {key: copied(item) for key, item in value.items()} if type(value) is dict else value
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+            return {field.name: copied(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return copied(value)
 
     return {name: plain(getattr(strategy, name)) for name in getattr(strategy, "remembers", ())}
 

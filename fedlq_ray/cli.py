@@ -158,7 +158,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
         apart = {config.out for config in abreast}
         yield from many.in_turn(begin)([config for config in configs if config.out not in apart], parent)
 
-    outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False))
+    outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False, markup=False))
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
     compare.save(table, file.read_text(), cli_analysis.command(), out / "table.json")
@@ -187,6 +187,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
     from fedlq_ray.analysis.layers import analyse
 
     config = _config(arguments)
+    plots.require_file(Path(out))
 
     def watch(record: dict[str, Any]) -> None:
         done = record["round"] + 1

@@ -48,7 +48,7 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
 
     unlike = differences(outcome)
     (out / "report.html").write_text(reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html"))
-    runs = [run for seeds in outcome.runs.values() for run in seeds]
+    runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
     where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
     if where is None:
         return

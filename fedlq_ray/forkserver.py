@@ -34,7 +34,9 @@ def command() -> str | None:
     """What to give to Ray as `py_executable`; None where forking such a process is not safe or not possible."""
     if sys.platform != "linux":
         return None
-    return f"{sys.executable} -S -E -P {__file__} stub"
+    import shlex  # a stub, which has no need of it, is to start soon
+
+    return f"{shlex.quote(sys.executable)} -S -E -P {shlex.quote(__file__)} stub"
 
 
 def _address(raylet: str) -> Path:

@@ -48,11 +48,14 @@ def job(out: str, printing: bool) -> None:
 
 def _settings() -> Any:
     try:
-        return yaml.safe_load(os.environ[CONFIG])
+        found = yaml.safe_load(os.environ[CONFIG])
     except KeyError:
         raise ConfigError(f"{CONFIG}: is not set; `fedlq submit` sets it") from None
     except yaml.YAMLError as exc:
         raise ConfigError(f"{CONFIG}: {' '.join(str(exc).split())}") from exc
+    if not isinstance(found, dict):
+        raise ConfigError(f"{CONFIG}: must hold settings as YAML, such as `rounds: 10`")
+    return found
 
 
 def show(folder: Path) -> None:

@@ -91,7 +91,7 @@ def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tu
                         yield config, failure
                 if interrupts.received is not None and not stopping:
                     stopping = True
-                    console.print("stopping; interrupt again to end at once", highlight=False)
+                    console.print("stopping; interrupt again to end at once", highlight=False, markup=False)
                     for ref in running:
                         ray.cancel(ref)
         finally:
@@ -104,7 +104,7 @@ def _outcome(ref: Any, config: Config, console: Console) -> FedLQError | None:
     """Why a run failed, None where it did not; what it warned of is told."""
     try:
         for warning in ray.get(ref):
-            console.print(f"{config.out}: {warning}", highlight=False)
+            console.print(f"{config.out}: {warning}", highlight=False, markup=False)
     except RayTaskError as exc:
         if isinstance(exc.cause, ConfigError):
             raise exc.cause from None

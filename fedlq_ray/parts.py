@@ -66,6 +66,9 @@ def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], arg
     wrong = [key for key in args if key not in known and not takes_all]
     if wrong:
         raise ConfigError(f"{kind}: takes no {', '.join(map(repr, wrong))}; it takes {', '.join(known) or 'nothing'}")
+    for key, value in args.items():
+        if key in known and known[key].annotation in (int, "int") and type(value) is not int:
+            raise ConfigError(f"{kind}: {key} must be a whole number, got {value!r}")
     given = {key: value for key, value in offered.items() if key in known or takes_all}
     try:
         return factory(**{**given, **args})

@@ -51,19 +51,19 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
             return
         if "hosting" in event:
             actors = f", {event['actors']} actors" if event["actors"] else ""
-            console.print(f"{name}: hosting {event['hosting']}{actors} ({event['why']})", highlight=False)
+            console.print(f"{name}: hosting {event['hosting']}{actors} ({event['why']})", highlight=False, markup=False)
         if "stopping" in event:
-            console.print(f"{name}: stopping; interrupt again to end at once", highlight=False)
+            console.print(f"{name}: stopping; interrupt again to end at once", highlight=False, markup=False)
         if "resumed" in event:
-            console.print(f"{name}: goes on after round {event['resumed']}", highlight=False)
+            console.print(f"{name}: goes on after round {event['resumed']}", highlight=False, markup=False)
             sent = sum(record["uplink_bytes"] for record in event["records"])
         if "restarted" in event:
-            console.print(f"{name}: {event['restarted']}; starting it again", highlight=False)
+            console.print(f"{name}: {event['restarted']}; starting it again", highlight=False, markup=False)
             sent = 0
         if "closed" in event:
             progress.remove_task(bar)
             if not progress.disable:
-                console.print(f"{name}: {figures}", highlight=False)
+                console.print(f"{name}: {figures}", highlight=False, markup=False)
         if "record" not in event:
             return
         record = event["record"]
@@ -73,7 +73,7 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
         progress.update(bar, completed=record["round"] + 1, figures=figures)
         if progress.disable:
             told = f"accuracy {seen}  {record['sim_time_s']:.1f} simulated s  {sent / 1e6:.2f} MB"
-            console.print(f"{name} round {record['round'] + 1}/{config.rounds}  {told}", highlight=False)
+            console.print(f"{name} round {record['round'] + 1}/{config.rounds}  {told}", highlight=False, markup=False)
 
     return show
 

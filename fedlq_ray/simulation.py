@@ -222,6 +222,7 @@ def _carry_out(
     summary = rundir.summarise(config, records, rundir.sha256(weights))
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     storage.checkpoints(folder, config).clear()
+    (folder / "checkpoints.id").unlink(missing_ok=True)
     if track and not last["tracked"]:
         _attach(folder, track, config, records, copy.deepcopy(task.module))
     return Result(pd.DataFrame(records), summary, weights, folder)

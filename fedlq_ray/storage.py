@@ -4,6 +4,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlq_ray.checkpoint import Snapshot, pack, unpack
-from fedlq_ray.config import CheckpointConfig, Config, digest
+from fedlq_ray.config import CheckpointConfig, Config
 from fedlq_ray.errors import CheckpointError
 from fedlq_ray.files import write_durably
 
@@ -90,10 +91,13 @@ class Folder:
 
 
 def checkpoints(folder: Path, config: Config) -> Folder:
-    """Where the checkpoints of the run in this folder lie. What a resume may change is not in their names."""
+    """Where a run's checkpoints lie: outside of its folder under a name of their own, which is kept in it."""
     if config.checkpoint.path is None:
         return Folder(str(folder / "checkpoints"))
-    return Folder(config.checkpoint.path, f"{digest(config, without=['rounds'])[:16]}-")
+    name = folder / "checkpoints.id"
+    if not name.exists():
+        write_durably(name, uuid.uuid4().hex)
+    return Folder(config.checkpoint.path, f"{name.read_text()}-")
 
 
 def latest(folder: Folder, rounds: int) -> tuple[Snapshot | None, list[str]]:

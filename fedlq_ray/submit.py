@@ -232,7 +232,8 @@ def _wait(client: Any, job: str, config: Config, local: Path | None, address: st
     details = client.get_job_info(job)
     told = f"results in {config.out}, on the cluster's storage"
     if local is not None:
-        told = f"results in {local}" if _fetch(client, details, config, local) else "it left no results"
+        fetched = _fetch(client, details, config, local)
+        told = f"results in {fetched}" if fetched else "it left no results"
     if details.status == "SUCCEEDED":
         click.echo(f"{job}: {told}")
         return 0
@@ -244,7 +245,7 @@ def _ended(details: Any) -> str:
     """How a job ended that did not succeed, in a line."""
     if details.driver_exit_code or details.status == "STOPPED":
         return f"{details.status.lower()}, exit code {details.driver_exit_code}"
-    return f"{details.status.lower()}: {(details.message or '').strip().splitlines()[-1]}"
+    return f"{details.status.lower()}: {''.join((details.message or '').strip().splitlines()[-1:])}"
 
 
 async def _follow(client: Any, job: str, quiet: bool = False) -> None:
@@ -271,8 +272,8 @@ async def _follow(client: Any, job: str, quiet: bool = False) -> None:
         await asyncio.sleep(1.0)
 
 
-def _fetch(client: Any, details: Any, config: Config, local: Path) -> bool:
-    """Bring a job's results here, by a job on its node that prints them; whether there were any."""
+def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | None:
+    """Bring a job's results here, by a job on its node that prints them: to where they now are, None without any."""
     printer = client.submit_job(
         entrypoint=_entrypoint("--print", f"runs/{details.submission_id}"),
         runtime_env=details.runtime_env,
@@ -287,12 +288,14 @@ def _fetch(client: Any, details: Any, config: Config, local: Path) -> bool:
             raise FedLQError(
                 f"{details.submission_id}: its results cannot be fetched: {(log.splitlines() or ['?'])[-1]}"
             )
-        return False
+        return None
+    if local.exists():  # since the job was sent
+        local = _local(config) or local
     local.mkdir(parents=True)
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed.removeprefix(RESULTS)))) as archive:
         archive.extractall(local, filter="data")
     _track_here(config, local)
-    return True
+    return local
 
 
 def _track_here(config: Config, local: Path) -> None:

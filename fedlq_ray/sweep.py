@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlq_ray import reclock, rundir
-from fedlq_ray.config import Config, digest, parse
+from fedlq_ray.config import Config, changed, digest, parse
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.tracking import now_ms
 
@@ -87,7 +87,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise ConfigError(f"{path}: no such file") from exc
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as exc:
         raise ConfigError(f"{path}: {' '.join(str(exc).split())}") from exc
-    if not isinstance(tree, Mapping) or set(tree) - set(KEYS) or not isinstance(tree.get("runs"), dict):
+    if (
+        not isinstance(tree, Mapping)
+        or set(tree) - set(KEYS)
+        or not isinstance(tree.get("runs"), dict)
+        or not tree["runs"]
+    ):
         raise ConfigError(f"{path}: a sweep has {', '.join(KEYS)}; runs is needed: a name and a list of key=value each")
     tune = tree.get("tune") or {}
     lists = {key: tree.get(key) or [] for key in ("seeds", "tuning")}
@@ -152,7 +157,9 @@ def _text(value: Any) -> str:
 def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Config:
     """`base` with key=value settings, of which a later one wins."""
     try:
-        tree = OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.from_dotlist(list(settings)))
+        tree = OmegaConf.create(dict(base))
+        for setting in settings:
+            tree = changed(tree, setting)
     except (yaml.YAMLError, OmegaConfBaseException) as exc:
         raise ConfigError(f"{source}: {' '.join(str(exc).split())}") from exc
     return parse(OmegaConf.to_container(tree, resolve=True), source=source)
@@ -205,7 +212,8 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
             aside = out / "diverged" / label / settings
             aside.mkdir(parents=True)
             for folder in own:
-                folder.rename(aside / folder.name)
+                if folder.exists():
+                    folder.rename(aside / folder.name)
     return Outcome({label: results[label] for label in comparison.runs}, tuned, comparison.targets)
 
 

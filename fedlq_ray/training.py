@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from fedlq_ray.errors import ClientError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Family, Segment, decode, encode
+from fedlq_ray.quantization.wire import NUMBERS
 from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
 from fedlq_ray.sgd import LocalSGD, samples_of
 
@@ -105,6 +106,7 @@ def client_round(
         if plan.error_feedback and memory is not None:
             sent = sent - memory if plan.error_feedback == "ef21" else sent + memory
         segments = plan.segments(sent) if callable(plan.segments) else plan.segments
+        _require_known(segments, custom, round, client)
         noise = torch_rng(seed, "quantize", round, client)
         payload = encode(sent, segments, kind=plan.payload, round=round, client=client, rng=noise)
         received = decode(payload, len(sent), kind=plan.payload, round=round, client=client, custom=custom).vector
@@ -122,6 +124,17 @@ def client_round(
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
     reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s)
     return reply, memory if plan.error_feedback else None
+
+
+def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: int, client: int) -> None:
+    """The server decodes this package's quantizers, and the user's own where `strategy.quantizer` names it."""
+    for kind in {type(segment.quantizer) for segment in segments}.difference(NUMBERS):
+        if custom is None or type(custom(1)) is not kind:
+            raise ClientError(
+                f"its plan sends by {kind.__name__}, which the server does not know; name it as strategy.quantizer",
+                round=round,
+                client=client,
+            )
 
 
 def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, client: int) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from fedlq_ray import Config, ConfigError
+from fedlq_ray import Config, ConfigError, simulate
 from fedlq_ray.config import digest, keys, load, to_yaml
 
 
@@ -50,3 +50,26 @@ def test_the_digest_covers_what_can_change_a_result():
 
 def test_every_key_has_a_meaning():
     assert all(field.description for _, field, _ in keys()) and len(list(keys())) > 40
+
+
+def test_a_dict_takes_the_place_of_the_one_before(tmp_path):
+    (tmp_path / "c.yaml").write_text("strategy: {name: topk, args: {fraction: 0.1}}\nclients: {resources: {big: 1}}")
+    found = load(tmp_path / "c.yaml", ["clients.resources={small: 2}", "strategy.bits=3"])
+    assert found.clients.resources == {"small": 2} and found.strategy.args == {"fraction": 0.1}
+    assert load(tmp_path / "c.yaml", ["strategy.args={}"]).strategy.args == {}
+    assert load(tmp_path / "c.yaml", ["strategy.args.x=1"]).strategy.args == {"fraction": 0.1, "x": 1}
+    assert load(None, ["strategy={name: uniform}", "strategy.bits=3"]).strategy.name == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.path=nowhere.npz"], "data.path: digits comes with scikit-learn"),
+        (["strategy.name=dadaquant", "strategy.args={phi: 2.5}"], "phi must be a whole number, got 2.5"),
+        (["strategy.name=fedpaq", "strategy.args.levels=7.5"], "levels must be a whole number"),
+    ],
+)
+def test_what_cannot_be_is_told_before_a_round(settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        simulate(load(None, [*settings, f"out={tmp_path}/run", "tracking.uri=null", "clients.hosting=serial"]))
+    assert not (tmp_path / "run").exists()

@@ -212,10 +212,12 @@ def test_runs_may_have_their_checkpoints_in_one_place(tmp_path: Path, whole: dic
     for kind, after in (("rd", 3), ("fedlq", 2)):
         _cut(tmp_path / kind, *KINDS[kind], place, after=after)
     start(tmp_path / "ef21", *KINDS["ef21"], place)  # starts, and clears, beside them
-    for kind in ("fedlq", "rd"):
-        resume(tmp_path / kind)
-    for kind in KINDS:
-        assert evidence(tmp_path / kind) == whole[kind]
+    _cut(tmp_path / "twin", *KINDS["rd"], place, after=2)  # of the same settings
+    for folder in ("fedlq", "rd", "twin"):
+        resume(tmp_path / folder)
+    for folder in ("fedlq", "rd", "ef21", "twin"):
+        assert evidence(tmp_path / folder) == whole[folder.replace("twin", "rd")]
+        assert not (tmp_path / folder / "checkpoints.id").exists()
     assert not (tmp_path / "store").exists()
 
 
@@ -246,13 +248,13 @@ def test_what_is_remembered_is_what_was_so_then() -> None:
         remembers = ("rates", "of")
 
         def __init__(self) -> None:
-            self.rates, self.of = [1.0], {"a": [2.0]}
+            self.rates, self.of = [1.0], {"a": ([2.0],)}
 
     strategy = Appends()
     before = remembered(strategy)
     strategy.rates.append(3.0)
-    strategy.of["a"].append(4.0)
-    assert before == {"rates": [1.0], "of": {"a": [2.0]}}
+    strategy.of["a"][0].append(4.0)
+    assert before == {"rates": [1.0], "of": {"a": ([2.0],)}}
 
 
 def test_strategy_that_forgets(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlq_ray import ConfigError, FedLQError, reclock
+from fedlq_ray import ConfigError, FedLQError, cli_analysis, reclock
 from fedlq_ray.analysis import compare
 from fedlq_ray.config import load as load_settings
 from fedlq_ray.config import to_yaml
@@ -38,7 +38,7 @@ def sweep(tmp_path, text, told):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: {}", "a sweep has base, tune, tuning, runs, populations, seeds, targets"),
+        ("runs: {}", "a sweep has base, tune, tuning, runs, populations, seeds, targets"),
         ("runs: {a: [train.lrr=1]}", r"run a:\n.*train.lrr: unknown key"),
         ("runs: {a: []}\ntune: {train.lr: 0.1}", "tune is a list of values"),
         ("runs: {a: []}\ntune: {train.lr: [-1]}", "train.lr: .*greater than 0"),
@@ -88,6 +88,8 @@ def test_tuning_takes_lists_and_nothing_and_a_run_without_a_folder_is_a_failed_o
     (tmp_path / "s.yaml").write_text(BASE + "runs: {b: [strategy.name=fedavg], c: [strategy.name=uniform]}")
     found = run(load(tmp_path / "s.yaml"), tmp_path / "out", start, [].append)
     assert found.failed == 1 and found.runs["b"][0].records == [] and found.runs["c"][0].summary
+    cli_analysis.conclude(compare.rows(found), found, tmp_path / "out", [])
+    assert "no result" in (tmp_path / "out/report.html").read_text()
 
 
 def test_where_runs_diverge_the_next_best_settings_take_their_place(tmp_path):

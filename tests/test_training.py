@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fedlq_ray.config import TrainConfig
+from fedlq_ray.errors import ClientError
 from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import Float32, MinMax, Segment, decode
 from fedlq_ray.sgd import LocalSGD
@@ -82,6 +83,16 @@ def test_the_error_that_a_client_reports_is_that_of_its_payload():
         sent = flat.storage - weights + base
         lost = (received(reply, weights, payload) - sent).double().square().sum()
         assert reply.square_error == pytest.approx(float(lost), rel=1e-6)
+
+
+def test_a_quantizer_that_the_server_does_not_know_is_refused():
+    class Own(MinMax):
+        pass
+
+    flat = FlatModel(module())
+    weights = flat.storage.clone()
+    with pytest.raises(ClientError, match="sends by Own, .* name it as strategy.quantizer"):
+        round_of(flat, weights, plan=Plan("update", (Segment(Own(8), 0, len(weights)),)))
 
 
 def test_an_update_is_normalised_by_the_work_that_made_it():

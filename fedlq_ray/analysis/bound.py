@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 from fedlq_ray.analysis import figures, plots
 from fedlq_ray.analysis.figures import STYLE, Runs, Shown, canvas
 from fedlq_ray.config import Config
-from fedlq_ray.sgd import steps_of
+from fedlq_ray.sgd import samples_of, steps_of
 from fedlq_ray.strategies import STRATEGIES
 from fedlq_ray.sweep import Finished
 
@@ -89,7 +89,8 @@ def _means(seeds: Sequence[Finished], rounds: int) -> tuple[np.ndarray, np.ndarr
             if not record["answered"]:
                 continue
             done = dict(zip(record["cohort"], record["client_samples"], strict=True))
-            steps = np.mean([steps_of(shards[client], done[client], train) for client in record["answered"]])
+            taken = [steps_of(shards[client], done[client], train) for client in record["answered"]]
+            steps = np.average(taken, weights=[samples_of(shards[client], train) for client in record["answered"]])
             charges.append(record["quantization_error"] ** 2 / (train.lr * steps))
             losses.append(record["train_loss"])
         found.append((np.mean(charges), np.mean(losses)) if charges else (0.0, np.nan))
@@ -119,7 +120,7 @@ def _title(known: Known) -> str:
 
 def _caption(runs: Runs, known: Known, rounds: int, seeds: Sequence[int], fed_back: Sequence[str]) -> str:
     """What is charged, and why it is no bound here."""
-    config = next(iter(runs.values()))[0].config
+    configs = [runs[label][0].config for label in known]
     rates = {runs[label][0].config.train.lr for label in known}
     parts = [
         "Theorem 1's term for quantization, L/(lr × steps) Σ p²|Q(x) − x|², over L, as clients measured it; mean of "
@@ -129,11 +130,14 @@ def _caption(runs: Runs, known: Known, rounds: int, seeds: Sequence[int], fed_ba
     if len(rates) > 1:
         parts.append("Learning rates differ, and with them the bound's other terms.")
     beyond = {
-        "sampled cohorts": config.clients.cohort < config.clients.count,
-        "clipped gradients": config.train.max_grad_norm is not None,
-        "momentum": config.train.momentum > 0,
-        "a server's optimizer": config.server.optimizer != "none",
-        "a coded downlink": config.network.downlink_bits is not None,
+        "sampled cohorts": any(c.clients.cohort < c.clients.count for c in configs),
+        "clients with more steps than others": any(c.data.partition != "iid" for c in configs),
+        "clients that drop out": any(c.clients.dropout > 0 for c in configs),
+        "clipped gradients": any(c.train.max_grad_norm is not None for c in configs),
+        "momentum": any(c.train.momentum > 0 for c in configs),
+        "a proximal term": any(c.train.prox_mu > 0 for c in configs),
+        "a server's optimizer": any(c.server.optimizer != "none" for c in configs),
+        "a coded downlink": any(c.network.downlink_bits is not None for c in configs),
     }
     if any(beyond.values()):
         parts.append(f"Outside the theorem: {', '.join(name for name, here in beyond.items() if here)}.")

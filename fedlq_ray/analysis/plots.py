@@ -14,6 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedlq_ray.errors import ConfigError
+
 Records = Sequence[Mapping[str, Any]]
 # Okabe and Ito's order, darkened to a contrast of 4.5 on white; beside its colour a run has a dash and a name.
 COLOURS = ("#0072B2", "#B84A00", "#00795A", "#A3478B", "#7A6200", "#3A3A3A")
@@ -104,6 +106,16 @@ def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     for (x, y, name, colour), (_, before), at in zip(ends, spots, heights, strict=True):
         up = (6, at - before)
         axis.annotate(name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False)
+
+
+def require_file(file: Path) -> None:
+    """Raises ConfigError where no picture can be written there."""
+    known = plt.gcf().canvas.get_supported_filetypes()
+    plt.close()
+    if file.suffix[1:] not in known:
+        raise ConfigError(f"--out: {file}: must end in .png, .svg or .pdf")
+    if not file.parent.is_dir():
+        raise ConfigError(f"--out: {file.parent}: no such folder")
 
 
 def save(figure: Figure, file: Path, dpi: int = 120) -> None:

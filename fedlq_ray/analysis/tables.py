@@ -118,7 +118,7 @@ def text(made: Columns, title: str, width: int) -> str:
         if len(blocks[-1]) > 1 and _width(blocks[-1] | {heading: cells}) > width:
             blocks.append(dict(names))
         blocks[-1][heading] = cells
-    console = Console(file=io.StringIO(), width=max(width, *map(_width, blocks)), color_system=None)
+    console = Console(file=io.StringIO(), width=max(width, *map(_width, blocks)), color_system=None, markup=False)
     for index, block in enumerate(blocks):
         shown = Table(
             title=title if title and not index else None,

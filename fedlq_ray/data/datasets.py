@@ -153,6 +153,8 @@ def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def _digits(path: str | None) -> tuple[Any, ...]:
+    if path is not None:
+        raise ConfigError(f"data.path: digits comes with scikit-learn, not from {path}; data.name=npz reads a file")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

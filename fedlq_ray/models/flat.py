@@ -114,7 +114,9 @@ class FlatModel:
                 flat += size
             layers.append(Layer(name, start, flat, buffer=True))
         self.layers, self.trained, self._size = tuple(layers), tuple(trained), flat
-        self._counters = [(b, b.clone()) for b in module.buffers() if not b.is_floating_point()]
+        whole = [(p, n, b) for p in module.modules() for n, b in p._buffers.items() if b is not None]
+        self._views = [(p, n, b) for p, n, b in whole if b.is_floating_point() and b.numel()]
+        self._counters = [(p, n, b, b.clone()) for p, n, b in whole if not b.is_floating_point()]
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +124,10 @@ class FlatModel:
 
     def load(self, vector: Tensor) -> None:
         """Copy a flat vector (d,) float32 in, from whatever device."""
-        for buffer, value in self._counters:
-            buffer.copy_(value)
+        for part, name, view in self._views:
+            part._buffers[name] = view
+        for part, name, counter, value in self._counters:
+            part._buffers[name] = counter.copy_(value)
         if vector.shape != (self._size,) or vector.dtype != torch.float32:
             raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {(self._size,)} is due")
         if self._spots is None:
@@ -133,6 +137,9 @@ class FlatModel:
 
     def read(self) -> Tensor:
         """The flat vector (d,), a copy on the CPU."""
+        for part, name, view in self._views:
+            if part._buffers[name] is not view:  # a module may put another tensor in a buffer's place
+                part._buffers[name] = view.copy_(part._buffers[name])  # type: ignore[arg-type]
         return self.flat(self.storage)
 
     def flat(self, values: Tensor) -> Tensor:

@@ -136,8 +136,9 @@ def decode(
     vectors, sent, start = [], [], 0
     for index, (number, elements, body) in enumerate(found):
         quantizer = custom(1) if number == CUSTOM and custom else DECODERS.get(number)
-        if quantizer is None:
-            raise PayloadError(f"segment {index} names quantizer {number}, which is not known")
+        if quantizer is None or (number == CUSTOM and type(quantizer) in NUMBERS):
+            own = "; a quantizer of your own is named by strategy.quantizer" if number == CUSTOM else ""
+            raise PayloadError(f"segment {index} names quantizer {number}, which is not known{own}")
         try:
             piece = quantizer.decode(body, elements)
         except PayloadError as exc:

@@ -68,6 +68,10 @@ def test_batch_norm_counts_are_left_out_and_kept_in_the_state_dict():
     model.module(torch.randn(5, 4))
     assert model.state_dict()["num_batches_tracked"].item() == 1
     assert torch.equal(model.storage[8:12], model.module.running_mean)
+    before = model.storage[8:12].clone()
+    model.module.running_mean = model.module.running_mean + 1  # in the buffer's place
+    assert torch.equal(model.read()[8:12], before + 1) and torch.equal(model.storage[8:12], before + 1)
+    model.module.num_batches_tracked = model.module.num_batches_tracked + 1
     model.load(model.read())  # as for the next client, to whom nothing comes from the one before
     assert model.state_dict()["num_batches_tracked"].item() == 0
 
