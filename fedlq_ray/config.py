@@ -117,7 +117,9 @@ class StrategyConfig(Section):
     quantizer: Text = key("minmax", "minmax, qsgd, or your own as module:attribute")
     payload: Literal["update", "model"] = key("update", "what a client sends: its update, or its whole model")
     bits: float = key(
-        4.0, "rate of a client's payload; uniform: the level, of which fractions mix two levels over clients",
+        4.0,
+        "uniform, eden, ecsq, and others with budget=bits: rate of a client's payload; uniform: the level, of which "
+        "fractions mix two levels over clients",
         unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
     scope: Literal["layer", "model"] = key("layer", "schemes of one quantizer: it takes a layer, or the whole model")
