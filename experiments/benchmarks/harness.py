@@ -48,6 +48,10 @@ def installed(python: Path, *packages: str) -> dict[str, str]:
     return json.loads(subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout)
 
 
+class Failed(SystemExit):
+    """A contender ended with an error."""
+
+
 def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -> dict[str, Any]:
     """Run a contender and measure it.
 
@@ -57,7 +61,7 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
         proportional set sizes (PSS) of its processes; processor_s: of a round after the first, by kind of process;
         what else it printed.
     Raises:
-        SystemExit: it failed.
+        Failed: it failed.
         subprocess.TimeoutExpired: it took too long; its processes are ended.
     """
     mark = uuid.uuid4().hex
@@ -79,7 +83,7 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
         out.seek(0)
         err.seek(0)
         if code:
-            raise SystemExit(f"{shlex.join(map(str, command))} ended with {code}:\n{err.read()[-3000:]}")
+            raise Failed(f"{shlex.join(map(str, command))} ended with {code}:\n{err.read()[-3000:]}")
         told = json.loads(next(line for line in out if line.startswith('{"marks"')))
     marks = told.pop("marks")
     rounds = [after - before for before, after in zip(marks, marks[1:], strict=False)]

@@ -99,15 +99,24 @@ def main() -> None:
         chosen = workloads.settings(options.workload, options.rounds, *options.data)
         workloads.export(chosen, options.cores, work)
         each, versions = commands(options.contenders, chosen, options.envs, options.cores, work)
+        failed: list[str] = []  # who failed once is left out
         for repetition in range(options.repetitions):
             order = list(each.items())
             for name, command in order if repetition % 2 == 0 else reversed(order):
-                runs[name].append(harness.measure(command, work))
+                if name in failed:
+                    continue
+                try:
+                    runs[name].append(harness.measure(command, work))
+                except harness.Failed as exc:  # the others' results are kept
+                    print(f"repetition {repetition + 1}, {name}: {exc}", file=sys.stderr, flush=True)
+                    failed.append(name)
+                    continue
                 middle = harness.middle(runs[name][-1]["round_s"])
                 print(f"repetition {repetition + 1}, {name}: {middle:.3f} s a round", file=sys.stderr, flush=True)
     heads = ["", "s a round", "times bare", "first, s", "start-up, s", "peak, MB", "codec, s a round", "probes, s"]
-    print(harness.table(heads, [row(name, runs[name], runs.get("bare")) for name in options.contenders]))
-    harness.keep(options.out, {"workload": options.workload, "contenders": versions, "runs": runs})
+    whole = {name: found for name, found in runs.items() if name not in failed}
+    print(harness.table(heads, [row(name, found, whole.get("bare")) for name, found in whole.items()]))
+    harness.keep(options.out, {"workload": options.workload, "contenders": versions, "failed": failed, "runs": whole})
 
 
 if __name__ == "__main__":
