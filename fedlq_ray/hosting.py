@@ -33,7 +33,7 @@ from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply
 
 # Memory of an actor after training the small CNN (experiments/benchmarks/README.md; ARCHITECTURE.md).
-FORKED_BYTES, ORDINARY_BYTES = 52e6, 220e6
+FORKED_BYTES, ORDINARY_BYTES = 50e6, 220e6
 _START_S = 300.0  # that actors may take to start, at least
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
 
