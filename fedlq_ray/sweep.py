@@ -125,7 +125,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, tree['runs']))}")
     chosen = {label: own for label, own in tree["runs"].items() if not only or str(label) in only}
     runs, tuning = {}, {}
-    each = [[f"{key}={_text(value)}" for value in values] for key, values in tune.items()]
+    each = [[f"{key}={as_text(value)}" for value in values] for key, values in tune.items()]
     tries = {" ".join(tried): list(tried) for tried in itertools.product(*each)} if tune else {}
     for label, own in _multiplied(chosen, populations).items():
         runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
@@ -149,7 +149,7 @@ def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict
     }
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value as key=value takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from fedlq_ray.analysis import bound, figures, plots, svg, tables
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.figures import Runs, Shown
 from fedlq_ray.analysis.runs import by_population, population
 from fedlq_ray.config import WITHOUT_EFFECT, Config, flat
-from fedlq_ray.sweep import Finished, Outcome
+from fedlq_ray.sweep import Finished, Outcome, as_text
 
 
 def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[str]], command: str) -> str:
@@ -155,10 +154,10 @@ def _origin(outcome: Outcome, command: str) -> list[str]:
     differing = [path for path in paths if len({json.dumps(one[path]) for one in told.values()}) > 1]
     head = "".join(f"<th scope='col'>{escape(label)}</th>" for label in told)
     lines = "".join(
-        f"<tr><td>{path}</td>{''.join(f'<td>{escape(_text(one[path]))}</td>' for one in told.values())}</tr>"
+        f"<tr><td>{path}</td>{''.join(f'<td>{escape(as_text(one[path]))}</td>' for one in told.values())}</tr>"
         for path in differing
     )
-    common = "\n".join(f"{path}: {_text(first[path])}" for path in paths if path not in differing)
+    common = "\n".join(f"{path}: {as_text(first[path])}" for path in paths if path not in differing)
     parts = ["<h2>Settings, versions, and how to repeat it</h2>"]
     if lines:
         parts.append(
@@ -173,16 +172,12 @@ def _origin(outcome: Outcome, command: str) -> list[str]:
     return parts
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def repeat(config: Config) -> str:
     """The command that makes a run again: what differs from the defaults."""
     default = flat(Config())
     changed = {path: value for path, value in flat(config).items() if value != default[path]}
     kept = [p for p in changed if p not in ("out", "name") and not any(p.startswith(f"{k}.") for k in WITHOUT_EFFECT)]
-    return shlex.join(["fedlq", "run", *(f"{path}={_text(changed[path])}" for path in kept)])
+    return shlex.join(["fedlq", "run", *(f"{path}={as_text(changed[path])}" for path in kept)])
 
 
 def _again(outcome: Outcome) -> list[str]:
