@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check docs clean
+.PHONY: install demo test reliability check docs clean
 
 install: .venv/installed
 
@@ -18,6 +18,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not cluster"
 	$(BIN)/python -m pytest -m "ray or cluster"
+
+# What `test` has of docs/reliability.md, alone.
+reliability: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_resume.py tests/test_fold.py tests/test_hostile.py tests/test_tracking.py tests/test_golden.py
+	$(BIN)/python -m pytest tests/test_ray_faults.py tests/test_ray_points.py
 
 check: install
 	$(BIN)/ruff format --check .

@@ -27,43 +27,52 @@ _HEAD = struct.Struct("<6sH32s")
 Snapshot = dict[str, Any]
 
 
+class _Arrays:
+    """A snapshot's arrays by name, each once. No closures: those would hold each other, and the arrays, for long."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, np.ndarray[Any, Any]] = {}
+        self.names: dict[int, str] = {}
+        self.kept: list[Any] = []  # so that no id is given twice
+
+    def name(self, value: Any) -> str:
+        if id(value) not in self.names:
+            name = self.names[id(value)] = str(len(self.named))
+            self.kept.append(value)
+            plain = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            self.named[name] = np.ascontiguousarray(plain).reshape(plain.shape)
+        return self.names[id(value)]
+
+    def plain(self, value: Any, where: str) -> Any:
+        """A value as JSON can tell it, with names in place of arrays."""
+        if value is None or isinstance(value, bool | int | str) and not isinstance(value, np.generic):
+            return value
+        if isinstance(value, float) and not isinstance(value, np.generic):
+            return value if np.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, Tensor):
+            return {"tensor": self.name(value)}
+        if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+            return {"scalar": self.name(np.asarray(value))}
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            return {"array": self.name(value)}
+        if isinstance(value, list | tuple):
+            items = [self.plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+            return items if type(value) is list else {"tuple": items}
+        if isinstance(value, Mapping):
+            return {"dict": [[self.plain(k, where), self.plain(v, f"{where}[{k!r}]")] for k, v in value.items()]}
+        raise CheckpointError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
 def pack(snapshot: Snapshot) -> bytes:
     """A snapshot as bytes: None, bool, int, float, str, lists, tuples, dicts, tensors and arrays may be in it.
 
     Raises:
         CheckpointError: something else is in it; names where.
     """
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    seen: dict[int, str] = {}
-    kept: list[Any] = []  # so that no id is given twice
-
-    def array(value: Any, kind: str) -> dict[str, str]:
-        if id(value) not in seen:
-            seen[id(value)] = str(len(arrays))
-            kept.append(value)
-            plain = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-            arrays[seen[id(value)]] = np.ascontiguousarray(plain).reshape(plain.shape)
-        return {kind: seen[id(value)]}
-
-    def plain(value: Any, where: str) -> Any:
-        if value is None or isinstance(value, bool | int | str) and not isinstance(value, np.generic):
-            return value
-        if isinstance(value, float) and not isinstance(value, np.generic):
-            return value if np.isfinite(value) else {"float": repr(value)}
-        if isinstance(value, Tensor):
-            return array(value, "tensor")
-        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-            return array(np.asarray(value), "scalar") if isinstance(value, np.generic) else array(value, "array")
-        if isinstance(value, list | tuple):
-            items = [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-            return items if type(value) is list else {"tuple": items}
-        if isinstance(value, Mapping):
-            return {"dict": [[plain(k, where), plain(v, f"{where}[{k!r}]")] for k, v in value.items()]}
-        raise CheckpointError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")
-
-    tree = json.dumps({name: plain(value, name) for name, value in snapshot.items()}, allow_nan=False)
-    arrays["tree"] = np.frombuffer(tree.encode(), np.uint8)
-    body = safetensors.numpy.save(arrays)
+    arrays = _Arrays()
+    tree = json.dumps({name: arrays.plain(value, name) for name, value in snapshot.items()}, allow_nan=False)
+    named = arrays.named | {"tree": np.frombuffer(tree.encode(), np.uint8)}
+    body = safetensors.numpy.save(named)
     return _HEAD.pack(MAGIC, VERSION, hashlib.sha256(body).digest()) + body
 
 
@@ -84,31 +93,29 @@ def unpack(data: bytes) -> Snapshot:
     try:
         arrays = safetensors.numpy.load(body)
         made: dict[str, Any] = {}
-
-        def tensor(name: str) -> Tensor:
-            if name not in made:
-                made[name] = torch.from_numpy(arrays[name].copy())
-            return made[name]  # type: ignore[no-any-return]
-
-        def value(tree: Any) -> Any:
-            if isinstance(tree, list):
-                return [value(item) for item in tree]
-            if not isinstance(tree, dict):
-                return tree
-            ((kind, content),) = tree.items()
-            if kind == "tuple":
-                return tuple(value(content))
-            if kind == "dict":
-                return {value(k): value(v) for k, v in content}
-            if kind == "float":
-                return float(content)
-            if kind == "tensor":
-                return tensor(content)
-            return arrays[content][()] if kind == "scalar" else arrays[content]
-
-        return {name: value(item) for name, item in json.loads(arrays["tree"].tobytes()).items()}
+        return {name: _value(item, arrays, made) for name, item in json.loads(arrays["tree"].tobytes()).items()}
     except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as exc:
         raise CheckpointError(f"cannot be read: {exc}") from exc
+
+
+def _value(tree: Any, arrays: Mapping[str, Any], made: dict[str, Any]) -> Any:
+    """What `_Arrays.plain` told; `made`: tensors by name, for two places may have had the same one."""
+    if isinstance(tree, list):
+        return [_value(item, arrays, made) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tuple":
+        return tuple(_value(item, arrays, made) for item in content)
+    if kind == "dict":
+        return {_value(k, arrays, made): _value(v, arrays, made) for k, v in content}
+    if kind == "float":
+        return float(content)
+    if kind == "tensor":
+        if content not in made:
+            made[content] = torch.from_numpy(arrays[content].copy())
+        return made[content]
+    return arrays[content][()] if kind == "scalar" else arrays[content]
 
 
 def remembered(strategy: Any) -> Snapshot:
@@ -117,17 +124,18 @@ def remembered(strategy: Any) -> Snapshot:
     Lists, tuples and dicts are copied, tensors and arrays are not: what is written later is what was so now.
     """
 
-    def copied(value: Any) -> Any:
-        if type(value) in (list, tuple):
-            return type(value)(copied(item) for item in value)
-        return {key: copied(item) for key, item in value.items()} if type(value) is dict else value
-
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {field.name: copied(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return copied(value)
+            return {field.name: _copied(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return _copied(value)
 
     return {name: plain(getattr(strategy, name)) for name in getattr(strategy, "remembers", ())}
+
+
+def _copied(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
 
 
 def remind(strategy: Any, state: Snapshot) -> None:

@@ -122,10 +122,10 @@ def _caption(runs: Runs, known: Known, rounds: int, seeds: Sequence[int], fed_ba
     """What is charged, and why it is no bound here."""
     configs = [runs[label][0].config for label in known]
     rates = {runs[label][0].config.train.lr for label in known}
+    over = f"bars over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"of seed {seeds[0]}"
     parts = [
         "Theorem 1's term for quantization, L/(lr × steps) Σ p²|Q(x) − x|², over L, as clients measured it; mean of "
-        f"{rounds} rounds, bars over seeds {', '.join(map(str, seeds))}. L is not known: this ranks runs, and bounds "
-        "nothing."
+        f"{rounds} rounds, {over}. L is not known: this ranks runs, and bounds nothing."
     ]
     if len(rates) > 1:
         parts.append("Learning rates differ, and with them the bound's other terms.")

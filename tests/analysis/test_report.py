@@ -193,7 +193,7 @@ def test_the_bounds_charge_is_theorem_1s_term_and_pairs_are_counted_where_seeds_
     one, two = outcome.runs["fedavg"]
     shown = bound.shown({"fedavg": [one, two], "fedlq": [run, run._replace(summary=None)]})
     plots.plt.close(shown.figure)  # seed 1 is common to both
-    assert "over seeds 1." in shown.caption and "by one seed" in shown.title
+    assert "rounds, of seed 1." in shown.caption and "by one seed" in shown.title
     nothing = run._replace(records=[record | {"quantization_error": None} for record in run.records])
     assert bound.shown({"fedavg": outcome.runs["fedavg"], "votes": [nothing]}) is None
     charged = {"a": ([0, 0], [1.0, 1.2]), "b": ([1, 1], [1.1, 1.3]), "c": ([2, 2], [1.3, 1.0]), "d": ([3, 3], [0.9, 1])}
