@@ -70,7 +70,9 @@ def main(folder: str) -> None:
         callbacks=[clock],
     )
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps({"marks": clock.marks}))
+        print(json.dumps({"marks": clock.marks}), flush=True)
+    if torch.distributed.is_initialized():  # else its threads may still run when the program ends, which aborts it
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
