@@ -11,7 +11,7 @@ from pathlib import Path
 import faults
 import pytest
 import ray
-from faults import at_point, die, evidence
+from faults import ALL, at_point, die, evidence
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from torch import nn
@@ -23,7 +23,6 @@ from fedlq_ray.strategies.fedlq_rd import FedLQRD
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(7200)]
 for module in (faults, sys.modules[__name__]):
     cloudpickle.register_pickle_by_value(module)  # no other process can import a test
-ALL = bool(os.environ.get("FEDLQ_POINTS"))
 SETTINGS = (
     "rounds=3", "clients.count=6", "clients.cohort=3", "clients.actors=2", "clients.hosting=packed",
     "train.local_epochs=1", "train.max_samples=32", "evaluate_every=2", "tracking.uri=null", "strategy.name=fedlq_rd",
@@ -88,14 +87,10 @@ def simulated(out, once, **given):
     return evidence(out)
 
 
-def numbers(few):
-    return itertools.count(1) if ALL else few
-
-
 def tried(tmp_path, few, attempt):
     """Try numbers until one is beyond the last point; how many were not."""
     hit = 0
-    for number in numbers(few):
+    for number in itertools.count(1) if ALL else few:
         marker = tmp_path / f"hit-{number}"
         attempt(number, tmp_path / str(number), marker)
         if not marker.exists():
