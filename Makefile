@@ -21,7 +21,7 @@ test: install
 
 # What `test` has of docs/reliability.md, alone.
 reliability: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_resume.py tests/test_fold.py tests/test_hostile.py tests/test_tracking.py tests/test_golden.py
+	$(BIN)/python -m pytest -n 3 --dist worksteal tests/test_resume.py tests/test_fold.py tests/test_hostile.py tests/test_tracking.py tests/test_golden.py
 	$(BIN)/python -m pytest tests/test_ray_faults.py tests/test_ray_points.py
 
 check: install
