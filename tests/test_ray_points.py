@@ -1,6 +1,6 @@
 """The driver, a client's actor and a node are killed at the N-th point of a small run: the same bytes.
 
-CI tries one N each. All of them, some 20 min, told with their number: FEDLQ_POINTS=1 pytest -rP tests/test_ray_points.py
+CI tries one N each. All, some 20 min, told with their number: FEDLQ_POINTS=1 pytest -rP tests/test_ray_points.py
 """
 
 import itertools
