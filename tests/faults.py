@@ -1,12 +1,11 @@
 """What the reliability tests share: a run in a process of its own that ends, or fails, at its N-th fault point."""
 
 import contextlib
-import itertools
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,14 +15,6 @@ from fedlq_ray import files, rundir
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.rundir import Journal
 from fedlq_ray.simulation import resume, simulate
-
-ALL = bool(os.environ.get("FEDLQ_POINTS"))  # every fault point; CI tries some
-
-
-def numbers(first: int) -> Iterator[int]:
-    """Of fault points, from 1: all, or every fourth from `first` on."""
-    return itertools.count(1) if ALL else itertools.count(first, 4)
-
 
 SMALL = (
     "rounds=4", "clients.count=6", "clients.cohort=3", "clients.hosting=serial", "train.local_epochs=1",
