@@ -15,14 +15,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/fedlq demo
 
+# Two processes keep two cores busy; a third has the tests under Ray, which mostly wait.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadgroup
+
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not cluster"
-	$(BIN)/python -m pytest -m "ray or cluster"
+	$(PYTEST)
 
 # What `test` has of docs/reliability.md, alone.
 reliability: install
-	$(BIN)/python -m pytest -n 3 --dist worksteal tests/test_resume.py tests/test_fold.py tests/test_hostile.py tests/test_tracking.py tests/test_golden.py
-	$(BIN)/python -m pytest tests/test_ray_faults.py tests/test_ray_points.py
+	$(PYTEST) $(addprefix tests/test_,resume.py fold.py hostile.py tracking.py golden.py ray_faults.py ray_points.py)
 
 check: install
 	$(BIN)/ruff format --check .

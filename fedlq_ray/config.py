@@ -275,7 +275,7 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
             if not equals or not name.strip():
                 raise ConfigError(f"{override!r}: is neither a file nor key=value")
             source = override
-            tree = changed(tree, override)
+            change(tree, override)
         settings = OmegaConf.to_container(tree, resolve=True)
     except FileNotFoundError as exc:
         raise ConfigError(f"{path}: no such file, and no key=value") from exc
@@ -284,13 +284,13 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     return parse(settings, source=str(path) if path else None)
 
 
-def changed(tree: Any, override: str) -> Any:
-    """An OmegaConf tree with one key=value, which takes the place of what was there: also where it is a dict."""
+def change(tree: Any, override: str) -> None:
+    """Set one key=value of an OmegaConf tree: it takes the place of what was there, also where it is a dict."""
     made = OmegaConf.from_dotlist([override])
     path = override.partition("=")[0].strip()
     if isinstance(flat(Config()).get(path), dict):
         OmegaConf.update(tree, path, None, force_add=True)
-    return OmegaConf.merge(tree, made)
+    tree.merge_with(made)
 
 
 def parse(settings: Any, *, source: str | None = None) -> Config:

@@ -1,5 +1,6 @@
 """What made a result: the checkout's commit, the versions, the machine."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ def versions() -> dict[str, str]:
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return version(name)

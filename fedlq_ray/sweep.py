@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlq_ray import reclock, rundir
-from fedlq_ray.config import Config, changed, digest, parse
+from fedlq_ray.config import Config, change, digest, parse
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.tracking import now_ms
 
@@ -159,7 +159,7 @@ def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Conf
     try:
         tree = OmegaConf.create(dict(base))
         for setting in settings:
-            tree = changed(tree, setting)
+            change(tree, setting)
     except (yaml.YAMLError, OmegaConfBaseException) as exc:
         raise ConfigError(f"{source}: {' '.join(str(exc).split())}") from exc
     return parse(OmegaConf.to_container(tree, resolve=True), source=source)

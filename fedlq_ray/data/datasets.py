@@ -1,5 +1,6 @@
 """Datasets by name, by import path or as arrays; checked once, here."""
 
+import functools
 import gzip
 import hashlib
 import math
@@ -155,6 +156,11 @@ def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 def _digits(path: str | None) -> tuple[Any, ...]:
     if path is not None:
         raise ConfigError(f"data.path: digits comes with scikit-learn, not from {path}; data.name=npz reads a file")
+    return _digits_split()
+
+
+@functools.cache
+def _digits_split() -> tuple[Any, ...]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
