@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedlq_ray.quantization import decode, encode
+from fedlq_ray.quantization import send
 from fedlq_ray.seeding import torch_rng
 from fedlq_ray.strategies.base import Setting
 from fedlq_ray.strategies.budgets import bytes_at_rate, one_step
@@ -55,11 +55,10 @@ class Downlink:
             return Offer(held, 0)
         noise = torch_rng(self.setting.seed, "downlink", round, client)
         segments = one_step(self.setting, budget)(change)
-        payload = encode(change, segments, kind="update", round=round, client=client, rng=noise)
+        payload, received = send(change, segments, kind="update", round=round, client=client, rng=noise)
         if len(payload) >= self.whole_bytes:
             return Offer(weights, self.whole_bytes)
-        decoded = decode(payload, len(change), kind="update", round=round, client=client)
-        return Offer(held + decoded.vector, len(payload))
+        return Offer(held + received, len(payload))
 
     def fetched(self, client: int, offer: Offer) -> None:
         """The client holds this from now on."""

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fedlq_ray.errors import ClientError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
-from fedlq_ray.quantization import Family, Segment, decode, encode
+from fedlq_ray.quantization import Family, Segment, send
 from fedlq_ray.quantization.wire import NUMBERS
 from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
 from fedlq_ray.sgd import LocalSGD, samples_of
@@ -108,8 +108,9 @@ def client_round(
         segments = plan.segments(sent) if callable(plan.segments) else plan.segments
         _require_known(segments, custom, round, client)
         noise = torch_rng(seed, "quantize", round, client)
-        payload = encode(sent, segments, kind=plan.payload, round=round, client=client, rng=noise)
-        received = decode(payload, len(sent), kind=plan.payload, round=round, client=client, custom=custom).vector
+        payload, received = send(
+            sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
+        )
         lost = sent - received
         if plan.error_feedback == "ef21" and memory is not None:
             memory = memory + received

@@ -15,7 +15,7 @@ from fedlq_ray.quantization.scalar import Absent, Float16, Float32, MinMax
 from fedlq_ray.quantization.sign import Sign
 from fedlq_ray.quantization.sparse import Stc, TopK
 from fedlq_ray.quantization.terngrad import TernGrad
-from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, Segment, decode, encode
+from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, Segment, decode, encode, send
 
 Family = Callable[[int], Quantizer]
 # By name: the quantizers that take a level of 1 to 8 bits.
@@ -79,4 +79,5 @@ __all__ = [
     "decode",
     "encode",
     "family",
+    "send",
 ]

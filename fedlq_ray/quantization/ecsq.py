@@ -170,16 +170,22 @@ class Ecsq:
         return Design(step, ends[:0], Model(0, b""), np.zeros(0, np.int8), self.HEADER.size)
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
+        return self.send(x)[0]
+
+    def send(self, x: Tensor) -> tuple[bytes, Tensor]:
+        """What `encode` makes, and what `decode` makes of that: the codes are at hand, and need not be read back."""
         step, edges, model, shifts, _ = self.designed or self.design(Magnitudes.of(x))
         if not model.top:
-            return self.HEADER.pack(step, 0, 0)
+            return self.HEADER.pack(step, 0, 0), torch.zeros(len(x))
         values = x.numpy()
         magnitudes = np.abs(values)
         above = np.flatnonzero(magnitudes > edges[0])
         codes = np.zeros(len(values), np.int32)
         codes[above] = count_below(edges[1:], magnitudes[above]) + 1
-        words = _words(codes, np.signbit(values[above]).astype(np.int32), model)
-        return self.HEADER.pack(step, model.top, len(model.hazards)) + model.hazards + shifts.tobytes() + words
+        signs = np.signbit(values[above]).astype(np.int32)
+        words = _words(codes, signs, model)
+        body = self.HEADER.pack(step, model.top, len(model.hazards)) + model.hazards + shifts.tobytes() + words
+        return body, _decoded(codes, above, signs, step, model.top, shifts)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         step, top, depth = read_header(body, self.HEADER)
@@ -197,7 +203,6 @@ class Ecsq:
         if len(rest) < depth + shifts or (len(rest) - depth - shifts) % 4:
             raise PayloadError(f"{len(rest)} bytes where a model takes {depth + shifts} and words of 4 follow")
         model = Model(top, bytes(rest[:depth]))
-        values = _float32(step * _values(top, np.frombuffer(rest[depth : depth + shifts], np.int8)))
         words = rest[depth + shifts :]
         coder = constriction.stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
         try:
@@ -208,10 +213,7 @@ class Ecsq:
             raise PayloadError(f"the range coder's words are damaged: {exc}") from exc
         if _words(codes, signs, model) != words:
             raise PayloadError("the range coder's words are not those of the codes that they decode to")
-        out = np.take(values, codes)
-        minus = nonzero[signs == 1]
-        out[minus] = -out[minus]
-        return torch.from_numpy(out)
+        return _decoded(codes, nonzero, signs, step, top, np.frombuffer(rest[depth : depth + shifts], np.int8))
 
     def size(self, count: int) -> None:
         return None
@@ -233,6 +235,21 @@ def _words(codes: NDArray[np.int32], signs: NDArray[np.int32], model: Model) -> 
     coder.encode(codes, _categorical(model))
     coder.encode(signs, constriction.stream.model.Uniform(2))
     return coder.get_compressed().astype("<u4").tobytes()  # type: ignore[no-any-return]
+
+
+def _decoded(
+    codes: NDArray[np.int32],
+    nonzero: NDArray[np.int64],
+    signs: NDArray[np.int32],
+    step: float,
+    top: int,
+    shifts: NDArray[np.int8],
+) -> Tensor:
+    """What codes stand for; `signs` are 1 where one that is not zero is negative."""
+    out = np.take(_float32(step * _values(top, shifts)), codes)
+    minus = nonzero[signs == 1]
+    out[minus] = -out[minus]
+    return torch.from_numpy(out)
 
 
 def _categorical(model: Model, decode: bool = False) -> Any:

@@ -89,11 +89,47 @@ def encode(vector: Tensor, segments: Sequence[Segment], *, kind: str, round: int
         kind: "update" or "model".
         rng: source of the rounding noise.
     """
-    bodies = []
-    for quantizer, start, stop in segments:
-        body = quantizer.encode(vector[start:stop], rng)
-        bodies.append(_SEGMENT.pack(NUMBERS.get(type(quantizer), CUSTOM), stop - start, len(body)) + body)
-    rest = b"".join(bodies)
+    bodies = [quantizer.encode(vector[start:stop], rng) for quantizer, start, stop in segments]
+    return _framed(segments, bodies, kind, round, client)
+
+
+def send(
+    vector: Tensor,
+    segments: Sequence[Segment],
+    *,
+    kind: str,
+    round: int,
+    client: int,
+    rng: Generator,
+    custom: Callable[[int], Quantizer] | None = None,
+) -> tuple[bytes, Tensor]:
+    """What `encode` makes, and the vector (d,) that `decode` makes of it.
+
+    Raises:
+        PayloadError: the segments leave something out, or a user's quantizer does not decode what it encoded.
+    """
+    ends = [0, *(stop for _, _, stop in segments)]
+    if ends[:-1] != [start for _, start, _ in segments] or ends[-1] != len(vector):
+        raise PayloadError(f"its segments do not cover the {len(vector)} elements one after another")
+    bodies, pieces = [], []
+    for index, (quantizer, start, stop) in enumerate(segments):
+        x = vector[start:stop]
+        if isinstance(quantizer, Ecsq):
+            body, piece = quantizer.send(x)
+        else:
+            body = quantizer.encode(x, rng)
+            piece = _piece(index, NUMBERS.get(type(quantizer), CUSTOM), memoryview(body), stop - start, custom)
+        bodies.append(body)
+        pieces.append(piece)
+    return _framed(segments, bodies, kind, round, client), torch.cat(pieces)
+
+
+def _framed(segments: Sequence[Segment], bodies: Sequence[bytes], kind: str, round: int, client: int) -> bytes:
+    headed = [
+        _SEGMENT.pack(NUMBERS.get(type(quantizer), CUSTOM), stop - start, len(body)) + body
+        for (quantizer, start, stop), body in zip(segments, bodies, strict=True)
+    ]
+    rest = b"".join(headed)
     header = _HEADER.pack(MAGIC, VERSION, KINDS.index(kind), round, client, len(segments), 0)
     return header[:-4] + struct.pack("<I", zlib.crc32(rest, zlib.crc32(header[:-4]))) + rest
 
@@ -135,22 +171,27 @@ def decode(
     found = _segments(view, pieces, count)
     vectors, sent, start = [], [], 0
     for index, (number, elements, body) in enumerate(found):
-        quantizer = custom(1) if number == CUSTOM and custom else DECODERS.get(number)
-        if quantizer is None or (number == CUSTOM and type(quantizer) in NUMBERS):
-            own = "; a quantizer of your own is named by strategy.quantizer" if number == CUSTOM else ""
-            raise PayloadError(f"segment {index} names quantizer {number}, which is not known{own}")
-        try:
-            piece = quantizer.decode(body, elements)
-        except PayloadError as exc:
-            raise PayloadError(f"segment {index}: {exc}") from exc
-        if piece.shape != (elements,) or piece.dtype != torch.float32:
-            raise PayloadError(
-                f"segment {index}: decoded to {tuple(piece.shape)} {piece.dtype}, not ({elements},) float32"
-            )
-        vectors.append(piece)
+        vectors.append(_piece(index, number, body, elements, custom))
         sent.append(Sent(start, start + elements, LAYER_HEADER + len(body)))
         start += elements
     return Payload(torch.cat(vectors), tuple(sent))
+
+
+def _piece(
+    index: int, number: int, body: memoryview, elements: int, custom: Callable[[int], Quantizer] | None
+) -> Tensor:
+    """A segment's elements."""
+    quantizer = custom(1) if number == CUSTOM and custom else DECODERS.get(number)
+    if quantizer is None or (number == CUSTOM and type(quantizer) in NUMBERS):
+        own = "; a quantizer of your own is named by strategy.quantizer" if number == CUSTOM else ""
+        raise PayloadError(f"segment {index} names quantizer {number}, which is not known{own}")
+    try:
+        piece = quantizer.decode(body, elements)
+    except PayloadError as exc:
+        raise PayloadError(f"segment {index}: {exc}") from exc
+    if piece.shape != (elements,) or piece.dtype != torch.float32:
+        raise PayloadError(f"segment {index}: decoded to {tuple(piece.shape)} {piece.dtype}, not ({elements},) float32")
+    return piece
 
 
 def _segments(view: memoryview, pieces: int, count: int) -> list[tuple[int, int, memoryview]]:

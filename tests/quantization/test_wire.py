@@ -29,6 +29,7 @@ from fedlq_ray.quantization import (
     TopK,
     decode,
     encode,
+    send,
 )
 
 CASES = int(os.environ.get("FEDLQ_FUZZ", "300"))
@@ -36,13 +37,19 @@ fuzz = settings(max_examples=CASES, deadline=None)
 WHERE = {"kind": "update", "round": 3, "client": 9}
 
 
-def payload(plan, seed=0):
-    """The bytes of some pieces, (quantizer, elements) each; how many elements they have; what they stand for."""
+def vector(plan, seed=0):
+    """Values for some pieces, (quantizer, elements) each, and their segments."""
     sizes = [size for _, size in plan]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     segments = [Segment(q, s, s + size) for (q, size), s in zip(plan, starts, strict=True)]
     x = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed))
-    return encode(x, segments, rng=torch.Generator().manual_seed(seed), **WHERE), sum(sizes), x
+    return x, segments
+
+
+def payload(plan, seed=0):
+    """The bytes of some pieces; how many elements they have; what they stand for."""
+    x, segments = vector(plan, seed)
+    return encode(x, segments, rng=torch.Generator().manual_seed(seed), **WHERE), len(x), x
 
 
 QUANTIZERS = st.one_of(
@@ -85,6 +92,25 @@ def test_round_trips_cover_every_byte(plan, seed):
         assert length >= LAYER_HEADER and stop - start == size
         if quantizer == Float32():
             assert torch.equal(back.vector[start:stop], x[start:stop])
+
+
+@fuzz
+@given(plans, st.integers(0, 1000), st.integers(-40, 38))
+def test_a_sender_knows_what_arrives(plan, seed, exponent):
+    x, segments = vector(plan, seed)
+    x = (x.double() * 10.0**exponent).clamp(-3e38, 3e38).float()
+    data, received = send(x, segments, rng=torch.Generator().manual_seed(seed), **WHERE)
+    assert data == encode(x, segments, rng=torch.Generator().manual_seed(seed), **WHERE)
+    back = decode(data, len(x), **WHERE).vector
+    assert back.numpy().tobytes() == received.numpy().tobytes()
+
+
+def test_segments_that_leave_something_out_are_refused():
+    x = torch.ones(5)
+    for bounds in ([(0, 4)], [(1, 5)], [(0, 2), (3, 5)], [(0, 3), (2, 5)], []):
+        segments = [Segment(Float32(), start, stop) for start, stop in bounds]
+        with pytest.raises(PayloadError, match="do not cover the 5 elements"):
+            send(x, segments, rng=torch.Generator(), **WHERE)
 
 
 @fuzz
