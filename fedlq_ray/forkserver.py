@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+FORKED = "FEDLQ_FORKED"  # in a forked worker's environment
 IDLE_S = 10.0  # without a worker, until the server ends
 _START_S = 60.0  # that a stub waits for the server
 _LENGTH = struct.Struct("<I")
@@ -40,7 +41,8 @@ def command() -> str | None:
 
 
 def _address(raylet: str) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"fedlq-fork-{os.getuid()}"
+    base = tempfile.gettempdir()
+    folder = Path(base if len(base) < 60 else "/tmp") / f"fedlq-fork-{os.getuid()}"  # sockets' names have 107 bytes
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else")
@@ -61,6 +63,7 @@ def stub(arguments: list[str]) -> NoReturn:
     if link is None:
         os.execv(sys.executable, [sys.executable, *arguments])
     os.dup2(link.fileno(), 3)
+    os.set_inheritable(3, True)  # which dup2 does not see to where it was 3 before
     # The server writes the exit status when the worker ends; that it closes without a word means that it was killed.
     os.execv("/bin/sh", ["sh", "-c", "read status <&3; exit ${status:-1}"])
 
@@ -113,11 +116,14 @@ def serve(address: Path, raylet: int) -> None:
     """Fork workers on request, until the raylet ends or none is left for a while."""
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # no thread before a fork
     import gc
+    import resource
 
     import torch
 
     import fedlq_ray.task  # noqa: F401  (what a worker needs, but Ray)
 
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # a link for each worker
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # a collection in a worker would touch, and so copy, every object
@@ -135,7 +141,7 @@ def serve(address: Path, raylet: int) -> None:
         for event, _ in waiting.select(timeout=1.0):
             link: Any = event.fileobj
             if link is listener:
-                _accept(listener, waiting, workers)
+                _accept(listener, waiting, workers, files)
             else:  # a stub says nothing: it has ended, and so shall its worker
                 for pid in [pid for pid, its in workers.items() if its is link]:
                     os.kill(pid, signal.SIGKILL)
@@ -157,11 +163,48 @@ def _clear(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _accept(listener: socket.socket, waiting: selectors.BaseSelector, workers: dict[int, socket.socket]) -> None:
-    link, _ = listener.accept()
+def _accept(
+    listener: socket.socket,
+    waiting: selectors.BaseSelector,
+    workers: dict[int, socket.socket],
+    files: tuple[int, int],
+) -> None:
+    """Fork what a stub asks for; a stub whose link is closed without a word starts its worker itself."""
+    try:
+        link, _ = listener.accept()
+    except OSError:  # no more files: the stub waits until a worker ends
+        time.sleep(0.1)
+        return
     link.settimeout(5.0)
     try:
-        head, streams, _, _ = socket.recv_fds(link, _LENGTH.size, 3)
+        request, streams = _request(link)
+    except (OSError, ValueError, struct.error):
+        link.close()
+        return
+    try:
+        pid = os.fork()
+    except OSError:
+        pid = -1
+    if pid == 0:
+        for other in [listener, *workers.values()]:
+            other.close()
+        _become_worker(request, streams, link, files)
+    for stream in streams:
+        os.close(stream)
+    if pid < 0:
+        link.close()
+        return
+    link.settimeout(None)
+    with contextlib.suppress(OSError):
+        link.sendall(b"+")
+    workers[pid] = link
+    waiting.register(link, selectors.EVENT_READ)
+
+
+def _request(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """What a stub asks for, and its standard streams."""
+    head, streams, _, _ = socket.recv_fds(link, _LENGTH.size, 3)
+    try:
         (length,) = _LENGTH.unpack(head)
         data = b""
         while len(data) < length:
@@ -169,22 +212,11 @@ def _accept(listener: socket.socket, waiting: selectors.BaseSelector, workers: d
             if not piece:
                 raise OSError("the stub has ended")
             data += piece
-        request = json.loads(data)
-    except (OSError, ValueError, struct.error):
-        link.close()
-        return
-    pid = os.fork()
-    if pid == 0:
-        for other in [listener, *workers.values()]:
-            other.close()
-        _become_worker(request, streams, link)
-    for stream in streams:
-        os.close(stream)
-    link.settimeout(None)
-    with contextlib.suppress(OSError):
-        link.sendall(b"+")
-    workers[pid] = link
-    waiting.register(link, selectors.EVENT_READ)
+        return json.loads(data), streams
+    except BaseException:
+        for stream in streams:
+            os.close(stream)
+        raise
 
 
 def _reap(waiting: selectors.BaseSelector, workers: dict[int, socket.socket]) -> None:
@@ -201,12 +233,16 @@ def _reap(waiting: selectors.BaseSelector, workers: dict[int, socket.socket]) ->
         link.close()
 
 
-def _become_worker(request: dict[str, Any], streams: list[int], link: socket.socket) -> NoReturn:
+def _become_worker(
+    request: dict[str, Any], streams: list[int], link: socket.socket, files: tuple[int, int]
+) -> NoReturn:
     """Be what Ray meant to start: run its script as __main__, with its arguments and environment."""
+    import resource
     import runpy
 
     code = 1
     try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
         os.setsid()  # Ray ends the process group of a worker that dies: it must be of this one alone
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -217,7 +253,7 @@ def _become_worker(request: dict[str, Any], streams: list[int], link: socket.soc
         link.close()
         os.chdir(request["folder"])
         os.environ.clear()
-        os.environ.update(request["environment"])
+        os.environ.update(request["environment"], **{FORKED: "1"})
         sys.argv = request["arguments"]
         added = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         sys.path[:0] = [str(Path(sys.argv[0]).parent), *added]

@@ -1,6 +1,8 @@
 """The fork server: what a forked worker is, who ends whom, and that nothing stays behind."""
 
+import functools
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -30,11 +32,14 @@ def raylet():
     process.wait()
 
 
-def start(tmp_path, raylet, seconds, code):
+def start(tmp_path, raylet, seconds, code, files=None):
     (tmp_path / "worker.py").write_text(SCRIPT)
     environment = {**os.environ, "RAY_RAYLET_PID": str(raylet.pid), "MARK": "here"}
     command = [*shlex.split(forkserver.command()), str(tmp_path / "worker.py"), str(seconds), str(code)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    limited = files and functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, files)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=limited
+    )
 
 
 def told(worker):
@@ -106,3 +111,27 @@ def test_without_a_server_the_worker_is_an_ordinary_process(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
     assert done.returncode == 3 and "False ['0', '3'] x" in done.stdout, done.stderr
     assert done.stdout.split()[1] == str(os.getpid())
+
+
+def test_a_stub_that_has_no_other_files_knows_how_its_worker_ends(tmp_path, raylet):
+    """Its link to a server that runs is then the first free number, 3."""
+    for code in (5, 6):
+        worker = start(tmp_path, raylet, 0.0, code)
+        told(worker)
+        assert worker.wait(30) == code
+
+
+def test_a_server_serves_more_workers_than_it_has_files_at_first(tmp_path, raylet):
+    """And a worker has the limit that it would have had."""
+    first = start(tmp_path, raylet, 20.0, 4, files=(24, 400))
+    server = told(first)[1]
+    others = [start(tmp_path, raylet, 1.0, 4) for _ in range(30)]
+    assert {told(worker)[1] for worker in others} == {server}
+    assert [worker.wait(30) for worker in others] == [4] * 30 and first.wait(60) == 4
+
+
+def test_the_socket_of_a_long_temporary_folder_lies_elsewhere(monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(forkserver.tempfile, "tempdir", str(long))
+    assert len(str(forkserver._address("1234567"))) < 100
