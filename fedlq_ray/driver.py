@@ -9,7 +9,7 @@ import ray
 import torch
 
 from fedlq_ray import rundir
-from fedlq_ray.hosting import RayHost, choose
+from fedlq_ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
 from fedlq_ray.parts import make_importable
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
@@ -80,8 +80,10 @@ class Driver:
 
     def run(self, task: Task, given: Any, tracking: Tracking | None, folder: Path) -> Iterator[Event]:
         started = time.perf_counter()
-        kind, why = choose(task.config.clients)
+        kind, why = choose(task.config.clients, actor_bytes(task))
         host = RayHost(task, kind)
+        if host.not_forked:
+            why += f"; {host.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
         yield {"hosting": kind, "why": why, "actors": host.count, "startup_s": time.perf_counter() - started}
         yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
 

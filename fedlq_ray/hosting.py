@@ -27,13 +27,15 @@ from fedlq_ray import forkserver
 from fedlq_ray.config import ClientsConfig
 from fedlq_ray.device import reproducible
 from fedlq_ray.errors import ClientError, DivergedError, FedLQError
+from fedlq_ray.models import saved_bytes
 from fedlq_ray.placement import Nodes, asks, deal, fitting, on
 from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply
 
-# Memory of an actor after training the small CNN (experiments/benchmarks/README.md; ARCHITECTURE.md).
-FORKED_BYTES, ORDINARY_BYTES = 50e6, 220e6
+# Memory of an actor, without what its model takes (experiments/benchmarks/README.md; ARCHITECTURE.md).
+FORKED_BYTES, ORDINARY_BYTES = 42e6, 212e6
+VECTORS = 8  # of the model's length that training and quantizing hold at a time
 _START_S = 300.0  # that actors may take to start, at least
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
 
@@ -52,8 +54,9 @@ class ClientActor:
         self.settings.__enter__()  # for as long as this process lives
         self.place = Workplace(task)
 
-    def alive(self) -> int:
-        return os.getpid()
+    def alive(self) -> bool:
+        """And whether it was forked."""
+        return forkserver.FORKED in os.environ
 
     def rest(self, rung: list[Any]) -> None:
         """Wait until the bell rings, or is gone."""
@@ -107,15 +110,24 @@ def _get(ref: Any, timeout: float | None = None) -> Any:
         raise (cause if isinstance(cause, FedLQError | RayError) else FedLQError(f"in an actor: {cause!r}")) from None
 
 
-def choose(clients: ClientsConfig) -> tuple[str, str]:
+def actor_bytes(task: Task) -> float:
+    """About how much memory an actor has of its own when it has trained."""
+    vectors = VECTORS * 4 * sum(layer.size for layer in task.layers)
+    kept = task.config.train.batch_size * saved_bytes(task.module, task.data.input_shape)
+    return (FORKED_BYTES if forkserver.command() else ORDINARY_BYTES) + vectors + kept
+
+
+def choose(clients: ClientsConfig, each_bytes: float) -> tuple[str, str]:
     """`dedicated` or `packed`, and why, from the memory and the cores that Ray has free.
 
+    Args:
+        each_bytes: what an actor takes (`actor_bytes`).
     Raises:
         FedLQError: `dedicated` is asked for, and the actors would not fit the memory.
     """
     free = ray.available_resources().get("memory", 0.0)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    need = clients.count * (FORKED_BYTES if forkserver.command() else ORDINARY_BYTES)
+    need = clients.count * each_bytes
     figures = f"{clients.count} actors need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free, on {cores} cores"
     if clients.hosting == "dedicated" and need > free:
         raise FedLQError(f"clients.hosting=dedicated: {figures}; use packed, which hosts many clients in an actor")
@@ -141,7 +153,8 @@ class Attempt(NamedTuple):
 
 
 class RayHost:
-    """Dispatches jobs to actors, the longest first: as many at a time as there are cores; packed, two for each actor.
+    """Dispatches jobs to actors, the longest first: as many at a time as there are cores; packed, while more wait than
+    there are actors, a second one for each, so that none waits for its next. The last go to whoever is free first.
 
     An actor that dies, or says nothing for `clients.timeout_s`, is replaced, and what it had to do is done again from
     the same state: a retry gives the same bytes, and what an actor given up still sends reaches nobody.
@@ -151,6 +164,7 @@ class RayHost:
         self.kind, self.task, self.clients = kind, task, task.config.clients
         self.shared = ray.put(task)
         self.nodes, self.asks = Nodes(), asks(self.clients)
+        self.not_forked = 0  # actors that should have been
         self.homes: dict[Any, str | None] = {}  # the node that each actor was dealt to
         self.actors: list[Any] = []
         self.fitted: set[str] = set()  # the nodes that they were dealt to
@@ -199,7 +213,7 @@ class RayHost:
         packed = self.kind == "packed"
         actors = self.clients.actors or (self._room() if self.asks else self.nodes.cores)
         wanted = min(actors, self.clients.count) if packed else self.clients.count
-        self.depth = 2 * wanted if packed else self.nodes.cores  # packed: the next job waits at the actor
+        self.depth = wanted if packed else self.nodes.cores
         room = Counter(deal(wanted, self.nodes.known.values(), {}))
         kept: list[Any] = []
         for actor in self.actors:
@@ -219,12 +233,16 @@ class RayHost:
         while True:
             taken = Counter(self.homes[actor] or "" for actor in beside)
             homes = [None] * count if asks else deal(count, self.nodes.look().values(), taken)
-            actors = [ClientActor.options(**self.nodes.options(home), **asks).remote(self.shared) for home in homes]  # type: ignore[attr-defined]
+            options = [self.nodes.options(home) for home in homes]
+            actors = [ClientActor.options(**own, **asks).remote(self.shared) for own in options]  # type: ignore[attr-defined]
             alive = [actor.alive.remote() for actor in actors]
             for actor in actors:
                 self._rest(actor)  # as soon as it is there: hundreds that idle would slow the start of the others
             try:
-                ray.get(alive, timeout=wait_s)
+                forked = ray.get(alive, timeout=wait_s)
+                self.not_forked += sum(
+                    "runtime_env" in own and not its for own, its in zip(options, forked, strict=True)
+                )
                 self.homes |= zip(actors, homes, strict=True)
                 return actors
             except GetTimeoutError:
@@ -258,17 +276,18 @@ class RayHost:
 
     def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | None]]:
         self.fit()
+        packed = self.kind == "packed"
         waiting = sorted(jobs, key=lambda job: (job.samples, job.client))
         under_way: dict[Any, Attempt] = {}
-        load = [0] * self.count
+        load = [0] * self.count  # samples
         heard = [time.monotonic()] * self.count  # since when an actor has been silent
         tries: Counter[int] = Counter()
         while waiting or under_way:
-            while waiting and len(under_way) < self.depth:
+            while waiting and len(under_way) < self.depth * (1 + (packed and len(waiting) > self.count)):
                 job = waiting.pop()
-                at = job.client if self.kind == "dedicated" else min(range(self.count), key=load.__getitem__)
+                at = min(range(self.count), key=load.__getitem__) if packed else job.client
                 heard[at] = heard[at] if load[at] else time.monotonic()
-                load[at] += 1
+                load[at] += job.samples
                 tries[job.client] += 1
                 self._wake(self.actors[at])
                 method = self.actors[at].train.options(num_returns=2)
@@ -282,7 +301,7 @@ class RayHost:
                 self._give_up_silent(under_way.values(), heard)
                 continue
             job, at, actor, kept = under_way.pop(done[0])
-            load[at], heard[at] = load[at] - 1, time.monotonic()
+            load[at], heard[at] = load[at] - job.samples, time.monotonic()
             try:
                 reply = _get(done[0])
                 if job.plan.error_feedback:  # where there are other nodes, a copy that is not lost with one of them

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,23 @@ def workers(name: str, program: int) -> list[int]:
             if (folder / "cmdline").read_text().startswith(f"ray::{name}") and its_own(folder):
                 found.append(int(folder.name))
     return sorted(found)
+
+
+MARK = "FEDLQ_TEST_MARK"  # a variable that a program's processes inherit, those of its Ray and its fork server too
+
+
+def left(mark: str, seconds: float = 30.0) -> list[str]:
+    """What is still there, so much later at most, of the processes that have this mark."""
+    end = time.monotonic() + seconds
+    while True:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended in the meantime
+                if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append((folder / "cmdline").read_bytes().decode().replace("\0", " "))
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.5)
 
 
 def die() -> None:

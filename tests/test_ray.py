@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from faults import MARK, left
 
 import fedlq_ray
 from fedlq_ray import tracking
@@ -79,7 +80,7 @@ def test_divergence_is_told_without_a_traceback():
 
 def start(out, *overrides):
     """A long run in a process and a Ray of its own, as soon as its first round is done."""
-    environment = {**os.environ, "RAY_ADDRESS": ""}
+    environment = {**os.environ, "RAY_ADDRESS": "", MARK: out}
     command = [*FEDLQ, "run", "rounds=5000", f"out={out}", "clients.hosting=packed", "clients.actors=1", *overrides]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     journal, end = Path(out) / "rounds.jsonl", time.monotonic() + 90
@@ -105,8 +106,10 @@ def test_an_interrupt_keeps_what_was_done(number, code):
 
     out = f"cut-{code}"
     process = start(out, f"tracking.experiment={out}")
+    assert any("forkserver" in line for line in left(out, 0.0)) == (sys.platform == "linux")
     process.send_signal(number)
     returned, errors = ended(process)
+    assert not left(out)  # Ray's processes, actors and the fork server
     assert returned == code and "interrupted" in errors
     assert [r["round"] for r in records(out)] == list(range(len(records(out))))
     assert len(load_file(f"{out}/model.safetensors")) == 4 and not Path(out, "summary.json").exists()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import workers
+from faults import MARK, left, workers
 from ray import cloudpickle
 
 import fedlq_ray
@@ -70,6 +70,22 @@ def test_client_actors_that_die_or_hang_are_replaced(hosting, number, expected):
     assert contents(result) == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
+def test_a_fork_server_that_dies_costs_no_result(expected):
+    """Its stubs fail, and so its workers are replaced."""
+    hit = []
+
+    def kill():
+        for folder in Path("/proc").glob("[0-9]*"):
+            words = (folder / "cmdline").read_bytes().decode().split("\0")[:-1] if folder.exists() else []
+            if "serve" in words and Path(f"/proc/{words[-1]}/stat").read_text().split()[3] == str(os.getpid()):
+                hit.append(int(folder.name))
+                os.kill(hit[-1], signal.SIGKILL)
+
+    assert contents(run("clients.hosting=packed", watch=once(2, kill))) == expected
+    assert len(hit) == 1
+
+
 def test_a_driver_that_dies_goes_on_from_its_checkpoint(expected):
     events = []
     kill = once(3, lambda: send(signal.SIGKILL, "Driver"))
@@ -94,11 +110,14 @@ def test_a_run_that_is_killed_outright_goes_on():
         "out=killed",
         "clients.hosting=packed",
     ]
-    process = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": "local"}, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "RAY_ADDRESS": "local", MARK: "killed"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(Path("killed").glob("checkpoints/*.ckpt")):
         time.sleep(0.05)
+    assert left("killed", 0.0)
     process.kill()
     process.wait()
+    assert not left("killed")  # Ray's processes, actors and the fork server
     done = len(rundir.journal(Path("killed")))
     assert 0 < done < 40
     result = fedlq_ray.resume("killed")

@@ -20,6 +20,7 @@ from fedlq_ray import provenance
 
 ENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlq" / "benchmarks"
 _MARK = "FEDLQ_BENCHMARK"  # an environment variable that all processes of a contender inherit
+_LOOK = "FEDLQ_BENCHMARK_LOOK"  # another: the file by which one asks for its memory to be looked at, and that then goes
 _SHARE = 50  # memory is looked at so seldom that looking takes a fiftieth of a core at most
 
 
@@ -65,12 +66,12 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
         subprocess.TimeoutExpired: it took too long; its processes are ended.
     """
     mark = uuid.uuid4().hex
+    look = Path(tempfile.gettempdir()) / f"look-{mark}"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.time()
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=cwd, stdout=out, stderr=err, env=os.environ | {_MARK: mark}
-        )
-        watcher = _Watcher(mark, process)
+        own = os.environ | {_MARK: mark, _LOOK: str(look)}
+        process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=out, stderr=err, env=own)
+        watcher = _Watcher(mark, process, look)
         watcher.start()
         try:
             code = process.wait(timeout_s)
@@ -93,6 +94,14 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
     return found | told
 
 
+def look() -> None:
+    """Of a contender: have its memory looked at, now that all its processes have worked, and wait for that."""
+    file = Path(os.environ[_LOOK])
+    file.touch()
+    while file.exists():
+        time.sleep(0.1)
+
+
 def _processes(mark: str) -> list[Path]:
     """The folders in /proc of a contender's processes."""
     wanted, found = f"{_MARK}={mark}".encode(), []
@@ -108,16 +117,16 @@ def _kind(process: Path) -> str:
     words = (process / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").split()
     if words[0].startswith("ray::"):
         return words[0].partition(".")[0]
-    scripts = [word for word in words if word.endswith(".py")] if "python" in words[0] else []
+    scripts = [word for word in words if word.endswith(".py")] if Path(words[0]).name.startswith("python") else []
     return Path((scripts or words)[0]).name
 
 
 class _Watcher(threading.Thread):
     """Samples the memory and the processor time of a contender's processes while it runs."""
 
-    def __init__(self, mark: str, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, mark: str, process: subprocess.Popen[bytes], look: Path) -> None:
         super().__init__(daemon=True)
-        self.mark, self.process, self.peak_mb = mark, process, 0.0
+        self.mark, self.process, self.look, self.peak_mb = mark, process, look, 0.0
         self.spent: list[tuple[float, dict[str, tuple[str, float]]]] = []  # when, and by process: its kind and seconds
 
     def run(self) -> None:
@@ -125,7 +134,10 @@ class _Watcher(threading.Thread):
             before = time.thread_time()
             self.peak_mb = max(self.peak_mb, self.total_mb())
             self.spent.append((time.time(), self.seconds()))
-            time.sleep(max(0.5, _SHARE * (time.thread_time() - before)))
+            self.look.unlink(missing_ok=True)
+            end = time.monotonic() + max(0.5, _SHARE * (time.thread_time() - before))
+            while time.monotonic() < end and self.process.poll() is None and not self.look.exists():
+                time.sleep(0.5)
 
     def seconds(self) -> dict[str, tuple[str, float]]:
         found = {}

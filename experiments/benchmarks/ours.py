@@ -4,6 +4,8 @@ import json
 import sys
 import time
 
+from harness import look
+
 from fedlq_ray import simulate
 from fedlq_ray.config import load
 
@@ -14,8 +16,11 @@ def main(settings: list[str]) -> None:
     def watch(event: dict) -> None:
         if "hosting" in event or "record" in event:
             marks.append(time.time())
+            if len(marks) == 1 + config.rounds:
+                look()
 
-    result = simulate(load(None, settings), watch=watch)
+    config = load(None, settings)
+    result = simulate(config, watch=watch)
     timing = json.loads((result.path / "timing.json").read_text())
     parts = {name: timing[name] for name in ("round_s", "encode_s", "decode_s", "probe_s", "startup_s", "actors")}
     accuracy = result.summary["final_accuracy"]

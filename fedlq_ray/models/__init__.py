@@ -1,7 +1,7 @@
 """The model zoo, and the flat vector and its layers."""
 
 from fedlq_ray.models.flat import FlatModel, Layer
-from fedlq_ray.models.flops import training_flops
+from fedlq_ray.models.flops import saved_bytes, training_flops
 from fedlq_ray.models.zoo import MODELS, build, check_output, resolve_name
 
-__all__ = ["MODELS", "FlatModel", "Layer", "build", "check_output", "resolve_name", "training_flops"]
+__all__ = ["MODELS", "FlatModel", "Layer", "build", "check_output", "resolve_name", "saved_bytes", "training_flops"]

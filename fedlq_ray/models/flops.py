@@ -1,4 +1,4 @@
-"""What training costs: floating-point operations, counted once a model."""
+"""What training costs: floating-point operations and memory, counted once a model."""
 
 import copy
 
@@ -26,3 +26,19 @@ def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
             f"model.name: a training step fails on inputs of shape {input_shape}: {type(exc).__name__}: {exc}"
         ) from exc
     return counter.get_total_flops() / 2
+
+
+def saved_bytes(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+    """Bytes that a forward pass keeps for its backward pass, for each sample; parameters are not counted."""
+    twin = copy.deepcopy(module).train()
+    parameters = {parameter.data_ptr() for parameter in twin.parameters()}
+    kept = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.nbytes * (tensor.data_ptr() not in parameters)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        twin(torch.zeros(2, *input_shape))
+    return kept / 2
