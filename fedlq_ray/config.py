@@ -126,7 +126,7 @@ class StrategyConfig(Section):
     error_feedback: bool | Literal["ef21"] | None = key(
         None,
         "clients add what quantization lost in a round to what they send in the next; ef21: they send the difference "
-        "from what the server has of them; null: as the strategy has it",
+        "from what the server has of them; null: as the strategy has it; signsgd takes neither",
     )
     levels: tuple[Level, ...] = key(
         (1, 2, 3, 4, 6, 8), "fedlq, fedhq, kimad: the levels to choose from", unit="bits a parameter"

@@ -227,6 +227,12 @@ def test_signsgd_steps_as_far_however_much_work_there_is():
     assert float(moved.max()) == pytest.approx(0.01, abs=1e-6)
 
 
+@pytest.mark.parametrize("feedback", ["true", "ef21"])
+def test_signsgd_refuses_error_feedback(feedback):
+    with pytest.raises(ConfigError, match=r"strategy.error_feedback: signsgd .*use false, or strategy.name=ef_signsgd"):
+        run("strategy.name=signsgd", f"strategy.error_feedback={feedback}")
+
+
 def test_a_finished_folder_is_not_written_over():
     run("out=here")
     with pytest.raises(ConfigError, match="finished run"):

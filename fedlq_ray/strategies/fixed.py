@@ -69,8 +69,11 @@ class SignSGD(Fixed):
     def __init__(self, setting: Setting, step: float = 1e-3) -> None:
         if setting.config.payload == "model":
             raise ConfigError("strategy.payload: signsgd votes on updates, not on models")
-        if setting.error_feedback == "ef21":
-            raise ConfigError("strategy.error_feedback: signsgd counts votes, which ef21 would add up; use false")
+        if setting.error_feedback:
+            raise ConfigError(
+                "strategy.error_feedback: signsgd sends votes of +-1, and memories would grow to their size; use "
+                "false, or strategy.name=ef_signsgd"
+            )
         super().__init__(setting, Sign(scaled=False))
         self.step, self.voted = step, [(layer.start, layer.stop) for layer in setting.quantized]
 
