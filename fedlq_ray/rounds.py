@@ -69,7 +69,7 @@ class Outcome:
 
     Attributes:
         weights: (d,) float32, after the last record's round.
-        update: (d,) float32, what that round added to them.
+        update: (d,) float32, that round's mean update, as the strategy combines it; the server may step otherwise.
         completed: all that was asked for was done.
         timing: wall seconds. round_s: of each round from first dispatch to last payload folded; encode_s, decode_s: of
             its clients' codec, all clients together; evaluation_s, probe_s: of each evaluation and probe, as they run.
@@ -216,8 +216,8 @@ def run(
             update, parameters = fold.mean().float(), sum(layer.size for layer in task.layers if not layer.buffer)
             update[:parameters] *= work
             mean, update = update, strategy.combine(update)
-            outcome.update = torch.cat([server.step(update)[:parameters], update[parameters:]])
-            outcome.weights = outcome.weights + outcome.update
+            outcome.update = update
+            outcome.weights = outcome.weights + torch.cat([server.step(update)[:parameters], update[parameters:]])
             if not bool(torch.isfinite(outcome.weights).all()):
                 raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
             for client in set(drawn) & set(plans):
@@ -229,7 +229,7 @@ def run(
             round_time_s = record.pop("round_time_s")
             sim_time_s += round_time_s
             record["sim_time_s"] = sim_time_s
-            news = News(measurement, outcome.update, record["train_loss"], round_time_s, fold.spread)
+            news = News(measurement, update, record["train_loss"], round_time_s, fold.spread)
             strategy.learn(round, news)
             record.update(strategy.report())
             require_same(strategy, constant)

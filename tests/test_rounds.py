@@ -233,6 +233,39 @@ def test_signsgd_refuses_error_feedback(feedback):
         run("strategy.name=signsgd", f"strategy.error_feedback={feedback}")
 
 
+@pytest.mark.parametrize("optimizer", ["lr=3.0", "optimizer=momentum", "optimizer=adam"])
+def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(optimizer):
+    heard, probed, kept = [], [], []
+
+    class Hears(STRATEGIES["fedlq"]):
+        def learn(self, round, news):
+            heard.append(news.update)
+            super().learn(round, news)
+
+    class Probes(SerialHost):
+        def probe(self, probe, base, sent, round):
+            probed.append(sent)
+            return super().probe(probe, base, sent, round)
+
+    task = prepare(load(None, [*QUICK, "rounds=4", f"server.{optimizer}", "strategy.probe_every=1"]))
+    place = Workplace(task)
+
+    def records(saved=None):
+        outcome = rounds.Outcome(place.model.storage.clone())
+        found = list(rounds.run(task, make(place.setting, Hears), Probes(task), outcome, saved=saved, keep=kept.append))
+        return found, outcome.weights
+
+    weights, server = place.model.storage.clone(), rounds.ServerOptimizer(task.config.server)
+    whole, end = records()
+    for update in heard:
+        weights = weights + server.step(update)
+    assert torch.equal(weights, end)
+    assert len(probed) == 3 and all(torch.equal(*pair) for pair in zip(probed, heard[:-1], strict=True))
+    assert all(torch.equal(saved["update"], update) for saved, update in zip(kept, heard, strict=True))
+    rest, again = records(kept[1])
+    assert rest == whole[2:] and torch.equal(again, end)
+
+
 def test_a_finished_folder_is_not_written_over():
     run("out=here")
     with pytest.raises(ConfigError, match="finished run"):

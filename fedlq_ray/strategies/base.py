@@ -131,7 +131,7 @@ class News:
 
     Args:
         measurement: what `probe` asked for, if anything.
-        update: what the round added to the weights (d,) float32: the cohort's mean update, or the server's step.
+        update: the cohort's mean update (d,) float32, as `combine` has it; the server may step otherwise.
         train_loss: the mean of the clients' training losses; None where none answered.
         round_time_s: simulated seconds that the round took.
         spread: the mean of |x_n|^2 over the cohort (by p_n^2), x_n what a client sent, over the square of its mean
