@@ -154,8 +154,12 @@ class StrategyConfig(Section):
         "round waits for them, goes "
         "on without them, or they send what fits: the most significant layers (fedlq), all at a lower rate (fedlq_rd)",
     )
-    allocation: Literal["greedy", "exact"] = key("greedy", "fedlq: how levels are found under a budget")
-    significance: Literal["ratio", "sum"] = key("ratio", "fedlq: accuracy drop per memory saved, or a weighted sum")
+    allocation: Literal["greedy", "exact"] = key(
+        "greedy", "fedlq: how levels are found under a budget: step by step, or those of the least total accuracy drop"
+    )
+    significance: Literal["ratio", "sum"] = key(
+        "ratio", "fedlq: accuracy drop per memory saved, or a weighted sum, which allocation=greedy alone has"
+    )
     significance_alpha: float = key(0.5, "fedlq, significance=sum: weight of the accuracy drop", ge=0, le=1)
     metric: Literal["loss", "accuracy", "squared_error", "fisher", "taylor", "hawq", "size", "random"] | None = key(
         None,

@@ -34,6 +34,11 @@ class FedLQ(Strategy):
             raise ConfigError("strategy.levels: fedlq chooses among levels, and needs at least two, such as [1,2,4,8]")
         if config.late == "partial" and config.payload == "model":
             raise ConfigError("strategy.late: partial leaves layers out, which payload=model cannot; use update")
+        if config.allocation == "exact" and config.significance == "sum":
+            raise ConfigError(
+                "strategy.significance: sum orders the greedy algorithm's steps, and allocation=exact takes none; use "
+                "ratio, or allocation=greedy"
+            )
         self.sizes = layer_sizes(setting, config.levels)
         self.counts = [layer.size for layer in setting.quantized]
         self.drops = Drops(config.probe_decay)

@@ -77,6 +77,27 @@ def test_noise_is_the_error_over_the_mean_updates_square():
     assert model.noise(1.0) == pytest.approx(2 * 0.5 / 13.1)
 
 
+def test_significance_as_a_weighted_sum_by_hand():
+    drops = np.array([[0.9, 0.5, 0.1], [0.3, 0.1, 0.0]])
+    # Steps down, 4 -> 2 and 8 -> 4 bits, add .4 and .4, .2 and .1 to A: of .4 at most. To M = d (32 - b) / (32 x 1300)
+    # they add as 2000 and 4000, 600 and 1200: of 4000 at most.
+    lost, saved = np.array([[1, 1], [0.5, 0.25]]), np.array([[0.5, 1], [0.15, 0.3]])
+    made = strategy(levels=(2, 4, 8), significance="sum", significance_alpha=0.25)
+    assert made._margins(drops) == pytest.approx(0.25 * lost - 0.75 * saved)
+    # A byte too few for 8 bits everywhere: by the sum a is lowered, -.5 against -.1625; by the ratio b, .1 for 150
+    # bytes against .4 for 500; the exact plan costs least, .1 and not .4.
+    budget = made.setting.fixed_size + int(made.sizes[:, -1].sum()) - 1
+    for config, choice in (({}, (2, 1)), ({"significance": "sum"}, (1, 2)), ({"allocation": "exact"}, (2, 1))):
+        made = strategy(levels=(2, 4, 8), significance_alpha=0.25, **config)
+        made.learn(0, News(Measurement(drops, 0 * drops, drops), torch.ones(1310), 1.0, 1.0))
+        assert made.allocate(budget).choice == choice
+
+
+def test_the_exact_allocation_refuses_the_weighted_sum():
+    with pytest.raises(ConfigError, match=r"strategy.significance: sum .*use ratio, or allocation=greedy"):
+        strategy(allocation="exact", significance="sum")
+
+
 def test_the_late_send_layers_in_part_but_never_nothing():
     made = strategy(budget="deadline", deadline_s=0.5, late="partial", levels=(1, 8))
     (plan,) = made.plan(0, COHORT).values()  # too late both: the faster sends the smaller layer
