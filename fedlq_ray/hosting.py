@@ -17,6 +17,7 @@ from ray.exceptions import (
     ActorUnschedulableError,
     GetTimeoutError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -37,6 +38,7 @@ from fedlq_ray.training import Reply
 FORKED_BYTES, ORDINARY_BYTES = 42e6, 212e6
 VECTORS = 8  # of the model's length that training and quantizing hold at a time
 _START_S = 300.0  # that actors may take to start, at least
+_DIED = (RayActorError, OutOfMemoryError)  # where Ray itself ends an actor for want of memory, the second
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
 
 
@@ -228,8 +230,11 @@ class RayHost:
         self.actors = [actor or fresh.pop() for actor in kept if actor or fresh] + fresh
 
     def start(self, count: int, asks: dict[str, Any], beside: Iterable[Any] = ()) -> list[Any]:
-        """New actors, once they are ready; where a node leaves in the meantime, on another."""
-        wait_s = max(_START_S, self.clients.timeout_s)
+        """New actors, once they are ready; where some die on the way, `clients.retries` times anew.
+
+        Where a node leaves in the meantime, they start on another.
+        """
+        wait_s, left = max(_START_S, self.clients.timeout_s), self.clients.retries
         while True:
             taken = Counter(self.homes[actor] or "" for actor in beside)
             homes = [None] * count if asks else deal(count, self.nodes.look().values(), taken)
@@ -249,10 +254,15 @@ class RayHost:
                 told = ", ".join(f"{name}={value}" for name, value in asks.items() if name != "scheduling_strategy")
                 why = f" with {told}: are there such nodes?" if asks else ""
                 raise FedLQError(f"clients' actors did not start in {wait_s:g} s{why}") from None
-            except (RayActorError, ActorUnschedulableError) as exc:
-                if asks or set(homes) <= self.nodes.look().keys():
-                    raise FedLQError(f"a client's actor did not start: {_why(exc)}") from None
+            except (*_DIED, ActorUnschedulableError) as exc:
+                at_fault = getattr(exc, "actor_init_failed", False)
+                stayed = bool(asks) or set(homes) <= self.nodes.look().keys()
+                if at_fault or stayed and not left:
+                    hint = "" if at_fault else "; too little memory? fewer clients.actors use less"
+                    raise FedLQError(f"a client's actor did not start: {_why(exc)}{hint}") from None
+                left -= stayed
                 for actor in actors:
+                    self._wake(actor)
                     ray.kill(actor)
 
     def _rest(self, actor: Any) -> None:
@@ -308,7 +318,7 @@ class RayHost:
                     self.memories[job.client] = kept if len(self.nodes.known) == 1 else ray.put(_get(kept))
                 yield job.client, reply
                 continue
-            except RayActorError as exc:
+            except _DIED as exc:
                 fault = ClientError(
                     f"its actor died ({_why(exc)}); too little memory? fewer clients.actors use less",
                     round=job.round,
@@ -356,7 +366,7 @@ class Ask:
         for _ in range(self.host.clients.retries + 1):
             try:
                 return _get(self.ref, timeout=self.host.clients.timeout_s)
-            except (RayActorError, GetTimeoutError) as exc:
+            except (*_DIED, GetTimeoutError) as exc:
                 why = _why(exc)
                 if self.of is self.host.evaluator:  # else another question has brought a new one
                     ray.kill(self.of)

@@ -1,5 +1,6 @@
 """Actors, drivers and nodes that die, hang or fail while a run is going on: the same bytes, or one clear message."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,13 +11,16 @@ from pathlib import Path
 import pytest
 from faults import MARK, left, workers
 from ray import cloudpickle
+from ray.exceptions import OutOfMemoryError
 
 import fedlq_ray
-from fedlq_ray import rundir
+from fedlq_ray import hosting as on_ray
+from fedlq_ray import rounds, rundir
 from fedlq_ray.config import load
 from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.quantization import MinMax
-from fedlq_ray.strategies import Strategy
+from fedlq_ray.strategies import Strategy, make
+from fedlq_ray.task import Workplace, prepare
 from fedlq_ray.training import Plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
@@ -29,6 +33,14 @@ QUICK = [
 
 def run(*overrides, **given):
     return fedlq_ray.simulate(load(None, [*QUICK, *overrides]), **given)
+
+
+def records(*overrides, hosting="packed", **given):
+    """Of a run whose driver is this process."""
+    task = prepare(load(None, [*QUICK, *overrides, f"clients.hosting={hosting}"]), **given)
+    place = Workplace(task)
+    host = on_ray.RayHost(task, hosting)
+    return list(rounds.run(task, make(place.setting), host, rounds.Outcome(place.initial_weights())))
 
 
 def contents(result):
@@ -185,3 +197,39 @@ def test_an_actor_that_cannot_be_made_stops_the_run_at_once(tmp_path):
         run("clients.hosting=packed", quantizer=Twice(tmp_path / "mark"))
     assert time.monotonic() - started < 60
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
+
+
+class Fatal(Twice):
+    """Kills actors that load it, until there are so many marks."""
+
+    def __init__(self, folder, times):
+        super().__init__(folder)
+        self.times = times
+
+    def __reduce__(self):
+        return _load_or_die, (self.mark, self.times)
+
+
+def _load_or_die(folder, times):
+    if len(marks := list(folder.iterdir())) < times:
+        (folder / str(len(marks))).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Fatal(folder, times)
+
+
+def test_actors_that_are_killed_while_they_start_or_by_ray_for_want_of_memory(tmp_path, expected, monkeypatch):
+    """Also one that trains, and the one that evaluates."""
+    real, calls = on_ray._get, []
+
+    def get(ref, timeout=None):
+        calls.append(timeout)
+        if calls.count(timeout) == 2:
+            raise OutOfMemoryError("Task was killed due to the node running low on memory.")
+        return real(ref, timeout)
+
+    monkeypatch.setattr(on_ray, "_get", get)
+    assert records(quantizer=Fatal(tmp_path, 2)) == [json.loads(line) for line in expected[0].splitlines()]
+    assert len(list(tmp_path.iterdir())) == 2 and set(calls) == {None, 600.0}
+    with pytest.raises(FedLQError, match="actor did not start: ActorDiedError.*too little memory") as caught:
+        records("clients.retries=1", "clients.actors=1", quantizer=Fatal(tmp_path, 9))
+    assert len(list(tmp_path.iterdir())) == 4 and len(str(caught.value).splitlines()) == 1
