@@ -28,8 +28,8 @@ def drive(
 
     Yields:
         {"resumed": round, "records": [...], "faults": [...]} first where it goes on from a checkpoint, {"record": ...}
-        for each round, {"warning": ...} for a checkpoint that could not be written, and at last {"weights",
-        "completed", "timing", "tracked"}.
+        for each round, {"warning": ...} for each client that is skipped, once, and for a checkpoint that could not be
+        written, and at last {"weights", "completed", "timing", "tracked"}.
     """
     place, config = Workplace(task), task.config
     strategy = make(place.setting, given)
@@ -41,7 +41,7 @@ def drive(
     if before or faults:
         yield {"resumed": len(records), "records": records, "faults": faults}
     tracker = Tracker(tracking, config, records) if tracking else None
-    status = "FAILED"
+    status, told = "FAILED", set[int]()
     try:
         with rundir.Journal(folder, records) as journal:
             saver = Saver(where, config.checkpoint, host.recall, journal.sync)
@@ -51,6 +51,10 @@ def drive(
                     if tracker:
                         tracker.log(record)
                     yield {"record": record}
+                    for client in record["skipped"]:
+                        if client not in told:
+                            told.add(client)
+                            yield {"warning": f"skipped, as clients.on_failure has it: {outcome.skipped[client]}"}
                     if saver.failure:
                         yield {"warning": saver.failure}
                         saver.failure = None

@@ -36,11 +36,16 @@ class Fold:
         self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
         self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
         self.square_error = 0.0  # sum of p_n^2 |Q(x_n) - x_n|^2
-        self.waiting: dict[int, Reply | None] = {}
+        self.waiting: dict[int, Reply | ClientError] = {}
         self.turn = 0  # the job whose payload is the next to be summed
         self.replies: dict[int, Reply] = {}
-        self.lost: list[int] = []  # clients that failed, and are passed over
+        self.faults: list[ClientError] = []  # of the clients that are passed over
         self.sent: list[tuple[Sent, ...]] = []
+
+    @property
+    def lost(self) -> list[int]:
+        """Clients that failed, and are passed over."""
+        return [fault.client for fault in self.faults]
 
     @property
     def answered(self) -> float:
@@ -68,8 +73,8 @@ class Fold:
         square = float(self.mean().square().sum()) * came
         return self.energy / square if square else None
 
-    def take(self, client: int, reply: Reply | None) -> None:
-        """A client's reply, or None where it failed for good.
+    def take(self, client: int, reply: Reply | ClientError) -> None:
+        """A client's reply, or why it failed for good.
 
         Raises:
             ClientError: its payload is refused.
@@ -79,17 +84,18 @@ class Fold:
             job, share = self.jobs[self.turn], self.shares[self.turn]
             self.turn += 1
             reply = self.waiting.pop(job.client)
-            if reply is None:
-                self.lost.append(job.client)
+            if isinstance(reply, ClientError):
+                self.faults.append(reply)
                 continue
             kind, where = job.plan.payload, {"round": job.round, "client": job.client}
             try:
                 payload = decode(reply.payload, len(self.update), kind=kind, custom=self.custom, **where)
             except PayloadError as exc:
+                fault = ClientError(f"its payload is refused: {exc}", **where)
                 if self.skip:
-                    self.lost.append(job.client)
+                    self.faults.append(fault)
                     continue
-                raise ClientError(f"its payload is refused: {exc}", **where) from exc
+                raise fault from exc
             value = payload.vector
             if job.plan.error_feedback == "ef21":
                 value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value

@@ -284,7 +284,7 @@ class RayHost:
     def remember(self, memories: Mapping[int, Tensor]) -> None:
         self.memories = {client: ray.put(memory.numpy()) for client, memory in memories.items()}
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | None]]:
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | ClientError]]:
         self.fit()
         packed = self.kind == "packed"
         waiting = sorted(jobs, key=lambda job: (job.samples, job.client))
@@ -335,7 +335,7 @@ class RayHost:
             if tries[job.client] <= self.clients.retries and not isinstance(fault, DivergedError):
                 waiting.append(job)
             elif self.clients.on_failure == "skip_client":
-                yield job.client, None
+                yield job.client, fault
             else:
                 raise fault from None
 

@@ -17,7 +17,7 @@ from fedlq_ray import cohorts
 from fedlq_ray.checkpoint import Snapshot, fingerprints, remembered, remind, require_same
 from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
 from fedlq_ray.downlink import Downlink, Offer
-from fedlq_ray.errors import FedLQError
+from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.fold import Fold
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization.wire import Sent
@@ -39,7 +39,7 @@ class Future(Protocol):
 class Host(Protocol):
     """Where clients live. `publish` makes weights known to all; the others take what it gave.
 
-    `train` gives each job's reply, in any order, or None where a client failed and the round may go on without it.
+    `train` gives each job's reply, in any order, or why a client failed where the round may go on without it.
     The futures of `evaluate` and `probe` give a `Timed`. `memories` has what clients keep for error feedback, in the
     host's own form; `recall` gives it as tensors, and `remember` puts such tensors in its place.
     """
@@ -52,7 +52,7 @@ class Host(Protocol):
 
     def publish(self, weights: Tensor) -> Any: ...
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | None]]: ...
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | ClientError]]: ...
 
     def evaluate(self, weights: Any) -> Future: ...
 
@@ -71,6 +71,7 @@ class Outcome:
         weights: (d,) float32, after the last record's round.
         update: (d,) float32, that round's mean update, as the strategy combines it; the server may step otherwise.
         completed: all that was asked for was done.
+        skipped: why a client was passed over, for the first time.
         timing: wall seconds. round_s: of each round from first dispatch to last payload folded; encode_s, decode_s: of
             its clients' codec, all clients together; evaluation_s, probe_s: of each evaluation and probe, as they run.
     """
@@ -78,6 +79,7 @@ class Outcome:
     weights: Tensor
     update: Tensor = field(init=False)
     completed: bool = False
+    skipped: dict[int, str] = field(default_factory=dict)
     timing: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TIMINGS})
 
     def __post_init__(self) -> None:
@@ -202,6 +204,7 @@ def run(
             outcome.timing["round_s"].append(time.perf_counter() - started)
             outcome.timing["encode_s"].append(sum(reply.encode_s for reply in fold.replies.values()))
             outcome.timing["decode_s"].append(decode_s)
+            outcome.skipped = {fault.client: str(fault) for fault in fold.faults} | outcome.skipped
             yield from finished(wait=True)
 
             measurement: Measurement | None = None

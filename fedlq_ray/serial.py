@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlq_ray.errors import ClientError
+from fedlq_ray.errors import ClientError, DivergedError
 from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Workplace, timed
 from fedlq_ray.training import Reply
@@ -31,7 +31,7 @@ class SerialHost:
     def __init__(self, task: Task) -> None:
         self.place = Workplace(task)
         self.memories: dict[int, Any] = {}
-        self.skip = task.config.clients.on_failure == "skip_client"
+        self.clients = task.config.clients
 
     def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]:
         return dict(memories)
@@ -42,17 +42,22 @@ class SerialHost:
     def publish(self, weights: Tensor) -> Tensor:
         return weights
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Tensor]) -> Iterator[tuple[int, Reply | None]]:
+    def train(self, jobs: Sequence[Job], weights: Mapping[int, Tensor]) -> Iterator[tuple[int, Reply | ClientError]]:
         for job in jobs:
-            reply: Reply | None = None
-            try:
-                reply, kept = self.place.train(job, weights[job.client], self.memories.get(job.client))
-                if job.plan.error_feedback:
-                    self.memories[job.client] = kept
-            except ClientError:
-                if not self.skip:
-                    raise
-            yield job.client, reply
+            yield job.client, self._train(job, weights[job.client], self.clients.retries)
+
+    def _train(self, job: Job, weights: Tensor, retries: int) -> Reply | ClientError:
+        try:
+            reply, kept = self.place.train(job, weights, self.memories.get(job.client))
+        except ClientError as exc:
+            if retries and not isinstance(exc, DivergedError):
+                return self._train(job, weights, retries - 1)
+            if self.clients.on_failure == "skip_client":
+                return exc
+            raise
+        if job.plan.error_feedback:
+            self.memories[job.client] = kept
+        return reply
 
     def evaluate(self, weights: Tensor) -> Done:
         return Done(timed(self.place.evaluate, weights))

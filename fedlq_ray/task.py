@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedlq_ray.config import Config
 from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
+from fedlq_ray.errors import FedLQError
 from fedlq_ray.models import MODELS, FlatModel, Layer, build, training_flops
 from fedlq_ray.profiles import Profile, load_profiles
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
@@ -85,9 +86,14 @@ class Timed(NamedTuple):
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
-    """Call a function, and time it."""
+    """Call what evaluates or probes, and time it; whatever a user's model raises there becomes a FedLQError."""
     started = time.perf_counter()
-    value = function(*arguments)
+    try:
+        value = function(*arguments)
+    except FedLQError:
+        raise
+    except Exception as exc:
+        raise FedLQError(f"{function.__name__} failed: {type(exc).__name__}: {exc}") from exc
     return Timed(value, time.perf_counter() - started)
 
 

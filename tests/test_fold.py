@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedlq_ray.checkpoint import pack, unpack
 from fedlq_ray.config import load
 from fedlq_ray.downlink import Offer
+from fedlq_ray.errors import ClientError
 from fedlq_ray.fold import Fold
 from fedlq_ray.quantization import Float32, Segment, Sign, decode, encode
 from fedlq_ray.rounds import Outcome, run
@@ -46,7 +47,7 @@ class Disorderly(SerialHost):
         before = []
         for job in sorted(jobs, key=lambda job: self.draw()):
             if fails(job.round, job.client):
-                yield job.client, None
+                yield job.client, ClientError("it fails", round=job.round, client=job.client)
                 continue
             ((client, reply),) = super().train([job], weights)
             self.payloads[job.round, client] = reply.payload
@@ -138,7 +139,8 @@ def test_spread_is_of_who_came():
     fold = Fold(TASK, {0: Offer(update, 0)}, jobs, [0.1, 0.2, 0.3, 0.4], {})
     for job in jobs:
         payload = encode(update, job.plan.segments, kind="update", round=0, client=job.client, rng=torch.Generator())
-        fold.take(job.client, None if job.client in (1, 2) else Reply(payload, 1.0, 1, 0.0, 0.0))
+        reply = Reply(payload, 1.0, 1, 0.0, 0.0)
+        fold.take(job.client, ClientError("it fails", round=0, client=job.client) if job.client in (1, 2) else reply)
     assert fold.lost == [1, 2] and abs(fold.spread - 1) < 1e-6  # they are all the same
 
 

@@ -163,7 +163,9 @@ class Picky(Strategy):
 def test_a_client_that_fails_for_good(hosting):
     with pytest.raises(ClientError, match=r"round \d, client 3: RuntimeError: the cat sat on it"):
         run(f"clients.hosting={hosting}", strategy=Picky)
-    result = run(f"clients.hosting={hosting}", "clients.on_failure=skip_client", strategy=Picky)
+    with pytest.warns(UserWarning, match=r"skipped, .*: round \d, client 3: RuntimeError: the cat sat on it") as told:
+        result = run(f"clients.hosting={hosting}", "clients.on_failure=skip_client", strategy=Picky)
+    assert len(told) == 1
     for record in result.history.to_dict("records"):
         assert record["skipped"] == [c for c in record["cohort"] if c == 3]
         assert record["answered"] == [c for c in record["cohort"] if c != 3]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fedlq_ray import ClientError, ConfigError, rounds, simulate
+from fedlq_ray import ClientError, ConfigError, FedLQError, rounds, simulate
 from fedlq_ray.config import load
 from fedlq_ray.serial import SerialHost
 from fedlq_ray.strategies import STRATEGIES, Strategy, make
@@ -291,3 +291,28 @@ def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late
     answered = {client for record in records for client in record["answered"]}
     assert answered == set(host.memories) == set(folds[-1].tracked) and len(answered) < 24
     assert all(torch.equal(host.memories[client], folds[-1].tracked[client]) for client in answered)
+
+
+def test_a_model_that_raises_is_tried_again_and_in_evaluation_told():
+    moods = []
+
+    class Moody(nn.Linear):
+        def forward(self, x):
+            if moods and moods[0] == self.training:
+                moods.pop(0)
+                raise RuntimeError("not today")
+            return super().forward(x.flatten(1))
+
+    def moody(*raises):
+        moods.clear()
+        start = {0: raises}  # once there is a record
+        return run(
+            model=lambda input_shape, num_classes: Moody(64, num_classes),
+            watch=lambda event: moods.extend(start.pop(event["record"]["round"], ())) if "record" in event else None,
+        )
+
+    assert moody(True, True).summary == moody().summary and not moods
+    with pytest.raises(ClientError, match="round 1, client .: RuntimeError: not today"):
+        moody(True, True, True)
+    with pytest.raises(FedLQError, match=r"^evaluate failed: RuntimeError: not today$"):
+        moody(False)
