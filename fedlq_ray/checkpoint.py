@@ -93,8 +93,11 @@ def unpack(data: bytes) -> Snapshot:
     try:
         arrays = safetensors.numpy.load(body)
         made: dict[str, Any] = {}
-        return {name: _value(item, arrays, made) for name, item in json.loads(arrays["tree"].tobytes()).items()}
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as exc:
+        tree = json.loads(arrays["tree"].tobytes())
+        if not isinstance(tree, dict):
+            raise TypeError(f"its tree is a {type(tree).__name__}, where a dict was due")
+        return {name: _value(item, arrays, made) for name, item in tree.items()}
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, safetensors.SafetensorError) as exc:
         raise CheckpointError(f"cannot be read: {exc}") from exc
 
 

@@ -260,6 +260,22 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
+# What OmegaConf, and YAML's makers of numbers and dates, raise of what a file holds.
+UNREADABLE = (
+    OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException
+)  # fmt: skip
+
+
+def unreadable(source: object, exc: Exception) -> ConfigError:
+    """One of `UNREADABLE` as one line."""
+    told, where = " ".join(str(exc).split()), str(source)[:300]
+    if isinstance(exc, RecursionError):
+        told = "is nested too deeply"
+    elif not isinstance(exc, OSError | UnicodeDecodeError | yaml.YAMLError | OmegaConfBaseException):
+        told = f"holds a value that is not of the type that YAML takes it for ({type(exc).__name__}: {told})"
+    return ConfigError(f"{where}: {told}")
+
+
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a YAML file, and `key=value` overrides of which a later one wins.
 
@@ -267,10 +283,9 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
         ConfigError: the file cannot be read, or the settings are wrong (all faults in one message).
     """
     tree = OmegaConf.create({})
-    source = "the command line"
+    source = str(path or "the command line")
     try:
         if path is not None:
-            source = str(path)
             tree = OmegaConf.load(Path(path))  # type: ignore[assignment]
             if not OmegaConf.is_dict(tree):
                 raise ConfigError(f"{path}: must hold keys and values, such as `rounds: 10`")
@@ -280,12 +295,20 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
                 raise ConfigError(f"{override!r}: is neither a file nor key=value")
             source = override
             change(tree, override)
-        settings = OmegaConf.to_container(tree, resolve=True)
+        source = str(path or "the command line")
+        settings = plain(tree)
     except FileNotFoundError as exc:
         raise ConfigError(f"{path}: no such file, and no key=value") from exc
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as exc:
-        raise ConfigError(f"{source}: {' '.join(str(exc).split())}") from exc
+    except UNREADABLE as exc:
+        raise unreadable(source, exc) from exc
     return parse(settings, source=str(path) if path else None)
+
+
+def plain(tree: Any) -> Any:
+    """An OmegaConf tree as dicts, lists and values."""
+    found = OmegaConf.to_container(tree, resolve=True)
+    repr(found)  # fails on an integer of thousands of digits, which no message and no file could hold
+    return found
 
 
 def change(tree: Any, override: str) -> None:

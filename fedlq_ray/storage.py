@@ -112,10 +112,12 @@ def latest(folder: Folder, rounds: int) -> tuple[Snapshot | None, list[str]]:
     for name in folder.names():
         try:
             snapshot = unpack(folder.read(name))
+            if type(snapshot.get("round")) is not int or snapshot["round"] < 0:
+                raise CheckpointError("does not say of which round it is")
             if snapshot["round"] > rounds:
                 raise CheckpointError(f"is of round {snapshot['round']}, and rounds.jsonl has {rounds} whole rounds")
             return snapshot, faults
-        except (CheckpointError, OSError, KeyError) as exc:
+        except (CheckpointError, OSError) as exc:
             faults.append(f"{folder.where}/{name} {exc}")
     if faults:
         raise CheckpointError("no checkpoint can be used: " + "; ".join(faults))

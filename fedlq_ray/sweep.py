@@ -18,12 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fedlq_ray import reclock, rundir
-from fedlq_ray.config import Config, change, digest, parse
+from fedlq_ray.config import UNREADABLE, Config, change, digest, parse, plain, unreadable
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.tracking import now_ms
 
@@ -82,11 +80,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         ConfigError: the file or one of its configurations is wrong.
     """
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        tree = plain(OmegaConf.load(path))
     except FileNotFoundError as exc:
         raise ConfigError(f"{path}: no such file") from exc
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as exc:
-        raise ConfigError(f"{path}: {' '.join(str(exc).split())}") from exc
+    except UNREADABLE as exc:
+        raise unreadable(path, exc) from exc
     if (
         not isinstance(tree, Mapping)
         or set(tree) - set(KEYS)
@@ -160,9 +158,10 @@ def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Conf
         tree = OmegaConf.create(dict(base))
         for setting in settings:
             change(tree, setting)
-    except (yaml.YAMLError, OmegaConfBaseException) as exc:
-        raise ConfigError(f"{source}: {' '.join(str(exc).split())}") from exc
-    return parse(OmegaConf.to_container(tree, resolve=True), source=source)
+        merged = plain(tree)
+    except UNREADABLE as exc:
+        raise unreadable(source, exc) from exc
+    return parse(merged, source=source)
 
 
 def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], None]) -> Outcome:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import tempfile
 import zipfile
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlq_ray import rundir
@@ -22,21 +24,28 @@ from fedlq_ray.config import load, to_yaml
 from fedlq_ray.data.datasets import load as load_data
 from fedlq_ray.errors import CheckpointError, ConfigError
 from fedlq_ray.profiles import load_profiles
+from fedlq_ray.storage import Folder, latest
+from fedlq_ray.sweep import load as load_sweep
 
 fuzz = settings(max_examples=int(os.environ.get("FEDLQ_FUZZ", "150")), deadline=None)
 scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8)
-trees = st.recursive(
-    scalars
-    | st.binary(max_size=12).map(
-        lambda b: torch.frombuffer(bytearray(b + b"\0" * (-len(b) % 4 + 4)), dtype=torch.int32)
-    ),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(st.integers(0, 99) | st.text(max_size=5), inner, max_size=4)
-    ),
-    max_leaves=12,
+tensors = st.binary(max_size=12).map(
+    lambda b: torch.frombuffer(bytearray(b + b"\0" * (-len(b) % 4 + 4)), dtype=torch.int32)
 )
+
+
+def trees(leaves: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    return st.recursive(
+        leaves,
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.lists(inner, max_size=3).map(tuple)
+            | st.dictionaries(st.integers(0, 99) | st.text(max_size=5), inner, max_size=4)
+        ),
+        max_leaves=12,
+    )
+
+
 damage = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 
 
@@ -65,7 +74,7 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=5), trees, max_size=4))
+@given(st.dictionaries(st.text(min_size=1, max_size=5), trees(scalars | tensors), max_size=4))
 @fuzz
 def test_a_checkpoint_comes_back_as_it_was(tree: dict[str, object]) -> None:
     assert same(tree, unpack(pack(tree)))
@@ -92,6 +101,47 @@ def test_a_checkpoint_whose_checksum_was_made_to_fit(hits: list[tuple[int, int]]
         assert isinstance(unpack(WHOLE[:8] + hashlib.sha256(body).digest() + body), dict)
 
 
+def with_tree(tree: bytes) -> bytes:
+    """A checkpoint with a checksum that fits around anything."""
+    body = safetensors.numpy.save({"tree": np.frombuffer(tree, np.uint8), "0": np.zeros(2)})
+    return WHOLE[:8] + hashlib.sha256(body).digest() + body
+
+
+json_trees = st.recursive(
+    scalars.filter(lambda value: value not in (float("inf"), -float("inf"))) | st.just("0"),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["tuple", "dict", "float", "tensor", "scalar", "array", "x"]), inner, max_size=2
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(json_trees | st.fixed_dictionaries({"round": json_trees}))
+@example([1])
+@example(1)
+@example({"x": {"float": 10**400}})
+@fuzz
+def test_a_checkpoint_of_any_tree(tree: object) -> None:
+    with contextlib.suppress(CheckpointError):
+        assert isinstance(unpack(with_tree(json.dumps(tree).encode())), dict)
+
+
+def test_a_checkpoint_that_is_nested_too_deeply() -> None:
+    for tree in (b"[" * 100_000, b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            unpack(with_tree(tree))
+
+
+@pytest.mark.parametrize("snapshot", [{"round": "x"}, {"round": None}, {"round": -1}, {"round": True}, {}])
+def test_a_checkpoint_of_no_round(snapshot: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "00000001.ckpt").write_bytes(pack(snapshot))
+    with pytest.raises(CheckpointError, match=r"00000001\.ckpt does not say of which round it is"):
+        latest(Folder(str(tmp_path)), 3)
+
+
 @given(damage, st.integers(0, 10**6))
 @fuzz
 def test_configuration_files(hits: list[tuple[int, int]], cut: int) -> None:
@@ -100,14 +150,33 @@ def test_configuration_files(hits: list[tuple[int, int]], cut: int) -> None:
 
 @given(
     st.sampled_from(["rounds", "clients", "train.lr", "strategy.args", "data.classes", "strategy.levels", "x"]),
-    scalars | trees,
+    trees(scalars),
 )
 @fuzz
 def test_configuration_values(name: str, value: object) -> None:
     with contextlib.suppress(ConfigError):
         load(None, [f"{name}={value}"])
-    with contextlib.suppress(yaml.YAMLError):
-        read_or_refused(".yaml", yaml.safe_dump({name: value}).encode(), load)
+    read_or_refused(".yaml", yaml.safe_dump({name: value}).encode(), load)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!int x", "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "9" * 5000, "0x" + "f" * 5000, "[" * 3000,
+     "[" * 3000 + "]" * 3000, "{a: " * 300 + "}" * 300],
+    ids=lambda value: value[:12],
+)  # fmt: skip
+def test_values_that_yaml_cannot_make(value: str, tmp_path: Path) -> None:
+    for name in ("rounds", "name", "strategy.args.x"):
+        with pytest.raises(ConfigError, match=rf"^({name}=|the command line: )") as caught:
+            load(None, [f"{name}={value}"])
+        assert len(str(caught.value)) < 700
+    for reader, text in ((load, f"strategy: {{args: {{x: {value}}}}}"), (load_sweep, f"runs: {{a: [{value}]}}")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"c\.yaml"):
+            reader(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("runs: {a: []}")
+    with pytest.raises(ConfigError, match=r"c\.yaml, run a"):
+        load_sweep(tmp_path / "c.yaml", [f"rounds={value}"])
 
 
 def _npz() -> bytes:
