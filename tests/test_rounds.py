@@ -179,6 +179,16 @@ def test_own_parts_go_in_as_objects():
     assert result.summary["uplink_bytes"] == 3 * 4 * (18 + 2 * 9 + 2 * 4 + 35 + 18)
 
 
+class Holes(Signs):
+    def decode(self, body, count):
+        return super().decode(body, count).log()
+
+
+def test_a_quantizer_that_decodes_to_nan_is_refused_with_the_client():
+    with pytest.raises(ClientError, match=r"round 0, client \d: .*segment 0: holds a NaN"):
+        run(strategy=EightBits, quantizer=Holes())
+
+
 def test_error_feedback_sends_later_what_was_lost():
     plain = run("strategy.name=uniform", "strategy.bits=4", "rounds=20")
     fed = run("strategy.name=uniform", "strategy.bits=4", "rounds=20", "strategy.error_feedback=true")

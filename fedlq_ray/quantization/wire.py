@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.base import Quantizer
+from fedlq_ray.quantization.base import Quantizer, require_finite
 from fedlq_ray.quantization.ecsq import Ecsq
 from fedlq_ray.quantization.eden import Eden
 from fedlq_ray.quantization.finegrained import FineGrained
@@ -187,11 +187,11 @@ def _piece(
         raise PayloadError(f"segment {index} names quantizer {number}, which is not known{own}")
     try:
         piece = quantizer.decode(body, elements)
+        if piece.shape != (elements,) or piece.dtype != torch.float32:
+            raise PayloadError(f"decoded to {tuple(piece.shape)} {piece.dtype}, not ({elements},) float32")
+        return require_finite(piece) if number == CUSTOM else piece  # those of this package check theirs
     except PayloadError as exc:
         raise PayloadError(f"segment {index}: {exc}") from exc
-    if piece.shape != (elements,) or piece.dtype != torch.float32:
-        raise PayloadError(f"segment {index}: decoded to {tuple(piece.shape)} {piece.dtype}, not ({elements},) float32")
-    return piece
 
 
 def _segments(view: memoryview, pieces: int, count: int) -> list[tuple[int, int, memoryview]]:
