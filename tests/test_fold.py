@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -142,6 +143,29 @@ def test_spread_is_of_who_came():
         reply = Reply(payload, 1.0, 1, 0.0, 0.0)
         fold.take(job.client, ClientError("it fails", round=0, client=job.client) if job.client in (1, 2) else reply)
     assert fold.lost == [1, 2] and abs(fold.spread - 1) < 1e-6  # they are all the same
+
+
+class Damaging(SerialHost):
+    """One client's payload arrives with another byte in it."""
+
+    def train(self, jobs, weights):
+        for index, (client, reply) in enumerate(super().train(jobs, weights)):
+            damaged = reply.payload[:-1] + bytes([reply.payload[-1] ^ 1])
+            yield client, replace(reply, payload=damaged) if index == 1 else reply
+
+
+@pytest.mark.parametrize("policy", ["fail", "skip_client"])
+def test_a_refused_payload_is_named_or_its_client_is_skipped(policy):
+    task = prepare(load(None, [*SETTINGS, f"clients.on_failure={policy}", "rounds=1", "clients.dropout=0"]))
+    place = Workplace(task)
+    rounds = run(task, make(place.setting), Damaging(task), Outcome(place.model.storage.clone()))
+    cohort = whole()[0]["cohort"]
+    if policy == "fail":
+        with pytest.raises(ClientError, match=rf"^round 0, client {cohort[1]}: its payload is refused: the checksum"):
+            next(rounds)
+    else:
+        record = next(rounds)
+        assert record["skipped"] == [cohort[1]] and record["answered"] == [cohort[0], *cohort[2:]]
 
 
 def test_a_round_without_error_feedback_leaves_memories_alone():

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlq_ray import rundir
-from fedlq_ray.checkpoint import pack, unpack
+from fedlq_ray.checkpoint import VERSION, pack, unpack
 from fedlq_ray.config import load, to_yaml
 from fedlq_ray.data.datasets import load as load_data
 from fedlq_ray.errors import CheckpointError, ConfigError
@@ -139,6 +139,12 @@ def test_a_checkpoint_that_is_nested_too_deeply() -> None:
 def test_a_checkpoint_of_no_round(snapshot: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "00000001.ckpt").write_bytes(pack(snapshot))
     with pytest.raises(CheckpointError, match=r"00000001\.ckpt does not say of which round it is"):
+        latest(Folder(str(tmp_path)), 3)
+
+
+def test_a_checkpoint_of_another_format(tmp_path: Path) -> None:
+    (tmp_path / "00000001.ckpt").write_bytes(WHOLE[:6] + (VERSION + 1).to_bytes(2, "little") + WHOLE[8:])
+    with pytest.raises(CheckpointError, match=f"is of format {VERSION + 1}, and this program reads {VERSION}"):
         latest(Folder(str(tmp_path)), 3)
 
 
