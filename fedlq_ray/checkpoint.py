@@ -124,21 +124,26 @@ def _value(tree: Any, arrays: Mapping[str, Any], made: dict[str, Any]) -> Any:
 def remembered(strategy: Any) -> Snapshot:
     """What a strategy has in the attributes that it `remembers`; of a dataclass, its fields.
 
-    Lists, tuples and dicts are copied, tensors and arrays are not: what is written later is what was so now.
+    Lists, tuples, dicts, tensors and arrays are copied: what is written later is what was so now.
     """
+    made: dict[int, tuple[Any, Any]] = {}
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {field.name: _copied(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return _copied(value)
+            return {field.name: _copied(getattr(value, field.name), made) for field in dataclasses.fields(value)}
+        return _copied(value, made)
 
     return {name: plain(getattr(strategy, name)) for name in getattr(strategy, "remembers", ())}
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, made: dict[int, tuple[Any, Any]]) -> Any:
+    """A copy; `made`: arrays and their copies by id, for two places may have the same one."""
+    if isinstance(value, Tensor | np.ndarray):
+        copy = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+        return made.setdefault(id(value), (value, copy))[1]
     if type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
-    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
+        return type(value)(_copied(item, made) for item in value)
+    return {key: _copied(item, made) for key, item in value.items()} if type(value) is dict else value
 
 
 def remind(strategy: Any, state: Snapshot) -> None:

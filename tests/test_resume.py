@@ -8,9 +8,11 @@ import signal
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from faults import SMALL, at_point, die, evidence, go_on, in_child, start
 
 from fedlq_ray import config as configuration
@@ -262,16 +264,58 @@ def test_a_resume_does_not_train_past_the_target(tmp_path: Path) -> None:
 
 def test_what_is_remembered_is_what_was_so_then() -> None:
     class Appends:
-        remembers = ("rates", "of")
+        remembers = ("rates", "of", "counts", "again", "norm")
 
         def __init__(self) -> None:
             self.rates, self.of = [1.0], {"a": ([2.0],)}
+            self.counts, self.norm = np.zeros(1), torch.zeros(1)
+            self.again = [self.counts]
 
     strategy = Appends()
     before = remembered(strategy)
     strategy.rates.append(3.0)
     strategy.of["a"][0].append(4.0)
-    assert before == {"rates": [1.0], "of": {"a": ([2.0],)}}
+    strategy.counts += 1
+    strategy.norm += 1
+    same = {
+        "rates": [1.0],
+        "of": {"a": ([2.0],)},
+        "counts": np.zeros(1),
+        "again": [np.zeros(1)],
+        "norm": torch.zeros(1),
+    }
+    assert before == same
+    assert before["again"][0] is before["counts"]  # changed in one place, changed in the other
+    unpack(pack(before))["counts"] += 1  # and a resumed strategy may change it too
+
+
+def test_an_array_changed_in_place(tmp_path: Path) -> None:
+    """By `plan`, of a round that a signal then cuts short: that round is not counted, nor what it changed."""
+
+    class Counts(BY_NAME["uniform"]):  # type: ignore[valid-type,misc]
+        remembers = ("counts",)
+
+        def __init__(self, setting: Any) -> None:
+            super().__init__(setting)
+            self.counts = np.zeros(1, int)
+
+        def plan(self, round: int, cohort: Any, evaluation: Any = None) -> Any:
+            self.counts[0] += 1
+            return {
+                m.client: self.setting.at_levels([int(self.counts[0])] * len(self.setting.quantized)) for m in cohort
+            }
+
+    def settings(name: str) -> configuration.Config:
+        return configuration.load(None, [*SMALL, "checkpoint.every_rounds=null", f"out={tmp_path / name}"])
+
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("record", {}).get("round") == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    simulate(settings("whole"), strategy=Counts)
+    assert in_child(lambda: simulate(settings("cut"), strategy=Counts, watch=stop)) == 4
+    resume(tmp_path / "cut", strategy=Counts)
+    assert evidence(tmp_path / "cut") == evidence(tmp_path / "whole")
 
 
 def test_strategy_that_forgets(tmp_path: Path) -> None:

@@ -149,8 +149,7 @@ class Strategy:
     """A plan and nothing else. A user's own needs `plan`; the rest has these defaults.
 
     All that changes from round to round is in the attributes that `remembers` names: plain values, lists, dicts,
-    arrays, tensors, or a dataclass of such. Checkpoints hold them; another that changes is told as an error. Tensors
-    and arrays are replaced, not changed in place.
+    arrays, tensors, or a dataclass of such. Checkpoints hold them; another that changes is told as an error.
     """
 
     remembers: tuple[str, ...] = ()
