@@ -5,6 +5,7 @@ clients' updates (one local epoch from a model trained a few rounds), layer by l
 elements and new rounding noise, or another client.
 
     python experiments/quantizers/errors.py --out experiments/quantizers/results.json
+    python experiments/quantizers/errors.py --entropy      # how far payloads of the updates are above their entropy
 """
 
 import argparse
@@ -34,6 +35,7 @@ from fedlq_ray.quantization import (
     decode,
     encode,
 )
+from fedlq_ray.quantization.ecsq import Magnitudes
 from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
@@ -115,6 +117,22 @@ def measure(chosen: Quantizer | float, draw: Draw, seed: int) -> tuple[float, fl
     return 8 * len(payload) / len(vector), float(lost.square().sum() / vector.double().square().sum())
 
 
+def entropy(draw: Draw, bits: float) -> tuple[int, int, float]:
+    """Bytes of Ecsq's payload, of its bodies alone, and of the entropy of its codes, layer by layer."""
+    vector, pieces = draw
+    segments = OneStep(pieces, (1.0,) * len(pieces), bits * len(vector) / 8)(vector)
+    rng = torch.Generator()
+    bodies, least = 0, 0.0
+    for quantizer, start, stop in segments:
+        x = vector[start:stop]
+        edges = quantizer.design(Magnitudes.of(x)).edges
+        codes = np.searchsorted(edges, x.abs().numpy()) * np.sign(x.numpy()).astype(np.int32)
+        shares = np.unique(codes, return_counts=True)[1] / len(x)
+        least -= float((shares * np.log2(shares)).sum()) * len(x) / 8
+        bodies += len(quantizer.encode(x, rng))
+    return len(encode(vector, segments, rng=rng, **WHERE)), bodies, least
+
+
 def markdown(rows: list[dict]) -> str:
     """A line a quantizer: for each source the bits and the error; for the Gaussian also the bits above R(D)."""
     sources = list(dict.fromkeys(row["source"] for row in rows))
@@ -145,8 +163,16 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sample", type=Path, help="where to save part of the first update, as the tests have it")
+    parser.add_argument("--entropy", action="store_true", help="payloads of the updates against their entropy")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.entropy:
+        found = updates(options.draws)
+        for bits in (0.1, 0.25, 0.5, 1.0, 2.0):
+            each = [entropy(draw, bits) for draw in found]
+            print(f"{bits:g} bit, above the entropy, %, payload and bodies alone:")
+            print("  " + ", ".join(f"{100 * (a / e - 1):.1f} {100 * (b / e - 1):.1f}" for a, b, e in each))
+        return
     sources = {
         name: [drawn(name, seed) for seed in range(options.draws)] for name in ("Gaussian", "Laplace", "Student t(4)")
     }
