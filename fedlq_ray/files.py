@@ -22,11 +22,24 @@ def write_durably(file: Path, data: bytes | str) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    folder = os.open(file.parent, os.O_RDONLY)
+    _sync(file.parent)
+
+
+def make_folder(folder: Path, exist_ok: bool = False) -> None:
+    """A new folder, and those above it, that are on the disk when this returns."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=exist_ok)
+    for path in new:
+        _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's entries on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 @contextmanager

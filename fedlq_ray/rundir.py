@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.files import write_durably
+from fedlq_ray.files import make_folder, write_durably
 from fedlq_ray.models import FlatModel
 from fedlq_ray.profiles import Profile
 from fedlq_ray.task import Task
@@ -41,13 +42,13 @@ def create(config: Config) -> Path:
                 if (folder / "config.yaml").exists():
                     raise ConfigError(f"out: {folder} holds an unfinished run; go on with it: fedlq resume {folder}")
                 raise ConfigError(f"out: {folder} is there already; name another, or remove it")
-            folder.mkdir(parents=True)
+            make_folder(folder)
         else:
             stem, number = f"runs/{config.name}-{config.seed}", 1
             while True:
                 folder = Path(stem if number == 1 else f"{stem}-{number}")
                 try:
-                    folder.mkdir(parents=True)
+                    make_folder(folder)
                     break
                 except FileExistsError:
                     number += 1
@@ -61,11 +62,12 @@ def describe_clients(folder: Path, task: Task) -> None:
     """clients.csv: what each client has, a row each: its profile, its samples, and how many of each label."""
     counts = label_counts(task.data.y_train, task.shards, task.data.num_classes)
     labels = [f"label_{label}" for label in range(task.data.num_classes)]
-    with (folder / "clients.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["client", *PROFILE_COLUMNS, "samples", "held_out", *labels])
-        for client, (profile, shard, held) in enumerate(zip(task.profiles, task.shards, task.held, strict=True)):
-            table.writerow([client, *astuple(profile), len(shard), len(held), *counts[client].tolist()])
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerow(["client", *PROFILE_COLUMNS, "samples", "held_out", *labels])
+    for client, (profile, shard, held) in enumerate(zip(task.profiles, task.shards, task.held, strict=True)):
+        table.writerow([client, *astuple(profile), len(shard), len(held), *counts[client].tolist()])
+    write_durably(folder / "clients.csv", file.getvalue())
 
 
 def track(
@@ -153,7 +155,8 @@ class Journal:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stream.close()
+        with self._stream:
+            self.sync()
 
     def write(self, record: Record) -> None:
         self._stream.write(_line(record))

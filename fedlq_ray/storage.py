@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlq_ray.checkpoint import Snapshot, pack, unpack
 from fedlq_ray.config import CheckpointConfig, Config
 from fedlq_ray.errors import CheckpointError
-from fedlq_ray.files import write_durably
+from fedlq_ray.files import make_folder, write_durably
 
 SUFFIX = ".ckpt"
 _FIRST_S = 10.0  # before the first checkpoint: a shorter run is as soon run again
@@ -61,7 +61,7 @@ class Folder:
                 stream.write(data)
             system.move(f"{path}/{name}.part", f"{path}/{name}")
             return
-        Path(self.where).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(self.where), exist_ok=True)
         write_durably(Path(self.where) / name, data)
 
     def read(self, name: str) -> bytes:

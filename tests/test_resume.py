@@ -81,7 +81,10 @@ def test_killed_at_every_point(kind: str, whole: dict[str, tuple[bytes, str]], t
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO])
 def test_disk_fails_at_every_point(fault: int, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
+    hit = tmp_path / "hit"
+
     def fail() -> None:
+        hit.touch()
         raise OSError(fault, os.strerror(fault))
 
     number = failed = 0
@@ -98,9 +101,28 @@ def test_disk_fails_at_every_point(fault: int, whole: dict[str, tuple[bytes, str
         failed += code == 3
         assert in_child(lambda out=out: go_on(out, *KINDS["rd"])) == 0, f"after point {number}"
         assert evidence(out) == whole["rd"], f"failed at point {number}"
-        if number > 80:
+        if not hit.exists():
             break
-    assert failed > 10
+        hit.unlink()
+    assert failed > 10 and number > 80  # the points were passed
+
+
+def test_all_is_on_the_disk_before_a_run_counts_as_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was synced, and the journal's length then; names of folders end in /."""
+    synced, real = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        real(descriptor)
+        file = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append(f"{file.relative_to(tmp_path)}{'/' if file.is_dir() else ''}")
+        if file.name == "rounds.jsonl":
+            synced[-1] += f" {len(file.read_text().splitlines())}"
+
+    monkeypatch.setattr(os, "fsync", note)
+    start(tmp_path / "new" / "run", "checkpoint.every_rounds=null")
+    began, ended = synced.index("new/run/.config.yaml.part"), synced.index("new/run/.summary.json.part")
+    assert {"./", "new/"} <= set(synced[:began])
+    assert {"new/run/.clients.csv.part", "new/run/rounds.jsonl 4"} <= set(synced[began:ended])
 
 
 @pytest.mark.parametrize("limit", [0, 700, 3_000, 60_000, 200_000])
