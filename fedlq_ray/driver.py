@@ -9,6 +9,7 @@ import ray
 import torch
 
 from fedlq_ray import rundir
+from fedlq_ray.checkpoint import Snapshot
 from fedlq_ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
 from fedlq_ray.parts import make_importable
 from fedlq_ray.rounds import Outcome, run
@@ -36,7 +37,7 @@ def drive(
     outcome = Outcome(place.initial_weights())
     where = checkpoints(folder, config)
     written = rundir.journal(folder)
-    before, faults = latest(where, len(written))
+    before, faults = latest(where, len(written), lambda rounds: rundir.checksum(folder, rounds))
     records = written[: before["round"] if before else 0]
     if before or faults:
         yield {"resumed": len(records), "records": records, "faults": faults}
@@ -45,8 +46,12 @@ def drive(
     try:
         with rundir.Journal(folder, records) as journal:
             saver = Saver(where, config.checkpoint, host.recall, journal.sync)
+
+            def keep(snapshot: Snapshot) -> None:
+                saver.offer(snapshot | {"journal": journal.checksum()})
+
             try:
-                for record in run(task, strategy, host, outcome, stopped, before, saver.offer):
+                for record in run(task, strategy, host, outcome, stopped, before, keep):
                     journal.write(record)
                     if tracker:
                         tracker.log(record)

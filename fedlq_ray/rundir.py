@@ -124,6 +124,11 @@ def rounds(folder: Path) -> int:
     return len(_lines(folder))
 
 
+def checksum(folder: Path, rounds: int) -> str:
+    """SHA-256 (hex) of the first lines of rounds.jsonl."""
+    return hashlib.sha256(b"".join(line + b"\n" for line in _lines(folder)[:rounds])).hexdigest()
+
+
 def journal(folder: Path, start: int = 0) -> list[Record]:
     """The records of rounds.jsonl that are whole; one that was being written when its process was killed is not.
 
@@ -148,7 +153,9 @@ class Journal:
     def __init__(self, folder: Path, records: list[Record]) -> None:
         """Begins with these records, whatever else was in the file."""
         self.file = folder / "rounds.jsonl"
-        write_durably(self.file, "".join(map(_line, records)))
+        lines = "".join(map(_line, records)).encode()
+        write_durably(self.file, lines)
+        self._sum = hashlib.sha256(lines)
 
     def __enter__(self) -> "Journal":
         self._stream = self.file.open("a")
@@ -159,8 +166,17 @@ class Journal:
             self.sync()
 
     def write(self, record: Record) -> None:
-        self._stream.write(_line(record))
+        line = _line(record)
+        self._put(line)
+        self._sum.update(line.encode())
+
+    def _put(self, text: str) -> None:
+        self._stream.write(text)
         self._stream.flush()
+
+    def checksum(self) -> str:
+        """That of `checksum`, of all lines so far."""
+        return self._sum.hexdigest()
 
     def sync(self) -> None:
         """All that was written is on the disk when this returns."""

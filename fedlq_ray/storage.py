@@ -100,11 +100,14 @@ def checkpoints(folder: Path, config: Config) -> Folder:
     return Folder(config.checkpoint.path, f"{name.read_text()}-")
 
 
-def latest(folder: Folder, rounds: int) -> tuple[Snapshot | None, list[str]]:
+def latest(
+    folder: Folder, rounds: int, checksum: Callable[[int], str] | None = None
+) -> tuple[Snapshot | None, list[str]]:
     """The newest checkpoint that can be used, or None where there is none; and what was wrong with newer ones.
 
     Args:
         rounds: that the journal holds; a checkpoint of more is not usable.
+        checksum: of so many rounds of the journal; a checkpoint that was written after others is not usable.
     Raises:
         CheckpointError: there are checkpoints, and none can be used.
     """
@@ -116,11 +119,19 @@ def latest(folder: Folder, rounds: int) -> tuple[Snapshot | None, list[str]]:
                 raise CheckpointError("does not say of which round it is")
             if snapshot["round"] > rounds:
                 raise CheckpointError(f"is of round {snapshot['round']}, and rounds.jsonl has {rounds} whole rounds")
+            # Versions before wrote none.
+            if checksum and snapshot.get("journal") not in (None, checksum(snapshot["round"])):
+                raise CheckpointError(
+                    f"is of other rounds: rounds.jsonl changed in its first {snapshot['round']} lines"
+                )
             return snapshot, faults
         except (CheckpointError, OSError) as exc:
             faults.append(f"{folder.where}/{name} {exc}")
     if faults:
-        raise CheckpointError("no checkpoint can be used: " + "; ".join(faults))
+        told = "; ".join(faults)
+        raise CheckpointError(
+            f"no checkpoint can be used: {told}; put back what they were, or remove them to start anew"
+        )
     return None, faults
 
 

@@ -113,8 +113,7 @@ def at_point(number: int, happens: Callable[[], None]) -> Any:
         if count == number:
             happens()
 
-    real_sync, real_replace, real_write = os.fsync, Path.replace, Journal.write
-    real_line = rundir._line
+    real_sync, real_replace, real_put = os.fsync, Path.replace, Journal._put
 
     def sync(descriptor: int) -> None:
         point()
@@ -127,18 +126,15 @@ def at_point(number: int, happens: Callable[[], None]) -> Any:
         point()
         return result
 
-    def write(journal: Journal, record: Any) -> None:
-        line = real_line(record)
-        journal._stream.write(line[: len(line) // 2])
-        journal._stream.flush()
+    def put(journal: Journal, line: str) -> None:
+        real_put(journal, line[: len(line) // 2])
         point()
-        with mock.patch.object(rundir, "_line", lambda record: line[len(line) // 2 :]):
-            real_write(journal, record)
+        real_put(journal, line[len(line) // 2 :])
         point()
 
     with (
         mock.patch.object(files.os, "fsync", sync),
         mock.patch.object(Path, "replace", replace),
-        mock.patch.object(Journal, "write", write),
+        mock.patch.object(Journal, "_put", put),
     ):
         yield

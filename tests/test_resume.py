@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import os
 import resource
 import signal
@@ -208,6 +209,30 @@ def test_journal_that_lost_its_end(tmp_path: Path, whole: dict[str, tuple[bytes,
     with pytest.warns(UserWarning, match="whole rounds"):
         resume(tmp_path / "run")
     assert evidence(tmp_path / "run") == whole["fedlq"]
+
+
+def _change(out: Path, number: int) -> None:
+    """One digit of one line of the journal."""
+    lines = (out / "rounds.jsonl").read_text().splitlines(keepends=True)
+    record = json.loads(lines[number])
+    lines[number] = json.dumps(record | {"train_loss": record["train_loss"] + 1}) + "\n"
+    (out / "rounds.jsonl").write_text("".join(lines))
+
+
+def test_journal_that_was_changed(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
+    _cut(tmp_path / "last", *KINDS["fedlq"])
+    newest, older = sorted((tmp_path / "last" / "checkpoints").iterdir(), reverse=True)
+    _change(tmp_path / "last", int(newest.stem) - 1)
+    with pytest.warns(UserWarning, match=f"{newest.name} is of other rounds"):
+        resume(tmp_path / "last")
+    assert evidence(tmp_path / "last") == whole["fedlq"]
+
+    _cut(tmp_path / "first", *KINDS["fedlq"])
+    _change(tmp_path / "first", 0)
+    before = (tmp_path / "first" / "rounds.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used: .*rounds.jsonl changed in its first"):
+        resume(tmp_path / "first")
+    assert (tmp_path / "first" / "rounds.jsonl").read_bytes() == before
 
 
 def test_more_rounds(tmp_path: Path) -> None:
