@@ -137,8 +137,9 @@ class StrategyConfig(Section):
         "floor_bits sets the time that the others may fill",
     )
     floor_bits: float | None = key(
-        2.0, "budget=cohort: rate of the slowest; null: what the convergence bound finds best for a round. "
-        "fedlq_rd, budget=deadline: who cannot send at this rate in time is late; null: at 0.02",
+        2.0, "budget=cohort: rate of the slowest, or the lowest level where that is more; null: what the convergence "
+        "bound finds best for a round. fedlq_rd, budget=deadline: who cannot send at this rate in time is late; "
+        "null: at 0.02",
         unit="bits a parameter", gt=0, le=32,
     )  # fmt: skip
     noise_cost: float = key(

@@ -16,14 +16,19 @@ Noise = Callable[[float], float]  # squared error of a payload at so many bits, 
 
 
 def budgets(
-    config: StrategyConfig, cohort: Sequence[Member], bytes_at: Bytes, noise: Noise | None = None
+    config: StrategyConfig,
+    cohort: Sequence[Member],
+    bytes_at: Bytes,
+    noise: Noise | None = None,
+    cheapest: float = 0.0,
 ) -> list[float]:
     """B_n, bytes of a member's payload, by `strategy.budget`.
 
     bits: `strategy.bits` for all. deadline, cohort: (tau - fixed_n) R_n, at most the cap; tau is `deadline_s`, or the
-    time of the slowest member at the floor, which every member then has time for. The floor is `floor_bits`, or the
-    one of least tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds a round, times how the bound on
-    convergence (docs/theory.md) grows with the levels, to a factor; the cap where no rate below it can be sent.
+    time of the slowest member at the floor, or with `cheapest` bytes, the least that can be planned, where those are
+    more; every member then has time for as many. The floor is `floor_bits`, or the one of least
+    tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds a round, times how the bound on convergence
+    (docs/theory.md) grows with the levels, to a factor; the cap where no rate below it can be sent.
     Without `noise`, that of min-max on a Gaussian.
     """
     if config.budget == "bits":
@@ -35,7 +40,7 @@ def budgets(
         return [min(cap, in_time(m, config.deadline_s, cap)) for m in cohort]
 
     def at_floor(bits: float) -> tuple[float, list[float]]:
-        least = min(cap, bytes_at(bits))
+        least = max(cheapest, min(cap, bytes_at(bits)))
         tau = max(m.fixed_s + least / m.uplink_bytes_per_s for m in cohort)
         # The slowest gets `least` by definition: (tau - fixed) R may come out below it by a rounding.
         return tau, [float(max(least, min(cap, in_time(m, tau, cap)))) for m in cohort]

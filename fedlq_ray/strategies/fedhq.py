@@ -36,7 +36,7 @@ class FedHQ(Strategy):
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
         config = self.setting.config
         levels: tuple[int, ...] = config.levels
-        limits = budgets(config, cohort, partial(bytes_at_levels, self.setting))
+        limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=float(self.sizes[0]))
         fitting = [np.flatnonzero(self.sizes <= limit) for limit in limits]
         chosen = [levels[int(fits[-1]) if len(fits) else 0] for fits in fitting]
         self.chosen = {member.client: bits for member, bits in zip(cohort, chosen, strict=True)}

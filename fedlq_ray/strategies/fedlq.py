@@ -40,21 +40,21 @@ class FedLQ(Strategy):
                 "ratio, or allocation=greedy"
             )
         self.sizes = layer_sizes(setting, config.levels)
+        self.cheapest = setting.fixed_size + int(self.sizes[:, 0].sum())
         self.counts = [layer.size for layer in setting.quantized]
         self.drops = Drops(config.probe_decay)
         self.square, self.spread = 0.0, 1.0  # of the last round's update, and News.spread
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
-        least = self.setting.fixed_size + int(self.sizes[:, 0].sum())
         bodies = self.sizes[:, 0] - LAYER_HEADER
-        scrap = least - int(bodies.sum() - bodies.min())  # one layer, and the headers of all
-        limits = taking_part(self.setting.config, cohort, self.budgets(cohort), least, scrap)
+        scrap = self.cheapest - int(bodies.sum() - bodies.min())  # one layer, and the headers of all
+        limits = taking_part(self.setting.config, cohort, self.budgets(cohort), self.cheapest, scrap)
         made = {limit: self.setting.at_levels(self.levels(limit)) for limit in set(limits.values())}
         return {client: made[limit] for client, limit in limits.items()}
 
     def budgets(self, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload: (tau - fixed_n) R_n, at most those of the cap."""
-        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), self.noise)
+        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), self.noise, self.cheapest)
 
     def expected_bytes(self, cohort: Sequence[Member]) -> list[float]:
         return sent_in_equal_time(self.setting.config, cohort, self.budgets(cohort))

@@ -35,7 +35,8 @@ class FedMPQ(Strategy):
         self.base: list[int] | None = None  # planes that the last mean update occupied; None: the same for all
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
-        limits = budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting))
+        cheapest = self.setting.fixed_size + int(self.sizes[:, 0].sum())
+        limits = budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), cheapest=cheapest)
         plans = {limit: self.setting.at_levels(self.fitted(limit)) for limit in set(limits)}
         return {member.client: plans[limit] for member, limit in zip(cohort, limits, strict=True)}
 

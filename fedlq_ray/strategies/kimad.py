@@ -73,13 +73,13 @@ class Kimad(Strategy):
     def __init__(self, setting: Setting, round_s: float | None = None) -> None:
         if round_s is not None and not round_s > 0:
             raise ValueError(f"round_s must be above 0, got {round_s}")
-        layer_sizes(setting, setting.config.levels)  # tells at once where a quantizer's bytes vary
         self.setting, self.round_s = setting, round_s
+        self.cheapest = setting.fixed_size + int(layer_sizes(setting, setting.config.levels)[:, 0].sum())
 
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
         config = self.setting.config
         if self.round_s is None:
-            limits = budgets(config, cohort, partial(bytes_at_levels, self.setting))
+            limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=self.cheapest)
         else:
             top = bytes_at_levels(self.setting, config.levels[-1])
             limits = [min(top, in_time(member, self.round_s, top)) for member in cohort]
