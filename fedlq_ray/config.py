@@ -77,12 +77,18 @@ class ClientsConfig(Section):
     profiles: Text = key("mixed", "a population's name, or a CSV with a row a client")
     variation: float = key(0.0, "sigma of the log-normal variation of bandwidth and compute by round", ge=0, le=3)
     dropout: float = key(0.0, "probability that a client fails to answer in a round", ge=0, le=1)
-    retries: int = key(2, "times that a client whose actor died or failed is run again in a round", ge=0)
+    retries: int = key(
+        2,
+        "times that a client that raised, or whose actor died, is run again in a round; as often one that was silent",
+        ge=0,
+    )
     timeout_s: Positive = key(
         600.0, "wall time after which a silent actor is given up, and its client run again", unit="s"
     )
     on_failure: Literal["fail", "skip_client"] = key(
-        "fail", "when a client has failed for good: the run fails, or the round goes on without it (record: skipped)"
+        "fail",
+        "when a client raised or its actor died, and retries did not help: the run fails, or the round goes on without "
+        "it (record: skipped); one whose actor was only silent is never skipped, the run fails",
     )
 
 

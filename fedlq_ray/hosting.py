@@ -159,7 +159,8 @@ class RayHost:
     there are actors, a second one for each, so that none waits for its next. The last go to whoever is free first.
 
     An actor that dies, or says nothing for `clients.timeout_s`, is replaced, and what it had to do is done again from
-    the same state: a retry gives the same bytes, and what an actor given up still sends reaches nobody.
+    the same state: a retry gives the same bytes, and what an actor given up still sends reaches nobody. Only the job
+    that it was at counts as failed, not those that waited for it; and who is only silent is never skipped.
     """
 
     def __init__(self, task: Task, kind: str) -> None:
@@ -169,6 +170,7 @@ class RayHost:
         self.not_forked = 0  # actors that should have been
         self.homes: dict[Any, str | None] = {}  # the node that each actor was dealt to
         self.actors: list[Any] = []
+        self.silent = set[Any]()  # those that were given up
         self.fitted: set[str] = set()  # the nodes that they were dealt to
         self.tickets, self.resting = itertools.count(), dict[Any, int]()  # the ticket by which each actor waits
         if kind == "dedicated":
@@ -291,14 +293,14 @@ class RayHost:
         under_way: dict[Any, Attempt] = {}
         load = [0] * self.count  # samples
         heard = [time.monotonic()] * self.count  # since when an actor has been silent
-        tries: Counter[int] = Counter()
+        failed: Counter[tuple[int, bool]] = Counter()  # by client, and whether for silence, which never skips one
+        mourned = set[Any]()  # actors that ended, for which the job that they were at has the blame
         while waiting or under_way:
             while waiting and len(under_way) < self.depth * (1 + (packed and len(waiting) > self.count)):
                 job = waiting.pop()
                 at = min(range(self.count), key=load.__getitem__) if packed else job.client
                 heard[at] = heard[at] if load[at] else time.monotonic()
                 load[at] += job.samples
-                tries[job.client] += 1
                 self._wake(self.actors[at])
                 method = self.actors[at].train.options(num_returns=2)
                 ref, kept = method.remote(job, weights[job.client], self.memories.get(job.client))
@@ -310,7 +312,10 @@ class RayHost:
             if not done:
                 self._give_up_silent(under_way.values(), heard)
                 continue
-            job, at, actor, kept = under_way.pop(done[0])
+            job, at, actor, kept = under_way[done[0]]
+            current = next(ref for ref, attempt in under_way.items() if attempt.actor is actor) is done[0]
+            blamed, silent = True, False
+            del under_way[done[0]]
             load[at], heard[at] = load[at] - job.samples, time.monotonic()
             try:
                 reply = _get(done[0])
@@ -319,22 +324,25 @@ class RayHost:
                 yield job.client, reply
                 continue
             except _DIED as exc:
-                fault = ClientError(
-                    f"its actor died ({_why(exc)}); too little memory? fewer clients.actors use less",
-                    round=job.round,
-                    client=job.client,
-                )
+                why = f"died ({_why(exc)}); too little memory? fewer clients.actors use less"
+                if silent := actor in self.silent:
+                    why = f"said nothing for {self.clients.timeout_s:g} s; raise clients.timeout_s if it needs longer"
+                fault = ClientError(f"its actor {why}; fedlq resume goes on", round=job.round, client=job.client)
+                blamed = current and actor not in mourned
+                mourned |= {actor} if blamed else set()
                 self._wake(actor)  # so that nobody waits for it
                 if self.actors[at] is actor:  # else another of its jobs has brought a new one
                     (self.actors[at],) = self.start(1, self.asks, {*self.actors} - {actor})
                     heard = [time.monotonic()] * self.count  # nobody was listened to in the meantime
             except ObjectLostError as exc:
-                fault = ClientError(f"what it gave was lost ({_why(exc)})", round=job.round, client=job.client)
+                why = f"what it gave was lost ({_why(exc)}); fedlq resume goes on"
+                fault = ClientError(why, round=job.round, client=job.client)
             except ClientError as exc:
                 fault = exc
-            if tries[job.client] <= self.clients.retries and not isinstance(fault, DivergedError):
+            failed[job.client, silent] += blamed
+            if failed[job.client, silent] <= self.clients.retries and not isinstance(fault, DivergedError):
                 waiting.append(job)
-            elif self.clients.on_failure == "skip_client":
+            elif self.clients.on_failure == "skip_client" and not silent:
                 yield job.client, fault
             else:
                 raise fault from None
@@ -343,6 +351,7 @@ class RayHost:
         """End actors that have been silent for too long: their jobs then fail as those of any dead actor do."""
         for at in {attempt.at for attempt in attempts}:
             if time.monotonic() - heard[at] > self.clients.timeout_s:
+                self.silent.add(self.actors[at])
                 ray.kill(self.actors[at])
 
     def evaluate(self, weights: Any) -> "Ask":

@@ -35,12 +35,12 @@ def run(*overrides, **given):
     return fedlq_ray.simulate(load(None, [*QUICK, *overrides]), **given)
 
 
-def records(*overrides, hosting="packed", **given):
-    """Of a run whose driver is this process."""
+def records(*overrides, hosting="packed", strategy=None, **given):
+    """One after another, of a run whose driver is this process."""
     task = prepare(load(None, [*QUICK, *overrides, f"clients.hosting={hosting}"]), **given)
     place = Workplace(task)
     host = on_ray.RayHost(task, hosting)
-    return list(rounds.run(task, make(place.setting), host, rounds.Outcome(place.initial_weights())))
+    yield from rounds.run(task, make(place.setting, strategy), host, rounds.Outcome(place.initial_weights()))
 
 
 def contents(result):
@@ -173,6 +173,34 @@ def test_a_client_that_fails_for_good(hosting):
     assert result.history["train_loss"].notna().all()
 
 
+class Deadly(Picky):
+    """Client 3 ends the actor that it is at; from round 3 on, it stops it."""
+
+    def plan(self, round, cohort, evaluation=None):
+        plans = super().plan(round, cohort, evaluation)
+        number = signal.SIGKILL if round < 3 else signal.SIGSTOP
+        return {c: Plan("update", Signal(p.segments.segments, number if c == 3 else 0)) for c, p in plans.items()}
+
+
+class Signal:
+    def __init__(self, segments, number):
+        self.segments, self.number = segments, number
+
+    def __call__(self, vector):
+        os.kill(os.getpid(), self.number)
+        return self.segments
+
+
+def test_who_ends_its_actor_is_skipped_alone_and_who_is_only_silent_is_never_skipped():
+    seen = []
+    policy = ["clients.on_failure=skip_client", "clients.retries=0", "clients.timeout_s=4"]
+    with pytest.raises(ClientError, match=r"round [345], client 3: its actor said nothing for 4 s; .*resume"):
+        for record in records(*policy, strategy=Deadly):
+            seen.append(record)
+    assert [r["skipped"] for r in seen] == [[c for c in r["cohort"] if c == 3] for r in seen] and len(seen) > 2
+    assert sum(len(r["skipped"]) for r in seen) > 0
+
+
 class Twice:
     """Loads in the driver, and in no actor after it."""
 
@@ -230,8 +258,8 @@ def test_actors_that_are_killed_while_they_start_or_by_ray_for_want_of_memory(tm
         return real(ref, timeout)
 
     monkeypatch.setattr(on_ray, "_get", get)
-    assert records(quantizer=Fatal(tmp_path, 2)) == [json.loads(line) for line in expected[0].splitlines()]
+    assert list(records(quantizer=Fatal(tmp_path, 2))) == [json.loads(line) for line in expected[0].splitlines()]
     assert len(list(tmp_path.iterdir())) == 2 and set(calls) == {None, 600.0}
     with pytest.raises(FedLQError, match="actor did not start: ActorDiedError.*too little memory") as caught:
-        records("clients.retries=1", "clients.actors=1", quantizer=Fatal(tmp_path, 9))
+        next(records("clients.retries=1", "clients.actors=1", quantizer=Fatal(tmp_path, 9)))
     assert len(list(tmp_path.iterdir())) == 4 and len(str(caught.value).splitlines()) == 1
