@@ -310,27 +310,36 @@ def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folde
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine; twice is once."""
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; twice is once.
+
+    Raises:
+        FedLQError: neither is possible.
+    """
     import ray
 
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except Exception as exc:  # ValueError, ConnectionError, RuntimeError, and what else a system raises
+        where = os.environ.get("RAY_ADDRESS")
+        hint = f"is there a cluster at RAY_ADDRESS={where}?" if where else "is there room in /dev/shm and in /tmp?"
+        raise FedLQError(f"Ray did not start: {next(iter(str(exc).splitlines()), repr(exc))}; {hint}") from exc
 
 
 def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
     """The driver actor's events; a driver that dies, or loses what it needs, is started again from the checkpoint."""
     import ray
-    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, RayError, RayTaskError
 
     start_ray()
-    shared = ray.put(task)
     with interrupts:
-        left, furthest = _RESTARTS, -1
+        left, furthest, shared = _RESTARTS, -1, None
         while True:
             try:
+                shared = shared or ray.put(task)
                 for event in _driven(shared, strategy, track, interrupts, folder):
                     if "record" in event and event["record"]["round"] > furthest:
                         left, furthest = _RESTARTS, event["record"]["round"]
@@ -340,6 +349,8 @@ def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folde
                 cause = exc.cause
                 if isinstance(cause, FedLQError | OSError):
                     raise cause from None
+                if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+                    raise _full(cause, folder) from None
                 fault = f"the driver failed: {cause!r}"
                 if not isinstance(cause, RayError) or not left:
                     raise FedLQError(fault) from None
@@ -347,10 +358,20 @@ def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folde
                 fault = f"the driver actor died: {str(exc).splitlines()[0]}"
                 if not left:
                     raise FedLQError(fault) from None
+            except (ObjectStoreFullError, OutOfDiskError) as exc:
+                raise _full(exc, folder) from exc
             except RayError as exc:
                 raise FedLQError(f"Ray: {str(exc).splitlines()[0]}") from exc
             left -= 1
             yield {"restarted": fault}
+
+
+def _full(exc: Exception, folder: Path) -> FedLQError:
+    """What to do where Ray has no room for an object; to begin again at once would not help."""
+    return FedLQError(
+        f"Ray's object store has no room ({type(exc).__name__}: {str(exc).splitlines()[0]}): free /dev/shm, and disk "
+        f"in Ray's temporary folder, or take a smaller model or cohort; go on with: fedlq resume {folder}"
+    )
 
 
 def _driven(task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from faults import MARK, left, workers
 from ray import cloudpickle
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError
 
 import fedlq_ray
 from fedlq_ray import hosting as on_ray
@@ -199,6 +200,45 @@ def test_who_ends_its_actor_is_skipped_alone_and_who_is_only_silent_is_never_ski
             seen.append(record)
     assert [r["skipped"] for r in seen] == [[c for c in r["cohort"] if c == 3] for r in seen] and len(seen) > 2
     assert sum(len(r["skipped"]) for r in seen) > 0
+
+
+class Large(Picky):
+    """Finds no room for its plan."""
+
+    def plan(self, round, cohort, evaluation=None):
+        raise OutOfDiskError("local disk is full")
+
+
+def test_a_full_object_store_is_told_at_once(monkeypatch):
+    """In the driver, and before there is one."""
+    events = []
+    full = r"^Ray.s object store has no room \({}\): .*: fedlq resume "
+    with pytest.raises(FedLQError, match=full.format("OutOfDiskError: local disk is full")):
+        run("clients.hosting=packed", "out=full", strategy=Large, watch=lambda event: events.extend(event))
+    assert "restarted" not in events and "hosting" in events
+
+    def put(value):
+        raise ObjectStoreFullError("Failed to put object")
+
+    monkeypatch.setattr(ray, "put", put)
+    with pytest.raises(FedLQError, match=full.format("ObjectStoreFullError: Failed to put object")) as caught:
+        run("clients.hosting=packed")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_ray_that_cannot_start_or_be_joined_is_told(monkeypatch):
+    def init(**options):
+        raise ValueError("To be usable, object_store_memory must be at least 79 MB\nfoo")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(
+        FedLQError, match=r"^Ray did not start: To be usable, .* MB; is there room in /dev/shm and in /tmp\?$"
+    ):
+        run("clients.hosting=packed")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere:1")
+    with pytest.raises(FedLQError, match=r"is there a cluster at RAY_ADDRESS=nowhere:1\?$"):
+        run("clients.hosting=packed")
 
 
 class Twice:
