@@ -1,9 +1,11 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlq_ray.quantization import LAYER_HEADER, MinMax
 from fedlq_ray.significance import exact, greedy, memory_saving
 
 LEVELS = np.array([1, 2, 4, 8])
@@ -31,6 +33,35 @@ def test_exact_is_what_trying_all_gives_and_greedy_never_beats_it(seed, layers, 
     assert abs(found.drop - best) < 1e-12
     assert found.size <= budget and fast.size <= budget
     assert fast.drop >= best - 1e-12
+
+
+def any_falling(rng, bits, layers):
+    """Drops of no order but that they fall with the level."""
+    return np.sort(rng.random((layers, len(bits))), axis=1)[:, ::-1]
+
+
+def fourfold(rng, bits, layers):
+    """Drops that fall fourfold a bit, layers of unequal weight, with noise: made to fall, as probes' are."""
+    weight, noise = np.exp(2 * rng.normal(size=(layers, 1))), np.exp(0.3 * rng.normal(size=(layers, len(bits))))
+    return np.maximum.accumulate((weight * noise * 4.0**-bits)[:, ::-1], axis=1)[:, ::-1]
+
+
+# 300 tables of the CNN's layers, budgets between the cheapest and the dearest payload. `pytest -s -k distance` prints
+# what docs/algorithms/fedlq.md tells.
+@pytest.mark.parametrize(("tables", "ninetieth"), [(any_falling, 1.02), (fourfold, 1.12)])
+def test_the_distance_of_greedy_from_exact(tables, ninetieth):
+    rng, bits = np.random.default_rng(0), np.array([1, 2, 3, 4, 6, 8])
+    sizes = np.array([[LAYER_HEADER + MinMax(int(b)).size(d) for b in bits] for d in (416, 12_832, 131_328, 2_570)])
+    ratios = []
+    for _ in range(300):
+        drops = tables(rng, bits, len(sizes))
+        budget = sizes[:, 0].sum() + rng.random() * (sizes[:, -1] - sizes[:, 0]).sum()
+        ratios.append(greedy(drops, sizes, budget).drop / exact(drops, sizes, budget).drop)
+    median, high = np.quantile(ratios, [0.5, 0.9])
+    best = np.mean(np.array(ratios) < 1 + 1e-9)
+    print(f"\n{tables.__name__}: median {median:.3f}, p90 {high:.3f}, max {max(ratios):.2f}, exact in {best:.0%}")
+    assert min(ratios) >= 1 - 1e-9
+    assert median <= 1 + 1e-9 and high <= ninetieth
 
 
 def test_a_budget_below_the_cheapest_gives_the_cheapest():
