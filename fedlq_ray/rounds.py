@@ -103,8 +103,9 @@ def run(
 
     Args:
         saved: where to go on from; None: from the start.
-        keep: called after each record with what a run needs to go on from there. Its values are replaced from round to
-            round, never changed in place; `memories` are in the host's form.
+        keep: called after each record with what a run needs to go on from there, but not after an evaluation that only
+            the last round has: with more rounds it has none. Its values are replaced from round to round, never changed
+            in place; `memories` are in the host's form.
     Raises:
         ClientError: a client failed.
         FedLQError: the average is not finite.
@@ -162,7 +163,10 @@ def run(
         target = config.target_accuracy
         if config.stop_at_target and evaluation and target is not None and evaluation.accuracy >= target:
             raise _Reached  # and nothing is kept to go on from: a resume would train past the target
-        keep(after | {"test_loss": last_evaluation})
+        if (
+            future is None or after["round"] % config.evaluate_every == 0
+        ):  # else more rounds would not have evaluated it
+            keep(after | {"test_loss": last_evaluation})
 
     published = host.publish(outcome.weights)
 

@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -242,6 +243,21 @@ def test_more_rounds(tmp_path: Path) -> None:
     assert evidence(tmp_path / "run") == evidence(tmp_path / "long")
     assert result.summary["rounds"] == 6
     assert result.summary["config_sha256"] == rundir.read(tmp_path / "long").summary["config_sha256"]  # type: ignore[index]
+
+
+def test_more_rounds_after_the_last(tmp_path: Path) -> None:
+    """Killed when only summary.json was missing. The last round was evaluated; of more rounds it is not."""
+    settings = ("strategy.name=adaquantfl", "evaluate_every=3")
+    start(tmp_path / "long", *settings, "rounds=6")
+
+    def run() -> None:
+        with mock.patch.object(rundir, "summarise", lambda *arguments: die()):
+            start(tmp_path / "run", *settings)
+
+    assert in_child(run) == -signal.SIGKILL
+    assert len(rundir.journal(tmp_path / "run")) == 4
+    resume(tmp_path / "run", ["rounds=6"])
+    assert evidence(tmp_path / "run") == evidence(tmp_path / "long")
 
 
 def test_what_may_not_be(tmp_path: Path) -> None:
