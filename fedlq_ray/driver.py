@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from fedlq_ray import rundir
 from fedlq_ray.checkpoint import Snapshot
 from fedlq_ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
+from fedlq_ray.identity import identity
 from fedlq_ray.parts import make_importable
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
@@ -34,10 +36,11 @@ def drive(
     """
     place, config = Workplace(task), task.config
     strategy = make(place.setting, given)
+    whose = identity(task, strategy)
     outcome = Outcome(place.initial_weights())
     where = checkpoints(folder, config)
     written = rundir.journal(folder)
-    before, faults = latest(where, len(written), lambda rounds: rundir.checksum(folder, rounds))
+    before, faults = latest(where, len(written), partial(rundir.checksum, folder))
     records = written[: before["round"] if before else 0]
     if before or faults:
         yield {"resumed": len(records), "records": records, "faults": faults}
@@ -48,7 +51,7 @@ def drive(
             saver = Saver(where, config.checkpoint, host.recall, journal.sync)
 
             def keep(snapshot: Snapshot) -> None:
-                saver.offer(snapshot | {"journal": journal.checksum()})
+                saver.offer(snapshot | {"identity": whose, "journal": journal.checksum()})
 
             try:
                 for record in run(task, strategy, host, outcome, stopped, before, keep):

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.files import locked, write_durably
+from fedlq_ray.identity import identity, require_same
 from fedlq_ray.models import FlatModel
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
@@ -121,7 +123,7 @@ def resume(
         model, data, strategy, quantizer: as they were given to `simulate`.
         watch: as for `simulate`; hears of {"resumed": round, ...} too.
     Raises:
-        ConfigError: no such run, or it is finished, or running, or a setting may not change.
+        ConfigError: no such run, or it is finished, or running, or what it is of has changed (nothing was written).
         CheckpointError: there are checkpoints, and none can be used.
         FedLQError: the run failed again.
     """
@@ -136,8 +138,11 @@ def resume(
         raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_device(config)
-    make(Workplace(task).setting, strategy)
+    now = identity(task, make(Workplace(task).setting, strategy))
     with locked(folder), _told(folder):
+        where = storage.checkpoints(folder, config)
+        saved, _ = storage.latest(where, len(found.records), partial(rundir.checksum, folder))
+        require_same(saved.get("identity", {}) if saved else {}, now, folder)  # versions before kept none
         write_durably(folder / "config.yaml", to_yaml(config))
         track = found.tracking or rundir.track(folder, config, None, tags(), dataset(task))
         return _carry_out(task, strategy, folder, track, watch)
@@ -258,7 +263,7 @@ def dataset(task: Task) -> dict[str, str]:
     }
     return {
         "name": data.name,
-        "digest": data.digest(),
+        "digest": task.data_digest,
         "source_type": "local",
         "source": config.path or data.name,
         "profile": json.dumps(profile),

@@ -46,6 +46,11 @@ class Task:
     flops: float
     quantizer: Family
 
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """That of `data`, made once: large data take seconds."""
+        return self.data.digest()
+
 
 def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: Any = None) -> Task:
     """Load, split and build all that `config` names; objects given here go before its names.

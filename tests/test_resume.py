@@ -16,12 +16,16 @@ import numpy as np
 import pytest
 import torch
 from faults import SMALL, at_point, die, evidence, go_on, in_child, start
+from torch import nn
 
 from fedlq_ray import config as configuration
 from fedlq_ray import rundir
 from fedlq_ray.checkpoint import Snapshot, pack, remembered, unpack
+from fedlq_ray.data import Dataset
 from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
 from fedlq_ray.files import locked
+from fedlq_ray.identity import require_same
+from fedlq_ray.quantization import MinMax, Quantizer
 from fedlq_ray.simulation import resume, simulate
 from fedlq_ray.storage import Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
@@ -167,7 +171,7 @@ def test_every_strategy_remembers(name: str, tmp_path: Path) -> None:
     assert evidence(out) == evidence(tmp_path / "whole")
 
 
-def _cut(out: Path, *settings: str, after: int = 3) -> None:
+def _cut(out: Path, *settings: str, after: int = 3, **given: Any) -> None:
     """A run that ends abruptly after some rounds, with checkpoints."""
 
     def run() -> None:
@@ -178,7 +182,7 @@ def _cut(out: Path, *settings: str, after: int = 3) -> None:
             if sum(rounds) == after:
                 die()
 
-        simulate(configuration.load(None, [*SMALL, *settings, f"out={out}"]), watch=watch)
+        simulate(configuration.load(None, [*SMALL, *settings, f"out={out}"]), watch=watch, **given)
 
     assert in_child(run) == -signal.SIGKILL
 
@@ -258,6 +262,67 @@ def test_more_rounds_after_the_last(tmp_path: Path) -> None:
     assert len(rundir.journal(tmp_path / "run")) == 4
     resume(tmp_path / "run", ["rounds=6"])
     assert evidence(tmp_path / "run") == evidence(tmp_path / "long")
+
+
+class Own(BY_NAME["uniform"]):  # type: ignore[valid-type,misc]
+    pass
+
+
+def own_quantizer(bits: int) -> Quantizer:
+    return MinMax(bits)
+
+
+def own_model(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def own_data() -> tuple[Any, ...]:
+    x, y = np.random.default_rng(0).integers(0, 16, (420, 8, 8), np.uint8), np.arange(420) % 10
+    return x[:400], y[:400], x[400:], y[400:]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"strategy": Own}, {"quantizer": own_quantizer}, {"model": own_model}, {"data": own_data()}],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_was_given_must_be_given_again(given: dict[str, Any], tmp_path: Path) -> None:
+    """Each alone is told, and nothing is written."""
+    out = tmp_path / "run"
+    simulate(configuration.load(None, [*SMALL, "strategy.name=uniform", f"out={tmp_path / 'whole'}"]), **given)
+    _cut(out, "strategy.name=uniform", **given)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    (name,) = given
+    with pytest.raises(ConfigError, match=rf"{name} was .* and is .*resume\(\.\.\., {name}=\.\.\.\)"):
+        resume(out, ["rounds=5"])
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    resume(out, **given)
+    assert evidence(out) == evidence(tmp_path / "whole")
+
+
+def test_settings_that_were_changed_in_the_folder(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
+    out = tmp_path / "run"
+    _cut(out, *KINDS["rd"])
+    settings = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(settings.replace("  lr: 0.1\n", "  lr: 0.5\n", 1))
+    with pytest.raises(ConfigError, match=r"train.lr was 0.1 and is 0.5; set config.yaml back"):
+        resume(out)
+    (out / "config.yaml").write_text(settings)
+    resume(out, ["name=other", "clients.retries=0"])  # without effect
+    assert evidence(out) == whole["rd"]
+
+
+def test_data_are_told_apart_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every round: it reads all of them."""
+    made, real = [], Dataset.digest
+    monkeypatch.setattr(Dataset, "digest", lambda data: made.append(data) or real(data))
+    start(tmp_path / "run")
+    assert len(made) == 1
+
+
+def test_what_another_version_does_not_know_is_not_compared(tmp_path: Path) -> None:
+    require_same({"old": 1, "same": [1, 2.5]}, {"new": 2, "same": [1, 2.5]}, tmp_path)
+    require_same({}, {"new": 2}, tmp_path)
 
 
 def test_what_may_not_be(tmp_path: Path) -> None:
