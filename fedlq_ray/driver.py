@@ -1,5 +1,6 @@
 """The driver: an actor that runs the rounds, tracks them, and streams their records to who started it."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -83,7 +84,7 @@ def drive(
 
 @ray.remote(num_cpus=0)
 class Driver:
-    """Two calls at a time: the rounds, and the word to stop."""
+    """Two calls at a time: the rounds, and the word to stop, or the question whether it lives."""
 
     def __init__(self, folder: str) -> None:
         make_importable(folder)
@@ -98,6 +99,9 @@ class Driver:
             why += f"; {host.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
         yield {"hosting": kind, "why": why, "actors": host.count, "startup_s": time.perf_counter() - started}
         yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
+
+    def alive(self) -> int:
+        return os.getpid()
 
     def stop(self) -> None:
         """End after the payload that is being folded."""

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -345,7 +346,7 @@ def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folde
         while True:
             try:
                 shared = shared or ray.put(task)
-                for event in _driven(shared, strategy, track, interrupts, folder):
+                for event in _driven(shared, strategy, track, interrupts, folder, task.config.clients.timeout_s):
                     if "record" in event and event["record"]["round"] > furthest:
                         left, furthest = _RESTARTS, event["record"]["round"]
                     yield event
@@ -379,9 +380,15 @@ def _full(exc: Exception, folder: Path) -> FedLQError:
     )
 
 
-def _driven(task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
-    """One driver actor's events. It lives on this node: the run's folder is here."""
+def _driven(
+    task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path, timeout_s: float
+) -> Iterator[Event]:
+    """One driver actor's events. It lives on this node: the run's folder is here.
+
+    Where it does not answer for `timeout_s`, it is ended for good: one that woke up later would write to the folder.
+    """
     import ray
+    from ray.exceptions import RayActorError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from fedlq_ray.driver import Driver
@@ -389,7 +396,8 @@ def _driven(task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     driver = Driver.options(max_concurrency=2, scheduling_strategy=here).remote(os.getcwd())  # type: ignore[attr-defined]
     stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
-    told = False
+    told, pid, asked = False, None, time.monotonic()
+    alive = driver.alive.remote()
     try:
         while True:
             if interrupts.received is not None and not told:
@@ -401,5 +409,12 @@ def _driven(task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder
                     yield ray.get(next(stream))
                 except StopIteration:
                     return
+            elif ray.wait([alive], timeout=0)[0]:
+                if time.monotonic() - asked > timeout_s / 4 or pid is None:
+                    pid, asked, alive = ray.get(alive), time.monotonic(), driver.alive.remote()
+            elif pid and time.monotonic() - asked > timeout_s:
+                with contextlib.suppress(OSError):  # it is gone
+                    os.kill(pid, signal.SIGKILL)
+                raise RayActorError(error_msg=f"it said nothing for {timeout_s:g} s")
     finally:
         ray.kill(driver)

@@ -99,16 +99,23 @@ def test_a_fork_server_that_dies_costs_no_result(expected):
     assert len(hit) == 1
 
 
-def test_a_driver_that_dies_goes_on_from_its_checkpoint(expected):
-    events = []
-    kill = once(3, lambda: send(signal.SIGKILL, "Driver"))
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_driver_that_dies_or_hangs_goes_on_from_its_checkpoint(number, expected):
+    events, first = [], []
+
+    def hit():
+        first.extend(workers("Driver", os.getpid()))
+        send(number, "Driver")
+
+    kill = once(3, hit)
 
     def watch(event):
         events.append(next(iter(event)))
         kill(event)
 
-    assert contents(run("clients.hosting=packed", watch=watch)) == expected
+    assert contents(run("clients.hosting=packed", "clients.timeout_s=8", watch=watch)) == expected
     assert events.count("restarted") == 1 and events.count("resumed") == 1
+    assert len(first) == 1 and not Path(f"/proc/{first[0]}").exists()
 
 
 def test_a_run_that_is_killed_outright_goes_on():
