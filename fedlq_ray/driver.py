@@ -46,7 +46,7 @@ def drive(
     if before or faults:
         yield {"resumed": len(records), "records": records, "faults": faults}
     tracker = Tracker(tracking, config, records) if tracking else None
-    status, told = "FAILED", set[int]()
+    status, told, heard = "FAILED", set[int](), True
     try:
         with rundir.Journal(folder, records) as journal:
             saver = Saver(where, config.checkpoint, host.recall, journal.sync)
@@ -72,8 +72,11 @@ def drive(
             if saver.failure:
                 yield {"warning": saver.failure}
         status = "FINISHED" if outcome.completed else "KILLED"
+    except (KeyboardInterrupt, GeneratorExit):  # a second interrupt, here or in who listens
+        status, heard = "KILLED", False
+        raise
     finally:
-        tracked = tracker.finish(status) if tracker else None
+        tracked = tracker.finish(status, wait=heard) if tracker else None
     yield {
         "weights": outcome.weights.numpy(),
         "completed": outcome.completed,

@@ -183,7 +183,7 @@ def _carry_out(
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {"made_by": provenance.made_by()}
-    status = "FAILED"
+    status, hurry = "FAILED", False
     interrupts = Interrupts()
     host = _serial if config.clients.hosting == "serial" else _on_ray
     try:
@@ -206,11 +206,11 @@ def _carry_out(
                 watch(event)
         status = "FINISHED" if last.get("completed") else "KILLED"
     except KeyboardInterrupt:
-        status = "KILLED"
+        status, hurry = "KILLED", True
         raise
     finally:
-        if not last:
-            _mark(folder, track, config, records, status)
+        if not last and track and (fault := tracking.mark(track, config, records, status, hurry)):
+            warnings.warn(f"MLflow has no status of this run ({fault}); fedlq sync {folder} sets it", stacklevel=3)
         timing |= last.get("timing", {}) | {"status": status}
         with contextlib.suppress(OSError):  # what else went wrong is told
             write_durably(folder / "timing.json", json.dumps(timing, indent=1))
@@ -218,9 +218,9 @@ def _carry_out(
     flat = FlatModel(copy.deepcopy(task.module))
     flat.load(torch.from_numpy(weights))
     rundir.save_model(folder, flat)
-    if last.get("tracked"):
+    if track and last["tracked"]:
         warnings.warn(
-            f"MLflow at {config.tracking.uri} failed ({last['tracked']}); log the run later: fedlq sync {folder}",
+            f"MLflow at {track.uri} failed ({last['tracked']}); log the run later: fedlq sync {folder}",
             stacklevel=3,
         )
     if status == "KILLED":
@@ -232,16 +232,6 @@ def _carry_out(
     if track and not last["tracked"]:
         _attach(folder, track, config, records, copy.deepcopy(task.module))
     return Result(pd.DataFrame(records), summary, weights, folder)
-
-
-def _mark(folder: Path, track: Any, config: Config, records: list[Any], status: str) -> None:
-    """A run whose driver is gone gets its status in MLflow from here."""
-    if track is None:
-        return
-    try:
-        tracking.sync(track, config, records, status, None)
-    except Exception as exc:  # telemetry: the run's own error is what the user must see
-        warnings.warn(f"MLflow has no status of this run ({exc}); fedlq sync {folder} sets it", stacklevel=2)
 
 
 def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any], module: Any) -> None:

@@ -27,6 +27,7 @@ from fedlq_ray.files import alone
 
 FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
 _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
+_HURRY_S = 2.0  # the same after a second interrupt
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,10 @@ class Tracker:
         """Takes no time."""
         self._queue.put(dict(record))
 
-    def finish(self, status: str) -> str | None:
+    def finish(self, status: str, wait: bool = True) -> str | None:
         """Wait, a bounded time, until all is logged. What went wrong, or None."""
         self._queue.put(status)
-        self._thread.join(_WAIT_S)
+        self._thread.join(_WAIT_S if wait else 0)
         if self._thread.is_alive():
             return f"did not answer for {_WAIT_S:.0f} s"
         return self.failure
@@ -240,6 +241,24 @@ def sync(
         _log_files(client, run_id, tracking, config, records, folder, module)
     client.set_terminated(run_id, status)
     return run_id
+
+
+def mark(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], status: str, hurry: bool) -> str:
+    """`sync` without files, in a bounded time. What went wrong, or nothing."""
+    wait_s = _HURRY_S if hurry else _WAIT_S
+    told = [f"did not answer for {wait_s:.0f} s"]
+
+    def work() -> None:
+        try:
+            sync(tracking, config, records, status, None)
+            told[0] = ""
+        except Exception as exc:  # telemetry: the run's own error is what the user must see
+            told[0] = f"{type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}"[:300]
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(wait_s)
+    return told[0]
 
 
 def attach(

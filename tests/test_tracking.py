@@ -121,6 +121,31 @@ def test_a_server_that_does_not_answer_costs_seconds_and_no_result(hangs):
     assert "model/MLmodel" in {file.path for file in client.list_artifacts(run_id, "model")}
 
 
+@pytest.mark.parametrize("during", ["rounds", "end"])
+def test_a_second_interrupt_leaves_at_once_while_mlflow_hangs(during):
+    second = []
+
+    def interrupt():
+        second.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def stop(event):
+        if "record" in event and not second:
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Timer(1, interrupt).start() if during == "end" else interrupt()
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        config = load(
+            None, [*QUICK, "rounds=99", "out=cut", f"tracking.uri=http://127.0.0.1:{server.getsockname()[1]}"]
+        )
+        with pytest.warns(UserWarning, match="did not answer for 2 s.; fedlq sync"), pytest.raises(KeyboardInterrupt):
+            simulate(config, watch=stop)
+        assert time.monotonic() - second[0] < 8
+    assert json.loads(Path("cut/timing.json").read_text())["status"] == "KILLED"
+
+
 @pytest.mark.parametrize("status", [500, 429, 404])
 def test_a_server_that_answers_with_errors_costs_seconds_and_no_result(status, monkeypatch):
     monkeypatch.setattr(tracking, "_WAIT_S", 5)
