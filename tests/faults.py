@@ -1,6 +1,8 @@
 """What the reliability tests share: a run in a process of its own that ends, or fails, at its N-th fault point."""
 
 import contextlib
+import functools
+import itertools
 import os
 import signal
 import sys
@@ -41,8 +43,13 @@ def in_child(work: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@functools.cache
+def _settings(*settings: str) -> configuration.Config:
+    return configuration.load(None, [*SMALL, *settings])
+
+
 def start(out: Path, *settings: str) -> None:
-    simulate(configuration.load(None, [*SMALL, *settings, f"out={out}"]))
+    simulate(_settings(*settings).model_copy(update={"out": str(out)}))
 
 
 def go_on(out: Path, *settings: str) -> None:
@@ -105,12 +112,10 @@ def die() -> None:
 def at_point(number: int, happens: Callable[[], None]) -> Any:
     """Something happens at the N-th of these points: before and after each write, sync and rename of a run's files, and
     in the middle of each line of the journal."""
-    count = 0
+    count = itertools.count(1)  # counts each once, also from two threads
 
     def point() -> None:
-        nonlocal count
-        count += 1
-        if count == number:
+        if next(count) == number:
             happens()
 
     real_sync, real_replace, real_put = os.fsync, Path.replace, Journal._put
