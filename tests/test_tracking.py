@@ -1,5 +1,6 @@
 """MLflow: a server that is down or hangs costs no result, and what it missed can be logged later."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -12,13 +13,16 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from faults import in_child
 from safetensors.torch import load_file
 
-from fedlq_ray import ClientError, resume, rundir, simulate, tracking
+from fedlq_ray import ClientError, FedLQError, cli, resume, rundir, simulate, tracking
 from fedlq_ray.config import load
 from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import Terminated
@@ -147,7 +151,7 @@ def test_a_second_interrupt_leaves_at_once_while_mlflow_hangs(during):
 
 
 @pytest.mark.parametrize("status", [500, 429, 404])
-def test_a_server_that_answers_with_errors_costs_seconds_and_no_result(status, monkeypatch):
+def test_a_server_that_answers_with_errors_costs_seconds_and_no_result(status, monkeypatch, capfd):
     monkeypatch.setattr(tracking, "_WAIT_S", 5)
 
     class Refuses(http.server.BaseHTTPRequestHandler):
@@ -165,11 +169,109 @@ def test_a_server_that_answers_with_errors_costs_seconds_and_no_result(status, m
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         start = time.monotonic()
-        with pytest.warns(UserWarning, match="fedlq sync"):
-            result = run(f"tracking.uri=http://127.0.0.1:{server.server_port}")
+        uri = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(sys, "argv", ["fedlq", "run", *QUICK, "out=here", f"tracking.uri={uri}"])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            warnings.simplefilter("default")
+            cli.main()
         assert time.monotonic() - start < 60
         server.shutdown()
-    assert json.loads((result.path / "timing.json").read_text())["status"] == "FINISHED"
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert ended.value.code == 0 and "fedlq sync here" in warning
+    where = rundir.read(Path("here")).tracking
+    Path("here/tracking.json").write_text(json.dumps(asdict(where) | {"uri": f"sqlite:///{Path.cwd()}/mlflow.db"}))
+    require_complete("here", 3)
+
+
+def require_complete(folder, rounds):
+    """`fedlq sync` completes a run in the store of this folder."""
+    assert CliRunner().invoke(cli.cli, ["sync", folder]).exit_code == 0
+    assert rows("select status from runs") == [("FINISHED",)]
+    assert rows("select count(*) from metrics where key = 'train_loss'") == [(rounds,)]
+
+
+def logged():
+    """Rounds that MLflow has of a run that is going on."""
+    with contextlib.suppress(sqlite3.OperationalError):  # no such table yet
+        return rows(
+            "select count(*) from metrics join runs using (run_uuid) where status = 'RUNNING' and key = 'train_loss'"
+        )[0][0]
+    return 0
+
+
+def wait_until(true):
+    end = time.monotonic() + 60
+    while not true() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert true()
+
+
+@pytest.fixture
+def mlflow_server(monkeypatch):
+    """Starts MLflow's own server on a port, with a store in this folder."""
+    from mlflow.server import app, handlers
+    from werkzeug.serving import make_server
+
+    tracking.connect("sqlite:///mlflow.db").search_experiments()  # makes the store
+    monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{Path.cwd()}/mlflow.db")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", f"{Path.cwd()}/mlruns")
+    monkeypatch.setattr(handlers, "_tracking_store", None)
+    servers = []
+
+    def start(port):
+        servers.append(make_server("127.0.0.1", port, app, threaded=True))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["and back", "for good"])
+def test_a_server_that_is_lost_in_mid_run_costs_no_result(back, mlflow_server):
+    server = mlflow_server(0)
+    uri = f"http://127.0.0.1:{server.server_port}"
+
+    def lose(event):
+        if event.get("record", {}).get("round") == 1:
+            wait_until(logged)
+            server.shutdown()
+            server.server_close()
+        if event.get("record", {}).get("round") == 3 and back:
+            time.sleep(3)  # more than MLflow's client waits until it tries again
+            mlflow_server(server.server_port)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        start = time.monotonic()
+        result = simulate(load(None, [*QUICK, "rounds=6", "out=lost", f"tracking.uri={uri}"]), watch=lose)
+    assert time.monotonic() - start < 60
+    (warning,) = [str(warning.message) for warning in told if warning.category is UserWarning]
+    assert f"MLflow at {uri} failed" in warning and warning.endswith("fedlq sync lost")
+    assert 0 < logged() < 6
+    plain = run("rounds=6", "tracking.uri=null")
+    assert (result.path / "rounds.jsonl").read_bytes() == (plain.path / "rounds.jsonl").read_bytes()
+    if back:
+        require_complete("lost", 6)
+    else:
+        failed = CliRunner().invoke(cli.cli, ["sync", "lost"]).exception
+        assert isinstance(failed, FedLQError) and str(failed).startswith(f"MLflow at {uri} failed")
+
+
+def test_a_run_that_was_left_running_by_a_kill_is_put_right():
+    def kill(event):
+        if event.get("record", {}).get("round") == 1:
+            wait_until(logged)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    more = ["rounds=5", "out=cut", "checkpoint.every_rounds=1"]
+    assert in_child(lambda: simulate(load(None, [*QUICK, *more]), watch=kill)) == -signal.SIGKILL
+    assert rows("select status from runs") == [("RUNNING",)]
+    resume("cut")
+    assert rows("select status from runs") == [("FINISHED",)]
+    assert rows("select count(*) from metrics where key = 'train_loss'") == [(5,)]
 
 
 @pytest.mark.parametrize("locked_s", [1, 20])
