@@ -168,7 +168,7 @@ class Strategy:
         return None
 
     def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
-        """The members' shares of the average: by samples, as FedAvg has it."""
+        """The members' shares of the average: by samples of a pass, so that `train.max_samples` caps them."""
         total = sum(member.samples for member in cohort)
         return [member.samples / total for member in cohort]
 

@@ -1,6 +1,7 @@
 """FedAvg. McMahan et al., AISTATS 2017, arXiv:1602.05629, Algorithm 1.
 
-Departs from it: a client sends its update (or its model, `strategy.payload`) through the wire format, as float32.
+Departs from it: a client sends its update (or its model, `strategy.payload`) through the wire format, as float32; it
+weighs by the samples of a pass, min(shard, `train.max_samples`), where the paper has the whole shard.
 """
 
 from collections.abc import Mapping, Sequence
