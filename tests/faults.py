@@ -23,6 +23,12 @@ SMALL = (
     "rounds=4", "clients.count=6", "clients.cohort=3", "clients.hosting=serial", "train.local_epochs=1",
     "train.max_samples=32", "evaluate_every=2", "tracking.uri=null", "checkpoint.every_rounds=1",
 )  # fmt: skip
+# Between them, all that a run remembers: strategy state, error memory, EF21, coded downlink, server moments, work.
+KINDS = {
+    "fedlq": ["strategy.name=fedlq", "strategy.probe_every=1", "strategy.probe_samples=16"],
+    "rd": ["strategy.name=fedlq_rd", "network.downlink_bits=1", "strategy.floor_bits=null", "train.adaptive_work=4"],
+    "ef21": ["strategy.name=ecsq", "strategy.error_feedback=ef21", "strategy.bits=1", "server.optimizer=adam"],
+}
 
 
 def in_child(work: Callable[[], Any]) -> int:

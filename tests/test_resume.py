@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from faults import SMALL, at_point, die, evidence, go_on, in_child, start
+from faults import KINDS, SMALL, at_point, die, evidence, go_on, in_child, start
 from torch import nn
 
 from fedlq_ray import config as configuration
@@ -31,12 +31,6 @@ from fedlq_ray.simulation import resume, simulate
 from fedlq_ray.storage import Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
 
-# Between them, all that a run remembers: strategy state, error memory, EF21, coded downlink, server moments, work.
-KINDS = {
-    "fedlq": ["strategy.name=fedlq", "strategy.probe_every=1", "strategy.probe_samples=16"],
-    "rd": ["strategy.name=fedlq_rd", "network.downlink_bits=1", "strategy.floor_bits=null", "train.adaptive_work=4"],
-    "ef21": ["strategy.name=ecsq", "strategy.error_feedback=ef21", "strategy.bits=1", "server.optimizer=adam"],
-}
 STRATEGIES = ["adaquantfl", "dadaquant", "feddq", "adagq", "fedhq", "fedmpq", "lgreco", "kimad", "stc"]
 
 
