@@ -1,13 +1,19 @@
-"""How often checkpoints are written, and that rounds do not wait for them."""
+"""How often checkpoints are written, that rounds do not wait for them, and a file system that is full."""
 
+import ctypes
+import json
+import shutil
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
+from faults import KINDS, SMALL, evidence, in_child, start
 
 from fedlq_ray import storage
-from fedlq_ray.config import CheckpointConfig
+from fedlq_ray.config import CheckpointConfig, load
+from fedlq_ray.simulation import resume, simulate
 
 
 class Disk(storage.Folder):
@@ -65,3 +71,43 @@ def test_every_rounds_is_kept_to_on_a_slow_disk(monkeypatch):
         assert round == 1 or ours.saved >= round - 1
     ours.finish(completed=True)
     assert [round for round, _ in disk.written] == [1, 2, 3, 4, 5]
+
+
+def mount(folder, size):
+    """A small file system that this process alone sees."""
+    if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS
+        raise PermissionError("unshare")
+    for options in (("--make-rprivate", "/"), ("-t", "tmpfs", "-o", f"size={size}", "none", str(folder))):
+        subprocess.run(["mount", *options], check=True, stderr=subprocess.DEVNULL)
+
+
+def test_a_tmpfs_fills_up(tmp_path):
+    """Two checkpoints fit in it, and no third; nor does the model at the end."""
+    small, told, settings = tmp_path / "small", tmp_path / "told", (*KINDS["rd"], "rounds=8")
+    small.mkdir()
+    if in_child(lambda: mount(small, "1m")):
+        pytest.skip("mounting a tmpfs in a namespace of its own is not permitted here")
+    start(tmp_path / "whole", *settings)
+
+    def fill():
+        def watch(event):
+            if "warning" in event:
+                with told.open("a") as file:
+                    file.write(event["warning"] + "\n")
+
+        simulate(load(None, [*SMALL, *settings, f"out={small / 'run'}"]), watch=watch)
+
+    def run():
+        mount(small, "1000k")
+        code = in_child(fill)
+        kept = sorted(file.name for file in (small / "run" / "checkpoints").iterdir())
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        resume(small / "run")
+        shutil.copytree(small / "run", tmp_path / "run")
+        (tmp_path / "seen").write_text(json.dumps([code, kept]))
+
+    assert in_child(run) == 0
+    assert json.loads((tmp_path / "seen").read_text()) == [3, ["00000001.ckpt", "00000002.ckpt"]]
+    missing = [line.partition(" in ")[0] for line in told.read_text().splitlines()]
+    assert missing == [f"no checkpoint of round {number}" for number in range(3, 9)]
+    assert evidence(tmp_path / "run") == evidence(tmp_path / "whole")
