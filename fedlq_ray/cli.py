@@ -68,10 +68,10 @@ def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
     The result is the one that it would have had. `rounds` may be raised, and what cannot change a result may differ,
     such as clients.hosting.
     """
-    from fedlq_ray import simulation
+    from fedlq_ray import rundir, simulation
     from fedlq_ray.progress import watch
 
-    config = configuration.load(Path(folder) / "config.yaml", overrides)
+    config = configuration.load(rundir.settings(folder), overrides)
     with watch(config, Console(stderr=True), as_json) as report:
         result = simulation.resume(folder, overrides, watch=report)
     _tell(result, config, as_json)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.files import make_folder, write_durably
+from fedlq_ray.files import locked, make_folder, write_durably
 from fedlq_ray.models import FlatModel
 from fedlq_ray.profiles import Profile
 from fedlq_ray.task import Task
@@ -28,7 +28,7 @@ PROFILE_COLUMNS = [field.name for field in fields(Profile)]
 
 
 def create(config: Config) -> Path:
-    """A new folder with config.yaml in it.
+    """A new folder with config.yaml in it; also one in which that was being written when its process was killed.
 
     Raises:
         ConfigError: `out` exists, finished or not, or cannot be made.
@@ -38,11 +38,9 @@ def create(config: Config) -> Path:
             folder = Path(config.out)
             if (folder / "summary.json").exists():
                 raise ConfigError(f"out: {folder} holds a finished run; name another, or remove it")
-            if folder.exists():
-                if (folder / "config.yaml").exists():
-                    raise ConfigError(f"out: {folder} holds an unfinished run; go on with it: fedlq resume {folder}")
+            if folder.exists() and not (folder / "config.yaml").exists() and not _is_empty(folder):
                 raise ConfigError(f"out: {folder} is there already; name another, or remove it")
-            make_folder(folder)
+            make_folder(folder, exist_ok=True)
         else:
             stem, number = f"runs/{config.name}-{config.seed}", 1
             while True:
@@ -52,10 +50,18 @@ def create(config: Config) -> Path:
                     break
                 except FileExistsError:
                     number += 1
-        write_durably(folder / "config.yaml", to_yaml(config, commented=False))
+        with locked(folder):
+            if (folder / "config.yaml").exists():
+                raise ConfigError(f"out: {folder} holds an unfinished run; go on with it: fedlq resume {folder}")
+            write_durably(folder / "config.yaml", to_yaml(config, commented=False))
     except OSError as exc:
         raise ConfigError(f"out: {folder}: {exc.strerror}") from exc
     return folder
+
+
+def _is_empty(folder: Path) -> bool:
+    """But for a lock, and files that were being written."""
+    return folder.is_dir() and all(f.name == ".lock" or f.match(".*.part") for f in folder.iterdir())
 
 
 def describe_clients(folder: Path, task: Task) -> None:
@@ -197,15 +203,25 @@ class Run(NamedTuple):
     status: str
 
 
+def settings(folder: str | Path) -> Path:
+    """The configuration of a run's folder.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: holds no run (no config.yaml); fedlq run ... out={folder} begins one")
+    return file
+
+
 def read(folder: str | Path) -> Run:
     """A run as its folder has it; `status` is MLflow's word for how it ended.
 
     Raises:
         ConfigError: the folder holds no run.
     """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: holds no run (no config.yaml)")
+    folder, file = Path(folder), settings(folder)
 
     def parsed(name: str) -> Any:
         return json.loads((folder / name).read_text()) if (folder / name).exists() else None
@@ -216,7 +232,7 @@ def read(folder: str | Path) -> Run:
         if summary and summary["rounds"] != len(records):
             raise ValueError(f"rounds.jsonl has {len(records)} whole rounds of {summary['rounds']}")
         return Run(
-            load(folder / "config.yaml"),
+            load(file),
             records,
             summary,
             Tracking(**tracking) if tracking else None,

@@ -115,6 +115,7 @@ def resume(
     strategy: Any = None,
     quantizer: Any = None,
     watch: Callable[[Event], None] | None = None,
+    parent: str | None = None,
 ) -> Result:
     """Go on with a run that did not finish, from its last checkpoint: what it gives is what it would have given.
 
@@ -123,6 +124,7 @@ def resume(
         overrides: key=value settings: more `rounds`, or what cannot change a result, such as clients.hosting.
         model, data, strategy, quantizer: as they were given to `simulate`.
         watch: as for `simulate`; hears of {"resumed": round, ...} too.
+        parent: as it was given to `simulate`, for a run that was killed before it was noted.
     Raises:
         ConfigError: no such run, or it is finished, or running, or what it is of has changed (nothing was written).
         CheckpointError: there are checkpoints, and none can be used.
@@ -131,6 +133,8 @@ def resume(
     folder = Path(folder)
     found = rundir.read(folder)
     if found.summary:
+        with _told(folder):
+            storage.clear(folder, found.config)  # if it was killed before it did
         raise ConfigError(f"{folder}: the run is finished, after {found.summary['rounds']} rounds")
     config = load(folder / "config.yaml", [*overrides, f"out={folder}"])
     if digest(config, without=["rounds"]) != digest(found.config, without=["rounds"]):
@@ -145,7 +149,9 @@ def resume(
         saved, _ = storage.latest(where, len(found.records), partial(rundir.checksum, folder))
         require_same(saved.get("identity", {}) if saved else {}, now, folder)  # versions before kept none
         write_durably(folder / "config.yaml", to_yaml(config))
-        track = found.tracking or rundir.track(folder, config, None, tags(), dataset(task))
+        if not (folder / "clients.csv").exists():
+            rundir.describe_clients(folder, task)
+        track = found.tracking or rundir.track(folder, config, parent, tags(), dataset(task))
         return _carry_out(task, strategy, folder, track, watch)
 
 
@@ -158,7 +164,7 @@ def _require_device(config: Config) -> None:
 def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Result:
     """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
     if config.out is not None and (Path(config.out) / "config.yaml").exists():
-        return resume(config.out, watch=watch)
+        return resume(config.out, watch=watch, parent=parent)
     return simulate(config, watch=watch, parent=parent)
 
 
@@ -227,8 +233,7 @@ def _carry_out(
         interrupts.pass_on()
     summary = rundir.summarise(config, records, rundir.sha256(weights))
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    storage.checkpoints(folder, config).clear()
-    (folder / "checkpoints.id").unlink(missing_ok=True)
+    storage.clear(folder, config)
     if track and not last["tracked"]:
         _attach(folder, track, config, records, copy.deepcopy(task.module))
     return Result(pd.DataFrame(records), summary, weights, folder)

@@ -1,5 +1,6 @@
 """Where checkpoints lie, when they are written, and which one a run goes on from."""
 
+import contextlib
 import os
 import re
 import threading
@@ -40,6 +41,9 @@ class Folder:
 
     def names(self) -> list[str]:
         """Checkpoints, the newest first."""
+        return self._found(rf"{re.escape(self.run)}\d+{re.escape(SUFFIX)}")
+
+    def _found(self, pattern: str) -> list[str]:
         try:
             if self.remote:
                 from pyarrow import fs
@@ -50,14 +54,18 @@ class Folder:
                 found = os.listdir(self.where) if os.path.isdir(self.where) else []
         except (OSError, ValueError, ImportError) as exc:
             raise CheckpointError(f"{self.where}: {exc}") from exc
-        whole = re.compile(rf"{re.escape(self.run)}\d+{re.escape(SUFFIX)}")
-        return sorted((name for name in found if whole.fullmatch(name)), reverse=True)
+        return sorted((name for name in found if re.fullmatch(pattern, name)), reverse=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Whole or not at all, and on the disk when this returns."""
         if self.remote:
             system, path = self._filesystem()
-            with system.open_output_stream(f"{path}/{name}.part") as stream:
+            try:
+                stream = system.open_output_stream(f"{path}/{name}.part")
+            except FileNotFoundError:  # a filesystem that has folders, and not this one
+                system.create_dir(path)
+                stream = system.open_output_stream(f"{path}/{name}.part")
+            with stream:
                 stream.write(data)
             system.move(f"{path}/{name}.part", f"{path}/{name}")
             return
@@ -72,11 +80,12 @@ class Folder:
         return (Path(self.where) / name).read_bytes()
 
     def clear(self) -> None:
-        """Remove all of the run's checkpoints: it is finished."""
-        for name in self.names():
+        """Remove all of the run's checkpoints, and those that were being written when it was killed: it is finished."""
+        for name in self._found(rf"\.?{re.escape(self.run)}\d+{re.escape(SUFFIX)}(\.part)?"):
             self.remove(name)
-        if not self.remote and Path(self.where).is_dir() and not os.listdir(self.where):
-            Path(self.where).rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            if not self.remote and not os.listdir(self.where):
+                Path(self.where).rmdir()
 
     def remove(self, name: str) -> None:
         if self.remote:
@@ -98,6 +107,14 @@ def checkpoints(folder: Path, config: Config) -> Folder:
     if not name.exists():
         write_durably(name, uuid.uuid4().hex)
     return Folder(config.checkpoint.path, f"{name.read_text()}-")
+
+
+def clear(folder: Path, config: Config) -> None:
+    """Remove all checkpoints of a run that is finished; without effect where there are none."""
+    name = folder / "checkpoints.id"
+    if name.exists() or (folder / "checkpoints").exists():
+        checkpoints(folder, config).clear()
+        name.unlink(missing_ok=True)
 
 
 def latest(

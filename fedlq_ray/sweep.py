@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from fedlq_ray import reclock, rundir
+from fedlq_ray import reclock, rundir, storage
 from fedlq_ray.config import UNREADABLE, Config, change, digest, parse, plain, unreadable
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.tracking import now_ms
@@ -270,6 +270,8 @@ def _is_finished(folder: Path, config: Config) -> bool:
     found = rundir.read(folder)
     if digest(found.config) != digest(config):
         raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
+    if found.summary:
+        storage.clear(folder, found.config)  # if it was killed before it did
     return found.summary is not None
 
 

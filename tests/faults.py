@@ -15,7 +15,7 @@ from unittest import mock
 
 from fedlq_ray import config as configuration
 from fedlq_ray import files, rundir
-from fedlq_ray.errors import FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.rundir import Journal
 from fedlq_ray.simulation import resume, simulate
 
@@ -59,21 +59,24 @@ def start(out: Path, *settings: str) -> None:
 
 
 def go_on(out: Path, *settings: str) -> None:
-    """As a user would after a crash: resume, or start again where the folder was not even made."""
+    """As a user would after a crash: resume, or start again where there is not even a configuration."""
     if not (out / "config.yaml").exists():
-        if out.exists():
-            for file in out.iterdir():
-                file.unlink()
-            out.rmdir()
         start(out, *settings)
-    elif not (out / "summary.json").exists():
+        return
+    finished = (out / "summary.json").exists()
+    try:
         resume(out)
+    except ConfigError as exc:  # says so, and clears what was left
+        if not finished or "is finished" not in str(exc):
+            raise
 
 
 def evidence(out: Path) -> tuple[bytes, str]:
-    """What two runs that gave the same have in common."""
+    """What two runs that gave the same have in common; nothing is missing, or left over."""
     found = rundir.read(out)
     assert found.summary is not None
+    assert len((out / "clients.csv").read_text().splitlines()) == 1 + found.config.clients.count
+    assert not [f for f in out.rglob("*") if f.name.startswith("checkpoints") or f.suffix == ".part"]
     return (out / "rounds.jsonl").read_bytes(), found.summary["weights_sha256"]
 
 

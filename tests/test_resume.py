@@ -16,19 +16,21 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from faults import KINDS, SMALL, at_point, die, evidence, go_on, in_child, start
 from torch import nn
 
 from fedlq_ray import config as configuration
 from fedlq_ray import rundir
 from fedlq_ray.checkpoint import Snapshot, pack, remembered, unpack
+from fedlq_ray.cli import cli
 from fedlq_ray.data import Dataset
 from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
 from fedlq_ray.files import locked
 from fedlq_ray.identity import require_same
 from fedlq_ray.quantization import MinMax, Quantizer
-from fedlq_ray.simulation import resume, simulate
-from fedlq_ray.storage import Saver
+from fedlq_ray.simulation import resume, run_or_resume, simulate
+from fedlq_ray.storage import Folder, Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
 
 STRATEGIES = ["adaquantfl", "dadaquant", "feddq", "adagq", "fedhq", "fedmpq", "lgreco", "kimad", "stc"]
@@ -73,10 +75,8 @@ def test_killed_at_every_point(kind: str, whole: dict[str, tuple[bytes, str]], t
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        finished = (out / "summary.json").exists()
         assert in_child(lambda out=out: go_on(out, *KINDS[kind])) == 0, f"after point {number}"
         assert evidence(out) == whole[kind], f"killed at point {number}"
-        assert finished or not (out / "checkpoints").exists()
     assert number > 50  # the points were passed
 
 
@@ -339,17 +339,94 @@ def test_what_may_not_be(tmp_path: Path) -> None:
         resume(out)
     with pytest.raises(ConfigError, match="holds no run"):
         resume(tmp_path / "nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / ".mine").touch()
+    with pytest.raises(ConfigError, match="is there already"):
+        start(tmp_path / "full")
+
+
+def test_killed_before_there_was_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+
+    def early() -> None:
+        with mock.patch.object(Path, "replace", lambda *files: die()):
+            start(out)
+
+    assert in_child(early) == -signal.SIGKILL and sorted(f.name for f in out.iterdir()) == [
+        ".config.yaml.part",
+        ".lock",
+    ]
+    told = CliRunner().invoke(cli, ["resume", str(out)]).exception
+    assert f"holds no run (no config.yaml); fedlq run ... out={out} begins one" in str(told)
+    with locked(out), pytest.raises(ConfigError, match="another process is running it"):
+        start(out)
+    start(out)
+    evidence(out)
+
+
+def test_two_begin_in_one_folder(tmp_path: Path) -> None:
+    """At the same time: one of them has it, and its settings are those that stay."""
+    out = tmp_path / "run"
+    real = rundir.make_folder
+
+    def other_first(folder: Path, exist_ok: bool = False) -> None:
+        with mock.patch.object(rundir, "make_folder", real):
+            start(out)
+        real(folder, exist_ok)
+
+    with mock.patch.object(rundir, "make_folder", other_first), pytest.raises(ConfigError, match="holds a"):
+        start(out, "train.lr=0.5")
+    assert rundir.read(out).config.train.lr == 0.1
+    evidence(out)
+
+
+def test_killed_before_its_clients_were_written(tmp_path: Path) -> None:
+    """A sweep's run has its place in MLflow all the same."""
+    out = tmp_path / "run"
+    config = configuration.load(None, [*SMALL, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"out={out}"])
+
+    def early() -> None:
+        with mock.patch.object(rundir, "describe_clients", lambda *arguments: die()):
+            simulate(config, parent="of/all")
+
+    assert in_child(early) == -signal.SIGKILL
+    run_or_resume(config, parent="of/all")
+    evidence(out)
+    found = rundir.read(out).tracking
+    assert found is not None and found.parent == "of/all"
+
+
+@pytest.mark.parametrize("where", ["", "store", "file://store"])
+def test_killed_before_its_checkpoints_were_cleared(where: str, tmp_path: Path) -> None:
+    out, store = tmp_path / "run", tmp_path / "store" if where else tmp_path / "run" / "checkpoints"
+    place = [f"checkpoint.path={where.replace('store', str(store))}"] if where else []
+    _cut(out, *place, after=2)
+    newest = max(store.iterdir())
+    hidden = "" if where.startswith("file:") else "."  # as either writes it
+    newest.with_name(f"{hidden}{newest.name.replace('0000000', '0000009')}.part").touch()
+
+    def late() -> None:
+        with mock.patch.object(Folder, "clear", lambda folder: die()):
+            resume(out)
+
+    assert in_child(late) == -signal.SIGKILL and len(list(store.iterdir())) == 3
+    for _ in range(2):  # the second finds nothing to do
+        with pytest.raises(ConfigError, match="is finished"):
+            resume(out)
+    evidence(out)
+    assert not store.exists() or not any(store.iterdir())
 
 
 def test_remote_filesystem(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
     """By pyarrow, as s3:// would be."""
     (tmp_path / "store").mkdir()
-    where = f"file://{tmp_path}/store"
-    _cut(tmp_path / "run", *KINDS["rd"], f"checkpoint.path={where}")
-    assert os.listdir(tmp_path / "store")
-    resume(tmp_path / "run")
-    assert evidence(tmp_path / "run") == whole["rd"]
-    assert not os.listdir(tmp_path / "store")
+    for store in ("store", "new/one"):
+        out = tmp_path / f"run-{store[:3]}"
+        _cut(out, *KINDS["rd"], f"checkpoint.path=file://{tmp_path}/{store}")
+        assert os.listdir(tmp_path / store)
+        resume(out)
+        assert evidence(out) == whole["rd"]
+        assert not os.listdir(tmp_path / store)
 
 
 def test_runs_may_have_their_checkpoints_in_one_place(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:

@@ -161,6 +161,10 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path):
         comparison, tmp_path / "out", in_turn(lambda config, _: run_or_resume(config, watch=resumed.append)), [].append
     )
     assert again.runs == whole.runs and any("resumed" in event for event in resumed)
+    left = tmp_path / "out/fedavg-0/checkpoints"  # as if killed at its very end
+    left.mkdir()
+    (left / "00000006.ckpt").touch()
+    assert sweep(tmp_path, text, []).runs == whole.runs and not left.exists()
 
 
 def test_a_target_counts_where_every_seed_reached_it():
