@@ -1,4 +1,4 @@
-"""Many rounds, and whether memory grows: `python tests/soak.py --rounds 500`.
+"""Many rounds, and whether memory grows: `python tests/soak.py --rounds 500`, with `--kind` of other state.
 
 Every tenth round the memory (PSS) of this program, the driver and the client actors is read. A line of JSON tells each
 one's megabytes at a fifth of the rounds and at the end, and the slope of the least-squares line between.
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from faults import workers
+from faults import KINDS, workers
 
 import fedlq_ray
 from fedlq_ray.config import load
@@ -24,19 +24,18 @@ SETTINGS = (
 )  # fmt: skip
 
 
-KIND = os.environ.get("SOAK_KIND", "Pss:")
-
-
 def pss_mb(pids: list[int]) -> float:
     """Proportional memory of some processes together."""
     lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith(KIND)) / 1e3
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--kind", choices=KINDS, help="settings of tests/faults.py, on top of those here")
     given = parser.parse_args()
+    settings = (*SETTINGS, *KINDS.get(given.kind, ()), f"rounds={given.rounds}")
     os.environ["RAY_ADDRESS"] = "local"
     seen: list[tuple[int, float, float, float]] = []
 
@@ -50,8 +49,8 @@ def main() -> None:
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        fedlq_ray.simulate(load(None, [*SETTINGS, f"rounds={given.rounds}", f"out={folder}/run"]), watch=watch)
-    found: dict[str, object] = {"rounds": given.rounds, "s": round(time.perf_counter() - started)}
+        fedlq_ray.simulate(load(None, [*settings, f"out={folder}/run"]), watch=watch)
+    found: dict[str, object] = {"kind": given.kind, "rounds": given.rounds, "s": round(time.perf_counter() - started)}
     late = np.array([row for row in seen if row[0] >= given.rounds / 5])
     for column, name in enumerate(("program", "driver", "client_actors"), 1):
         slope = np.polyfit(late[:, 0], late[:, column], 1)[0]
@@ -60,8 +59,6 @@ def main() -> None:
             "mb_at_the_end": round(late[-1, column], 1),
             "mb_per_100_rounds": round(100 * slope, 2),
         }
-    if os.environ.get("SOAK_SERIES"):
-        print([tuple(map(int, row)) for row in seen[::10]])
     print(json.dumps(found))
 
 
