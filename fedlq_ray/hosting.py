@@ -25,11 +25,11 @@ from ray.exceptions import (
 from torch import Tensor
 
 from fedlq_ray import forkserver
-from fedlq_ray.config import ClientsConfig
 from fedlq_ray.device import reproducible
 from fedlq_ray.errors import ClientError, DivergedError, FedLQError
 from fedlq_ray.models import saved_bytes
 from fedlq_ray.placement import Nodes, asks, deal, fitting, on
+from fedlq_ray.settings import ClientsConfig
 from fedlq_ray.strategies import Probe
 from fedlq_ray.task import Job, Task, Timed, Workplace, timed
 from fedlq_ray.training import Reply

@@ -9,8 +9,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedlq_ray import forkserver
-from fedlq_ray.config import ClientsConfig
 from fedlq_ray.errors import FedLQError
+from fedlq_ray.settings import ClientsConfig
 
 
 class Node(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlq_ray.config import ServerConfig
+from fedlq_ray.settings import ServerConfig
 
 
 @dataclass

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedlq_ray.config import TrainConfig
 from fedlq_ray.models import FlatModel
+from fedlq_ray.settings import TrainConfig
 
 _WARM_UP = 3  # steps before one is recorded, in which libraries choose their kernels and take their memory
 

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from fedlq_ray.checkpoint import Snapshot, pack, unpack
-from fedlq_ray.config import CheckpointConfig, Config
+from fedlq_ray.config import Config
 from fedlq_ray.errors import CheckpointError
 from fedlq_ray.files import make_folder, write_durably
+from fedlq_ray.settings import CheckpointConfig
 
 SUFFIX = ".ckpt"
 _FIRST_S = 10.0  # before the first checkpoint: a shorter run is as soon run again

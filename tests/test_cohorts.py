@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fedlq_ray import cohorts, simulate
-from fedlq_ray.config import StrategyConfig, TrainConfig, load
+from fedlq_ray.config import load
 from fedlq_ray.quantization import Absent
+from fedlq_ray.settings import StrategyConfig, TrainConfig
 from fedlq_ray.sgd import samples_of
 from fedlq_ray.strategies import Member
 from fedlq_ray.strategies.budgets import taking_part

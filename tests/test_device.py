@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fedlq_ray
-from fedlq_ray.config import TrainConfig, load
+from fedlq_ray.config import load
 from fedlq_ray.device import reproducible
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.models import FlatModel, build
+from fedlq_ray.settings import TrainConfig
 from fedlq_ray.sgd import LocalSGD
 from fedlq_ray.significance.metrics import METRICS
 from fedlq_ray.strategies import Probe

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedlq_ray.config import ServerConfig, TrainConfig
 from fedlq_ray.models import FlatModel
 from fedlq_ray.server import ServerOptimizer
+from fedlq_ray.settings import ServerConfig, TrainConfig
 from fedlq_ray.sgd import LocalSGD
 
 U = torch.tensor([1.0, -2.0])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedlq_ray.config import TrainConfig
 from fedlq_ray.models import FlatModel
+from fedlq_ray.settings import TrainConfig
 from fedlq_ray.sgd import LocalSGD
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
@@ -56,7 +56,7 @@ def test_training_is_pytorchs_own_sgd_bit_for_bit(momentum, weight_decay):
 def test_training_does_not_import_pytorchs_compiler():
     code = """
 import sys, numpy, torch
-from fedlq_ray.config import TrainConfig
+from fedlq_ray.settings import TrainConfig
 from fedlq_ray.models import FlatModel
 from fedlq_ray.sgd import LocalSGD
 x, y = numpy.zeros((4, 6), numpy.float32), numpy.zeros(4, numpy.int64)

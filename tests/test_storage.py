@@ -12,7 +12,8 @@ import pytest
 from faults import KINDS, SMALL, evidence, in_child, start
 
 from fedlq_ray import storage
-from fedlq_ray.config import CheckpointConfig, load
+from fedlq_ray.config import load
+from fedlq_ray.settings import CheckpointConfig
 from fedlq_ray.simulation import resume, simulate
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedlq_ray.config import TrainConfig
 from fedlq_ray.errors import ClientError
 from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import Float32, MinMax, Segment, decode
+from fedlq_ray.settings import TrainConfig
 from fedlq_ray.sgd import LocalSGD
 from fedlq_ray.training import Plan, client_round, evaluate
 

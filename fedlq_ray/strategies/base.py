@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlq_ray.config import StrategyConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import (
@@ -20,6 +19,7 @@ from fedlq_ray.quantization import (
     Quantizer,
     Segment,
 )
+from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.significance import Measurement
 from fedlq_ray.training import Feedback, Plan
 

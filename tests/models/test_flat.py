@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedlq_ray.config import TrainConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel, Layer, build
 from fedlq_ray.models.flat import ALIGNMENT
+from fedlq_ray.settings import TrainConfig
 from fedlq_ray.sgd import LocalSGD
 
 
