@@ -277,8 +277,8 @@ def test_a_run_that_was_left_running_by_a_kill_is_put_right():
 @pytest.mark.parametrize("locked_s", [1, 20])
 def test_a_locked_store_delays_a_run_by_a_bounded_time(locked_s, monkeypatch):
     """Locked before the run begins: 1 s is waited out, more than the longest wait is not, and a sync makes good."""
-    monkeypatch.setattr(tracking, "_WAIT_S", 8)
     run("rounds=1", "out=first")  # makes the store
+    monkeypatch.setattr(tracking, "_WAIT_S", 8)
     lock = sqlite3.connect("mlflow.db", isolation_level=None, check_same_thread=False)
     lock.execute("BEGIN EXCLUSIVE")
     free = threading.Timer(locked_s, lock.rollback)
