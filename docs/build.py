@@ -53,8 +53,8 @@ def settings_page() -> str:
     """Every key of the configuration, by section."""
     lines = [
         "# Settings\n",
-        "Every key of a configuration, made from `fedlq_ray/settings.py`. In YAML a dot is a level; on the command line",
-        "it is `train.lr=0.05`. `fedlq config` prints all with the values that a run would have.",
+        "Every key of a configuration, made from `fedlq_ray/settings.py`. In YAML a dot is a level; on the command",
+        "line it is `train.lr=0.05`. `fedlq config` prints all with the values that a run would have.",
     ]
     section = None
     for path, field, default in keys():
