@@ -74,12 +74,12 @@ class Fold:
         return self.energy / square if square else None
 
     def take(self, client: int, reply: Reply | ClientError) -> None:
-        """A client's reply, or why it failed for good.
+        """A client's reply, or why it failed for good; what comes of it after the first does not count.
 
         Raises:
             ClientError: its payload is refused.
         """
-        self.waiting[client] = reply
+        self.waiting.setdefault(client, reply)
         while self.turn < len(self.jobs) and self.jobs[self.turn].client in self.waiting:
             job, share = self.jobs[self.turn], self.shares[self.turn]
             self.turn += 1

@@ -1,16 +1,16 @@
-"""Rounds as a state machine: replies in any order, twice, or never, a crash at any time, and a restore."""
+"""Rounds as a state machine: clients join, replies come in any order, twice, late or never; crashes, and restores."""
 
-import hashlib
-import random
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from fedlq_ray import cohorts
 from fedlq_ray.checkpoint import pack, unpack
 from fedlq_ray.config import load
 from fedlq_ray.downlink import Offer
@@ -30,59 +30,90 @@ SETTINGS = [
     "evaluate_every=4", "tracking.uri=null", "clients.dropout=0.2",
 ]  # fmt: skip
 TASK = prepare(load(None, SETTINGS))
+CLIENTS = st.integers(0, 7)
 
 
-def fails(round, client):
-    """One client in six fails for good, the same whenever it is asked."""
-    return hashlib.sha256(bytes([round, client])).digest()[0] % 6 == 0
+class Fated(SerialHost):
+    """Of some jobs no reply comes; which, is the same whenever they are run."""
 
-
-class Disorderly(SerialHost):
-    """Trains in any order; replies come twice, also late; some never come."""
-
-    def __init__(self, draw):
+    def __init__(self, fates):
         super().__init__(TASK)
-        self.draw, self.payloads = draw, {}
+        self.fates = fates  # by round and client
 
     def train(self, jobs, weights):
-        before = []
-        for job in sorted(jobs, key=lambda job: self.draw()):
-            if fails(job.round, job.client):
+        for job in jobs:
+            if self.fates.get((job.round, job.client), True):
+                yield from super().train([job], weights)
+            else:
                 yield job.client, ClientError("it fails", round=job.round, client=job.client)
-                continue
-            ((client, reply),) = super().train([job], weights)
-            self.payloads[job.round, client] = reply.payload
-            yield client, reply
-            before.append((client, reply))
-            if self.draw() < 0.3:
-                yield before[int(self.draw() * len(before))]  # once more
+
+
+class Disorderly(Fated):
+    """Trains in any order; what came comes again, in its round, in a later one, and after a crash."""
+
+    def __init__(self, fates, replies):
+        super().__init__(fates)
+        self.replies = replies  # by round and client
+
+    def train(self, jobs, weights):
+        due = {job.client for job in jobs}
+        for at in self.data.draw(st.permutations(range(len(jobs))), label="order"):
+            job = jobs[at]
+            key = job.round, job.client
+            if key not in self.fates:
+                self.fates[key] = self.data.draw(st.sampled_from([True] * 5 + [False]), label=f"{key} comes")
+            due.remove(job.client)
+            for client, reply in super().train([job], weights):
+                if self.fates[key]:
+                    self.replies[key] = reply
+                yield client, reply
+            came = sorted(key for key in self.replies if key[0] <= job.round and key[1] not in due)
+            for key in self.data.draw(st.lists(st.sampled_from(came), max_size=2), label="again") if came else ():
+                yield key[1], self.replies[key]
 
 
 class Federation(RuleBasedStateMachine):
-    """The program: its journal and checkpoint outlive a crash, nothing else does."""
+    """The program: its journal and checkpoint outlive a crash, and so do clients and replies on their way.
+
+    Each rule has a round in it, for of some rules hypothesis makes no use in a history.
+    """
+
+    @initialize(clients=st.sets(CLIENTS, min_size=3, max_size=6))
+    def start(self, clients):
+        self.joined = dict.fromkeys(clients, 0)  # from which round on a client takes part
+        self.fates, self.replies, self.checkpoint, self.journal, self.fresh = {}, {}, None, [], 0
+        self.begin()
 
     def begin(self):
-        self.host, self.snapshot, place = Disorderly(self.draw), None, Workplace(TASK)
-        self.outcome = Outcome(place.model.storage.clone())
+        self.host, self.snapshot = Disorderly(self.fates, self.replies), None
         saved = unpack(self.checkpoint) if self.checkpoint else None
         self.journal = self.journal[: saved["round"] if saved else 0]
-        self.before = saved["weights"] if saved else place.model.storage.clone()
-        self.rounds = run(TASK, make(place.setting), self.host, self.outcome, saved=saved, keep=self.keep)
+        self.rounds = self.run(self.host, saved=saved, keep=self.keep)
+        self.before = saved["weights"] if saved else self.outcome.weights
+
+    def run(self, host, **more):
+        place = Workplace(TASK)
+        strategy, self.outcome = make(place.setting), Outcome(place.model.storage.clone())
+        plan = strategy.plan
+
+        def of_who_joined(round, *arguments):
+            return {c: p for c, p in plan(round, *arguments).items() if self.joined.get(c, ROUNDS) <= round}
+
+        strategy.plan = of_who_joined
+        return run(TASK, strategy, host, self.outcome, **more)
 
     def keep(self, snapshot):
         self.snapshot = snapshot | {"memories": self.host.recall(snapshot["memories"])}
 
-    @initialize(seed=st.integers(0, 2**32))
-    def start(self, seed):
-        self.draw, self.checkpoint, self.journal = random.Random(seed).random, None, []
-        self.begin()
-
-    @precondition(lambda self: len(self.journal) < ROUNDS)
-    @rule()
-    def a_round(self):
+    @rule(data=st.data())
+    def a_round(self, data):
+        if len(self.journal) == ROUNDS:
+            return
+        self.host.data = data
         record = next(self.rounds)
         self.journal.append(record)
-        jobs = {client: self.host.payloads[record["round"], client] for client in record["answered"]}
+        self.fresh = max(self.fresh, record["round"] + 2)  # the next one is under way
+        jobs = {client: self.replies[record["round"], client].payload for client in record["answered"]}
         assert record["uplink_bytes"] == sum(map(len, jobs.values()))
         sizes = dict(zip(record["cohort"], record["client_uplink_bytes"], strict=True))
         assert all(sizes[client] == len(payload) for client, payload in jobs.items())
@@ -95,13 +126,19 @@ class Federation(RuleBasedStateMachine):
         torch.testing.assert_close(self.outcome.weights - self.before, mean.float(), atol=1e-6, rtol=1e-5)
         self.before = self.outcome.weights
 
-    @precondition(lambda self: self.snapshot)
-    @rule()
-    def save(self):
-        self.checkpoint = pack(self.snapshot)
+    @rule(client=CLIENTS, data=st.data())
+    def join(self, client, data):
+        self.joined.setdefault(client, self.fresh)
+        self.a_round(data)
 
-    @rule()
-    def crash(self):
+    @rule(data=st.data())
+    def save(self, data):
+        self.a_round(data)
+        self.checkpoint = pack(self.snapshot) if self.snapshot else self.checkpoint
+
+    @rule(data=st.data())
+    def crash(self, data):
+        self.a_round(data)
         self.rounds.close()
         self.begin()
 
@@ -113,36 +150,38 @@ class Federation(RuleBasedStateMachine):
             assert record["round"] == number
             counted = Counter(record["answered"]) + Counter(record["skipped"])
             assert set(counted) <= set(record["cohort"]) and set(counted.values()) <= {1}
-            assert all(fails(number, client) for client in record["skipped"])
-            assert not any(fails(number, client) for client in record["answered"])
+            assert all(self.joined[client] <= number for client in counted)
+            assert not any(self.fates[number, client] for client in record["skipped"])
+            assert all(self.fates[number, client] for client in record["answered"])
 
     def teardown(self):
         if getattr(self, "journal", None):
-            assert self.journal == whole()[: len(self.journal)]
+            assert self.journal == list(islice(self.run(Fated(self.fates)), len(self.journal)))  # in order, no crash
 
 
-_WHOLE = []
-
-
-def whole():
-    """The journal without a crash, in order."""
-    if not _WHOLE:
-        place = Workplace(TASK)
-        host = Disorderly(lambda: 0.5)
-        _WHOLE.extend(run(TASK, make(place.setting), host, Outcome(place.model.storage.clone())))
-    return _WHOLE
+def four():
+    """A fold of four clients, and what they send: the same."""
+    update = torch.linspace(-1, 1, TASK.layers[-1].stop)
+    jobs = [Job(0, client, Plan("update", (Segment(Float32(), 0, len(update)),)), 1) for client in range(4)]
+    where = {"kind": "update", "round": 0, "rng": torch.Generator()}
+    payloads = [encode(update, job.plan.segments, client=job.client, **where) for job in jobs]
+    fold = Fold(TASK, {0: Offer(update, 0)}, jobs, [0.1, 0.2, 0.3, 0.4], {})
+    return fold, [Reply(payload, 1.0, 1, 0.0, 0.0) for payload in payloads]
 
 
 def test_spread_is_of_who_came():
-    layers = TASK.layers
-    update = torch.linspace(-1, 1, layers[-1].stop)
-    jobs = [Job(0, client, Plan("update", (Segment(Float32(), 0, len(update)),)), 1) for client in range(4)]
-    fold = Fold(TASK, {0: Offer(update, 0)}, jobs, [0.1, 0.2, 0.3, 0.4], {})
-    for job in jobs:
-        payload = encode(update, job.plan.segments, kind="update", round=0, client=job.client, rng=torch.Generator())
-        reply = Reply(payload, 1.0, 1, 0.0, 0.0)
-        fold.take(job.client, ClientError("it fails", round=0, client=job.client) if job.client in (1, 2) else reply)
+    fold, replies = four()
+    for client, reply in enumerate(replies):
+        fold.take(client, ClientError("it fails", round=0, client=client) if client in (1, 2) else reply)
     assert fold.lost == [1, 2] and abs(fold.spread - 1) < 1e-6  # they are all the same
+
+
+def test_what_comes_after_a_client_s_first_reply_does_not_count():
+    fold, replies = four()
+    late = Reply(b"of another round", 9.0, 1, 0.0, 0.0)
+    for client, reply in ((3, replies[3]), (3, late), (7, late), *enumerate(replies[:3]), (0, late)):
+        fold.take(client, reply)
+    assert fold.replies == dict(enumerate(replies)) and not fold.lost
 
 
 class Damaging(SerialHost):
@@ -159,7 +198,7 @@ def test_a_refused_payload_is_named_or_its_client_is_skipped(policy):
     task = prepare(load(None, [*SETTINGS, f"clients.on_failure={policy}", "rounds=1", "clients.dropout=0"]))
     place = Workplace(task)
     rounds = run(task, make(place.setting), Damaging(task), Outcome(place.model.storage.clone()))
-    cohort = whole()[0]["cohort"]
+    cohort = cohorts.draw(task, 0)
     if policy == "fail":
         with pytest.raises(ClientError, match=rf"^round 0, client {cohort[1]}: its payload is refused: the checksum"):
             next(rounds)
@@ -177,5 +216,5 @@ def test_a_round_without_error_feedback_leaves_memories_alone():
         assert host.memories[0].norm() > 0
 
 
-TestFederation = Federation.TestCase
+TestFederation = pytest.mark.timeout(600)(Federation.TestCase)  # a failure is made small for 5 minutes at most
 TestFederation.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
