@@ -99,7 +99,7 @@ def workers(name: str, program: int) -> list[int]:
 MARK = "FEDLQ_TEST_MARK"  # a variable that a program's processes inherit, those of its Ray and its fork server too
 
 
-def left(mark: str, seconds: float = 30.0) -> list[str]:
+def left(mark: str, seconds: float = 90.0) -> list[str]:
     """What is still there, so much later at most, of the processes that have this mark."""
     end = time.monotonic() + seconds
     while True:
