@@ -163,9 +163,8 @@ def run(
         target = config.target_accuracy
         if config.stop_at_target and evaluation and target is not None and evaluation.accuracy >= target:
             raise _Reached  # and nothing is kept to go on from: a resume would train past the target
-        if (
-            future is None or after["round"] % config.evaluate_every == 0
-        ):  # else more rounds would not have evaluated it
+        # What only the last round evaluates, a run of more rounds would not have.
+        if future is None or after["round"] % config.evaluate_every == 0:
             keep(after | {"test_loss": last_evaluation})
 
     published = host.publish(outcome.weights)
