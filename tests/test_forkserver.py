@@ -33,9 +33,11 @@ def raylet():
 
 
 def start(tmp_path, raylet, seconds, code, files=None):
-    (tmp_path / "worker.py").write_text(SCRIPT)
+    script = tmp_path / "worker.py"
+    if not script.exists():  # another worker may be reading it
+        script.write_text(SCRIPT)
     environment = {**os.environ, "RAY_RAYLET_PID": str(raylet.pid), "MARK": "here"}
-    command = [*shlex.split(forkserver.command()), str(tmp_path / "worker.py"), str(seconds), str(code)]
+    command = [*shlex.split(forkserver.command()), str(script), str(seconds), str(code)]
     limited = files and functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, files)
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=limited
