@@ -1,6 +1,7 @@
 """What made a result: the checkout's commit, the versions, the machine."""
 
 import functools
+import getpass
 import os
 import platform
 import subprocess
@@ -51,3 +52,11 @@ def machine() -> str:
 def made_by() -> dict[str, Any]:
     """What a result is kept with; the commit is None outside of a checkout."""
     return {"commit": commit(), "machine": machine(), "versions": versions()}
+
+
+def tags() -> dict[str, str]:
+    """What made a result, for MLflow."""
+    made_by = {f"version.{name}": number for name, number in versions().items()}
+    made_by |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
+    found = commit()
+    return made_by | ({"mlflow.source.git.commit": found} if found else {})

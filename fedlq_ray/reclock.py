@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlq_ray import parts, rundir, simulation, tracking
+from fedlq_ray import parts, rundir, tracking
 from fedlq_ray.clock import round_time
 from fedlq_ray.config import Config, digest
 from fedlq_ray.errors import ConfigError
@@ -85,8 +85,7 @@ def write(config: Config, source: Path, parent: str | None) -> None:
     folder = rundir.create(config)
     rundir.describe_clients(folder, task)
     origin = os.path.relpath(source, folder)
-    tags = simulation.tags() | {"fedlq.reclocked_from": origin}
-    track = rundir.track(folder, config, parent, tags, simulation.dataset(task))
+    track = rundir.track(folder, task, parent, {"fedlq.reclocked_from": origin})
     records = clocked(task, trained.records)
     write_durably(folder / "rounds.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
     shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save
 
+from fedlq_ray import provenance
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
@@ -76,16 +78,35 @@ def describe_clients(folder: Path, task: Task) -> None:
     write_durably(folder / "clients.csv", file.getvalue())
 
 
-def track(
-    folder: Path, config: Config, parent: str | None, tags: dict[str, str], dataset: dict[str, str]
-) -> Tracking | None:
+def track(folder: Path, task: Task, parent: str | None, tags: Mapping[str, str] | None = None) -> Tracking | None:
     """Where this run is tracked, kept in tracking.json; None where tracking is off."""
-    uri = config.tracking.uri
-    if uri is None:
+    settings = task.config.tracking
+    if settings.uri is None:
         return None
-    tracking = Tracking(absolute(uri), config.tracking.experiment, uuid.uuid4().hex, now_ms(), parent, tags, dataset)
+    made_by = {**provenance.tags(), **(tags or {})}
+    uri = absolute(settings.uri)
+    tracking = Tracking(uri, settings.experiment, uuid.uuid4().hex, now_ms(), parent, made_by, _dataset(task))
     write_durably(folder / "tracking.json", json.dumps(asdict(tracking), indent=1))
     return tracking
+
+
+def _dataset(task: Task) -> dict[str, str]:
+    """The data, as MLflow describes a run's input."""
+    data, config = task.data, task.config.data
+    profile = {
+        "num_train": len(data.y_train),
+        "num_test": len(data.y_test),
+        "num_classes": data.num_classes,
+        "input_shape": list(data.input_shape),
+        "partition": config.partition,
+    }
+    return {
+        "name": data.name,
+        "digest": task.data_digest,
+        "source_type": "local",
+        "source": config.path or data.name,
+        "profile": json.dumps(profile),
+    }
 
 
 def sha256(weights: NDArray[np.float32]) -> str:

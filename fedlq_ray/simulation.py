@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import getpass
 import json
 import logging
 import os
@@ -102,7 +101,7 @@ def simulate(
     folder = rundir.create(config)
     with locked(folder), _told(folder):
         rundir.describe_clients(folder, task)
-        track = rundir.track(folder, config, parent, tags(), dataset(task))
+        track = rundir.track(folder, task, parent)
         return _carry_out(task, strategy, folder, track, watch)
 
 
@@ -151,7 +150,7 @@ def resume(
         write_durably(folder / "config.yaml", to_yaml(config))
         if not (folder / "clients.csv").exists():
             rundir.describe_clients(folder, task)
-        track = found.tracking or rundir.track(folder, config, parent, tags(), dataset(task))
+        track = found.tracking or rundir.track(folder, task, parent)
         return _carry_out(task, strategy, folder, track, watch)
 
 
@@ -245,33 +244,6 @@ def _attach(folder: Path, track: tracking.Tracking, config: Config, records: lis
         tracking.attach(track, config, records, folder, module)
     except Exception as exc:  # telemetry: the run itself is done and kept
         warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
-
-
-def dataset(task: Task) -> dict[str, str]:
-    """The data, as MLflow describes a run's input."""
-    data, config = task.data, task.config.data
-    profile = {
-        "num_train": len(data.y_train),
-        "num_test": len(data.y_test),
-        "num_classes": data.num_classes,
-        "input_shape": list(data.input_shape),
-        "partition": config.partition,
-    }
-    return {
-        "name": data.name,
-        "digest": task.data_digest,
-        "source_type": "local",
-        "source": config.path or data.name,
-        "profile": json.dumps(profile),
-    }
-
-
-def tags() -> dict[str, str]:
-    """What made a result, for MLflow."""
-    made_by = {f"version.{name}": found for name, found in provenance.versions().items()}
-    made_by |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
-    commit = provenance.commit()
-    return made_by | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 class Interrupts:

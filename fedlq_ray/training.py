@@ -93,7 +93,9 @@ def client_round(
     try:
         gpus = [] if model.device.type == "cpu" else [model.device]
         with torch.random.fork_rng(devices=gpus):  # a model's dropout draws from the global generator
-            torch.manual_seed(torch_seed(seed, "model", round, client))
+            # For GPUs that are not there, torch.manual_seed keeps a stack trace each: 1.4 ms a client.
+            seed_them = torch.manual_seed if gpus else torch.default_generator.manual_seed
+            seed_them(torch_seed(seed, "model", round, client))
             model.load(weights)
             rng = numpy_rng(seed, "batches", round, client)
             loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import KINDS, evidence, start
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -33,3 +34,14 @@ def ray_here(tmp_path_factory):
     yield
     ray.shutdown()
     os.chdir(where)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The bytes of a run without a fault, of each kind of tests/faults.py."""
+    found = {}
+    for kind, settings in KINDS.items():
+        out = tmp_path_factory.mktemp("whole") / kind
+        start(out, *settings)
+        found[kind] = evidence(out)
+    return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import os
 import signal
@@ -34,6 +35,7 @@ KINDS = {
 def in_child(work: Callable[[], Any]) -> int:
     """Do some work in a forked process: its exit code, minus the signal that ended it; 3 for a FedLQError."""
     sys.stdout.flush()
+    gc.freeze()  # else the child's collector touches, and so copies, all that there is
     pid = os.fork()
     if pid == 0:
         code = 4

@@ -118,8 +118,9 @@ def test_a_driver_that_dies_or_hangs_goes_on_from_its_checkpoint(number, expecte
     assert len(first) == 1 and not Path(f"/proc/{first[0]}").exists()
 
 
-def test_a_run_that_is_killed_outright_goes_on():
-    """The whole program; on Ray's side the checkpoint holds what is in the object store."""
+@pytest.fixture(scope="module")
+def killed(ray_here):
+    """The folder of a program that was killed between two rounds, Ray and all of its own."""
     command = [
         sys.executable,
         "-m",
@@ -137,10 +138,14 @@ def test_a_run_that_is_killed_outright_goes_on():
     assert left("killed", 0.0)
     process.kill()
     process.wait()
-    assert not left("killed")  # Ray's processes, actors and the fork server
-    done = len(rundir.journal(Path("killed")))
+    return Path("killed")
+
+
+def test_a_program_that_is_killed_outright_goes_on(killed):
+    """On Ray's side the checkpoint holds what is in the object store."""
+    done = len(rundir.journal(killed))
     assert 0 < done < 40
-    result = fedlq_ray.resume("killed")
+    result = fedlq_ray.resume(killed)
     assert contents(result) == contents(run("rounds=40", "clients.hosting=serial"))
 
 
@@ -310,3 +315,8 @@ def test_actors_that_are_killed_while_they_start_or_by_ray_for_want_of_memory(tm
     with pytest.raises(FedLQError, match="actor did not start: ActorDiedError.*too little memory") as caught:
         next(records("clients.retries=1", "clients.actors=1", quantizer=Fatal(tmp_path, 9)))
     assert len(list(tmp_path.iterdir())) == 4 and len(str(caught.value).splitlines()) == 1
+
+
+def test_nothing_is_left_of_a_program_that_was_killed_outright(killed):
+    """Ray's processes, whose agents take up to a minute, actors and the fork server."""
+    assert not left(killed.name)

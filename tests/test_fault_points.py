@@ -1,0 +1,75 @@
+"""A run is killed, or its disk fails, at every point in turn, and goes on to the same bytes."""
+
+import errno
+import itertools
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+from faults import KINDS, at_point, die, evidence, go_on, in_child, start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_point(kind: str, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
+    number = 0
+    while True:
+        number += 1
+        out = tmp_path / str(number)
+
+        def run(out: Path = out, number: int = number) -> None:
+            with at_point(number, die):
+                start(out, *KINDS[kind])
+
+        code = in_child(run)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        go_on(out, *KINDS[kind])
+        assert evidence(out) == whole[kind], f"killed at point {number}"
+    assert number > 50  # the points were passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [("fedlq", errno.ENOSPC), ("fedlq", errno.EIO), ("rd", errno.ENOSPC), ("ef21", errno.EIO)],
+)
+def test_disk_fails_at_every_point(kind: str, fault: int, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
+    hit = tmp_path / "hit"
+
+    def fail() -> None:
+        hit.touch()
+        raise OSError(fault, os.strerror(fault))
+
+    failed = 0
+    for number in itertools.count(1):
+        out = tmp_path / str(number)
+
+        def run(out: Path = out, number: int = number) -> None:
+            with at_point(number, fail):
+                start(out, *KINDS[kind])
+
+        code = in_child(run)
+        if not hit.exists():
+            break
+        hit.unlink()
+        assert code in (0, 3), f"point {number}"  # done all the same, or one message
+        if code:
+            failed += 1
+            go_on(out, *KINDS[kind])
+        assert evidence(out) == whole[kind], f"failed at point {number}"
+    assert number > 80 and failed > 10  # the points were passed
+
+
+@pytest.mark.parametrize("limit", [0, 700, 3_000, 60_000, 200_000])
+def test_files_cannot_grow(limit: int, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
+    """A real limit of the system: no file may be larger than so many bytes."""
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        start(tmp_path / "run", *KINDS["rd"])
+
+    assert in_child(run) in (0, 3)
+    go_on(tmp_path / "run", *KINDS["rd"])
+    assert evidence(tmp_path / "run") == whole["rd"]
