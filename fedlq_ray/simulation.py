@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray import provenance, rundir, storage, tracking
+from fedlq_ray import forkserver, provenance, rundir, storage, tracking
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
@@ -350,18 +350,20 @@ def _full(exc: Exception, folder: Path) -> FedLQError:
 def _driven(
     task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path, timeout_s: float
 ) -> Iterator[Event]:
-    """One driver actor's events. It lives on this node: the run's folder is here.
+    """One driver actor's events. It is forked, as clients' are, and lives on this node: the run's folder is here.
 
     Where it does not answer for `timeout_s`, it is ended for good: one that woke up later would write to the folder.
     """
     import ray
     from ray.exceptions import RayActorError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from fedlq_ray.driver import Driver
+    from fedlq_ray.placement import on
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    driver = Driver.options(max_concurrency=2, scheduling_strategy=here).remote(os.getcwd())  # type: ignore[attr-defined]
+    here: dict[str, Any] = {"scheduling_strategy": on(ray.get_runtime_context().get_node_id())}
+    if fork := forkserver.command():
+        here["runtime_env"] = {"py_executable": fork}
+    driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]
     stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
     told, pid, asked = False, None, time.monotonic()
     alive = driver.alive.remote()

@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the markers
 def pytest_collection_modifyitems(items):
     """Of processes that share the tests, one has all that start a Ray: one Ray at a time."""
     for item in items:

@@ -1,6 +1,7 @@
 """A run is killed, or its disk fails, at every point in turn, and goes on to the same bytes."""
 
 import errno
+import functools
 import itertools
 import os
 import resource
@@ -9,6 +10,15 @@ from pathlib import Path
 
 import pytest
 from faults import KINDS, at_point, die, evidence, go_on, in_child, start
+
+from fedlq_ray import provenance
+
+
+@pytest.fixture(autouse=True)
+def git_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a thousand times."""
+    monkeypatch.setattr(provenance, "commit", functools.cache(provenance.commit))
+    provenance.commit()
 
 
 @pytest.mark.parametrize("kind", KINDS)
