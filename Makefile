@@ -15,8 +15,8 @@ install: .venv/installed
 demo: install
 	$(BIN)/fedlq demo
 
-# Two processes keep two cores busy; a third has the tests under Ray, which mostly wait.
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadgroup
+# Three processes for two cores: tests under Ray mostly wait. A file's tests stay together, for they share a Ray.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test: install
 	$(PYTEST)

@@ -16,14 +16,6 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the markers
-def pytest_collection_modifyitems(items):
-    """Of processes that share the tests, one has all that start a Ray: one Ray at a time."""
-    for item in items:
-        if item.get_closest_marker("ray") or item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory):
     """A Ray of two cores for a module's tests, which are in a folder of their own."""

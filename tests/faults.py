@@ -38,6 +38,7 @@ def in_child(work: Callable[[], Any]) -> int:
     gc.freeze()  # else the child's collector touches, and so copies, all that there is
     pid = os.fork()
     if pid == 0:
+        os.nice(10)  # tests under Ray, in another process of pytest, have deadlines
         code = 4
         warnings.simplefilter("ignore")  # a checkpoint that could not be written is one
         with contextlib.suppress(BaseException):

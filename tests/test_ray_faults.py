@@ -73,6 +73,37 @@ def send(number, name):
         os.kill(pid, number)
 
 
+@pytest.fixture(scope="module")
+def killed(ray_here):
+    """The folder of a program that was killed between two rounds, Ray and all of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "fedlq_ray.cli",
+        "run",
+        *QUICK,
+        "rounds=40",
+        "out=killed",
+        "clients.hosting=packed",
+    ]
+    environment = {**os.environ, "RAY_ADDRESS": "local", MARK: "killed"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(Path("killed").glob("checkpoints/*.ckpt")):
+        time.sleep(0.05)
+    assert left("killed", 0.0)
+    process.kill()
+    process.wait()
+    return Path("killed")
+
+
+def test_a_program_that_is_killed_outright_goes_on(killed):
+    """On Ray's side the checkpoint holds what is in the object store."""
+    done = len(rundir.journal(killed))
+    assert 0 < done < 40
+    result = fedlq_ray.resume(killed)
+    assert contents(result) == contents(run("rounds=40", "clients.hosting=serial"))
+
+
 @pytest.mark.parametrize("hosting", ["packed", "dedicated"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_client_actors_that_die_or_hang_are_replaced(hosting, number, expected):
@@ -116,37 +147,6 @@ def test_a_driver_that_dies_or_hangs_goes_on_from_its_checkpoint(number, expecte
     assert contents(run("clients.hosting=packed", "clients.timeout_s=8", watch=watch)) == expected
     assert events.count("restarted") == 1 and events.count("resumed") == 1
     assert len(first) == 1 and not Path(f"/proc/{first[0]}").exists()
-
-
-@pytest.fixture(scope="module")
-def killed(ray_here):
-    """The folder of a program that was killed between two rounds, Ray and all of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "fedlq_ray.cli",
-        "run",
-        *QUICK,
-        "rounds=40",
-        "out=killed",
-        "clients.hosting=packed",
-    ]
-    environment = {**os.environ, "RAY_ADDRESS": "local", MARK: "killed"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(Path("killed").glob("checkpoints/*.ckpt")):
-        time.sleep(0.05)
-    assert left("killed", 0.0)
-    process.kill()
-    process.wait()
-    return Path("killed")
-
-
-def test_a_program_that_is_killed_outright_goes_on(killed):
-    """On Ray's side the checkpoint holds what is in the object store."""
-    done = len(rundir.journal(killed))
-    assert 0 < done < 40
-    result = fedlq_ray.resume(killed)
-    assert contents(result) == contents(run("rounds=40", "clients.hosting=serial"))
 
 
 class Choice:
