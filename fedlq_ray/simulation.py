@@ -305,7 +305,14 @@ def start_ray() -> None:
 def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
     """The driver actor's events; a driver that dies, or loses what it needs, is started again from the checkpoint."""
     import ray
-    from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, RayError, RayTaskError
+    from ray.exceptions import (
+        ObjectStoreFullError,
+        OutOfDiskError,
+        OutOfMemoryError,
+        RayActorError,
+        RayError,
+        RayTaskError,
+    )
 
     start_ray()
     with interrupts:
@@ -327,7 +334,7 @@ def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folde
                 fault = f"the driver failed: {cause!r}"
                 if not isinstance(cause, RayError) or not left:
                     raise FedLQError(fault) from None
-            except RayActorError as exc:
+            except (RayActorError, OutOfMemoryError) as exc:
                 fault = f"the driver actor died: {str(exc).splitlines()[0]}"
                 if not left:
                     raise FedLQError(fault) from None

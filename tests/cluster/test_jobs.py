@@ -7,6 +7,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -198,15 +199,19 @@ def wait_for(file, seconds=300):
 
 def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, expected):
     """`ray job stop`, and Ctrl-C answered with yes; the third attempt ends with the bytes of an undisturbed run."""
-    out = cluster.folder / "shared" / "run"
+    out, store = cluster.folder / "shared/run", cluster.folder / "mlflow.db"
     arguments = [
         "small.yaml",
         "name=shared",
         f"rounds={LONG}",
         f"out={out}",
-        "tracking.uri=null",
+        f"tracking.uri=sqlite:///{store}",
         "checkpoint.every_rounds=1",
     ]
+
+    def in_mlflow():
+        return sqlite3.connect(store).execute("select status from runs").fetchall()
+
     command = [*FEDLQ, "submit", *arguments, "--address", cluster.address]
     options = {"env": cluster.environment, "cwd": cluster.folder / "project", "text": True}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -218,7 +223,7 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
     wait_for(out / "rounds.jsonl")
     assert cluster.call(*RAY, "job", "stop", "--address", cluster.address, "shared-1").returncode == 0
     assert first.wait(200) == 143 and "shared-1: stopped" in first.stderr.read()
-    assert list((out / "checkpoints").iterdir())
+    assert list((out / "checkpoints").iterdir()) and in_mlflow() == [("KILLED",)]
 
     second = subprocess.Popen(command, **options, **pipes)
     assert any("goes on after round" in line for line in second.stderr)
@@ -228,7 +233,7 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
 
     third = cluster.submit(*arguments)
     assert third.returncode == 0 and f"shared-3: results in {out}" in third.stdout, third.stderr
-    assert sha256(out) == expected[LONG]
+    assert sha256(out) == expected[LONG] and in_mlflow() == [("FINISHED",)]
     other = cluster.submit(*arguments)
     assert other.returncode == 2 and "the run is finished" in other.stderr
 

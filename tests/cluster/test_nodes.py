@@ -2,12 +2,16 @@
 
 import json
 import os
+import sys
 import time
 
+import numpy as np
 import pytest
 
 import fedlq_ray
 from fedlq_ray.config import load
+from fedlq_ray.strategies import Strategy
+from fedlq_ray.training import Plan
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 # The memories of error feedback are 200 kB each: they lie in the object store of the node where a client was trained.
@@ -134,6 +138,63 @@ def test_memories_that_fill_the_object_store_go_to_disk(tmp_path):
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+class Hungry:
+    """Takes 5 GB for a minute, where nobody has done so in this folder before."""
+
+    def __init__(self, segments, folder):
+        self.segments, self.folder = segments, folder
+
+    def __call__(self, vector):
+        before = list(self.folder.iterdir())
+        (self.folder / str(os.getpid())).touch()
+        if not before:
+            held = np.ones(625_000_000)
+            time.sleep(60)
+            del held
+        return self.segments
+
+
+class Hungers(Strategy):
+    """Client 3 does."""
+
+    def __init__(self, setting, folder):
+        self.setting, self.folder = setting, folder
+
+    def plan(self, round, cohort, evaluation=None):
+        segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
+        hungry = Hungry(segments, self.folder)
+        return {c.client: Plan("update", hungry if c.client == 3 else segments) for c in cohort}
+
+
+@FULL
+def test_rays_memory_monitor_ends_a_client_that_is_run_again(tmp_path, monkeypatch):
+    """Its threshold is 2 GB above what is in use."""
+    import psutil
+    import ray
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    memory = psutil.virtual_memory()
+    threshold = {"memory_usage_threshold": (memory.total - memory.available + 2e9) / memory.total}
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        _system_config=threshold | {"memory_monitor_refresh_ms": 100},
+    )  # fmt: skip
+    found = {}
+    try:
+        for hosting in ("packed", "serial"):  # the second finds that somebody has
+            out = tmp_path / hosting
+            own = [*QUICK, "strategy.error_feedback=null", f"clients.hosting={hosting}", f"out={out}"]
+            (tmp_path / "ate").mkdir(exist_ok=True)
+            fedlq_ray.simulate(load(None, own), strategy=lambda setting: Hungers(setting, tmp_path / "ate"))
+            found[hosting] = [(out / name).read_bytes() for name in ("rounds.jsonl", "summary.json")]
+            if hosting == "packed":
+                assert len(list((tmp_path / "ate").iterdir())) > 1  # the actor was killed, another took over
+    finally:
+        ray.shutdown()
+    assert found["packed"] == found["serial"]
 
 
 def test_actors_are_dealt_by_cores():
