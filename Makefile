@@ -23,7 +23,7 @@ test: install
 
 # What `test` has of docs/reliability.md, alone.
 reliability: install
-	$(PYTEST) $(addprefix tests/test_,fault_points.py resume.py storage.py fold.py hostile.py tracking_faults.py golden.py ray_faults.py ray_points.py)
+	$(PYTEST) $(addprefix tests/test_,fault_points.py resume.py identity.py storage.py fold.py hostile.py tracking_faults.py golden.py ray_faults.py ray_points.py)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -95,8 +95,13 @@ class Nodes:
         """Of an actor on this node; None: wherever Ray puts it."""
         forks = {node.fork for node in self.known.values()}
         fork = self.known[at].fork if at else forks.pop() if len(forks) == 1 else None
-        made: dict[str, Any] = {"runtime_env": {"py_executable": fork}} if fork else {}
-        return made | ({"scheduling_strategy": on(at)} if at else {})
+        return options(at, fork)
+
+
+def options(at: str | None, fork: str | None) -> dict[str, Any]:
+    """Of an actor on this node, forked by this command; None: wherever Ray puts it, not forked."""
+    made: dict[str, Any] = {"runtime_env": {"py_executable": fork}} if fork else {}
+    return made | ({"scheduling_strategy": on(at)} if at else {})
 
 
 def on(node: str) -> Any:

@@ -365,11 +365,9 @@ def _driven(
     from ray.exceptions import RayActorError
 
     from fedlq_ray.driver import Driver
-    from fedlq_ray.placement import on
+    from fedlq_ray.placement import options
 
-    here: dict[str, Any] = {"scheduling_strategy": on(ray.get_runtime_context().get_node_id())}
-    if fork := forkserver.command():
-        here["runtime_env"] = {"py_executable": fork}
+    here = options(ray.get_runtime_context().get_node_id(), forkserver.command())
     driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]
     stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
     told, pid, asked = False, None, time.monotonic()

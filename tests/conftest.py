@@ -38,3 +38,9 @@ def whole(tmp_path_factory):
         start(out, *settings)
         found[kind] = evidence(out)
     return found
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The test's own folder is the working directory."""
+    monkeypatch.chdir(tmp_path)

@@ -74,6 +74,22 @@ def go_on(out: Path, *settings: str) -> None:
             raise
 
 
+def cut(out: Path, *settings: str, after: int = 3, **given: Any) -> None:
+    """A run that ends abruptly after some rounds, with checkpoints."""
+
+    def run() -> None:
+        rounds = []
+
+        def watch(event: dict[str, object]) -> None:
+            rounds.append("record" in event)
+            if sum(rounds) == after:
+                die()
+
+        simulate(configuration.load(None, [*SMALL, *settings, f"out={out}"]), watch=watch, **given)
+
+    assert in_child(run) == -signal.SIGKILL
+
+
 def evidence(out: Path) -> tuple[bytes, str]:
     """What two runs that gave the same have in common; nothing is missing, or left over."""
     found = rundir.read(out)

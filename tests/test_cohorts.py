@@ -14,12 +14,9 @@ from fedlq_ray.strategies import Member
 from fedlq_ray.strategies.budgets import taking_part
 from fedlq_ray.task import prepare
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 QUICK = ["rounds=4", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def records(*overrides):

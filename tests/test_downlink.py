@@ -11,13 +11,10 @@ from fedlq_ray.config import load
 from fedlq_ray.downlink import Downlink
 from fedlq_ray.task import Workplace, prepare
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 QUICK = ["rounds=6", "clients.hosting=serial", "clients.count=8", "clients.cohort=3", "tracking.uri=null"]
 LINKS = {0: 1000.0, 1: 2000.0, 2: 100_000.0}
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def downlink(bits, cap_bits=4.0):

@@ -11,12 +11,9 @@ from rich.console import Console
 from fedlq_ray import ClientError, ConfigError, follow, progress, rundir, simulate
 from fedlq_ray.config import load
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 QUICK = ["rounds=4", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def test_a_run_is_followed_from_its_folder_while_it_goes_on(tmp_path):

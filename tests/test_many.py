@@ -19,6 +19,8 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import run_or_resume
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 SWEEP = {
     "base": {
         "name": "m",
@@ -35,11 +37,6 @@ SWEEP = {
     },
 }
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def summaries(folder):

@@ -14,18 +14,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from faults import KINDS, SMALL, die, evidence, in_child, start
-from torch import nn
+from faults import KINDS, SMALL, cut, die, evidence, in_child, start
 
 from fedlq_ray import config as configuration
 from fedlq_ray import rundir
 from fedlq_ray.checkpoint import Snapshot, pack, remembered, unpack
 from fedlq_ray.cli import cli
-from fedlq_ray.data import Dataset
 from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
 from fedlq_ray.files import locked
-from fedlq_ray.identity import require_same
-from fedlq_ray.quantization import MinMax, Quantizer
 from fedlq_ray.simulation import resume, run_or_resume, simulate
 from fedlq_ray.storage import Folder, Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
@@ -71,7 +67,7 @@ def test_every_strategy_remembers(name: str, tmp_path: Path) -> None:
     start(tmp_path / "whole", *settings)
     out = tmp_path / "cut"
 
-    def cut() -> None:
+    def go() -> None:
         seen = []
 
         def watch(event: dict[str, object]) -> None:
@@ -86,29 +82,13 @@ def test_every_strategy_remembers(name: str, tmp_path: Path) -> None:
             simulate(configuration.load(None, own), watch=watch)
 
     for _ in range(8):
-        if in_child(cut) == 0:
+        if in_child(go) == 0:
             break
     assert evidence(out) == evidence(tmp_path / "whole")
 
 
-def _cut(out: Path, *settings: str, after: int = 3, **given: Any) -> None:
-    """A run that ends abruptly after some rounds, with checkpoints."""
-
-    def run() -> None:
-        rounds = []
-
-        def watch(event: dict[str, object]) -> None:
-            rounds.append("record" in event)
-            if sum(rounds) == after:
-                die()
-
-        simulate(configuration.load(None, [*SMALL, *settings, f"out={out}"]), watch=watch, **given)
-
-    assert in_child(run) == -signal.SIGKILL
-
-
 def test_damaged_checkpoints(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
-    _cut(tmp_path / "run", *KINDS["fedlq"])
+    cut(tmp_path / "run", *KINDS["fedlq"])
     newest, older = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
@@ -117,7 +97,7 @@ def test_damaged_checkpoints(tmp_path: Path, whole: dict[str, tuple[bytes, str]]
         resume(tmp_path / "run")
     assert evidence(tmp_path / "run") == whole["fedlq"]
 
-    _cut(tmp_path / "all", *KINDS["fedlq"])
+    cut(tmp_path / "all", *KINDS["fedlq"])
     for file in (tmp_path / "all" / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="no checkpoint can be used"):
@@ -126,7 +106,7 @@ def test_damaged_checkpoints(tmp_path: Path, whole: dict[str, tuple[bytes, str]]
 
 def test_journal_that_lost_its_end(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
     """A checkpoint of more rounds than the journal has is passed over."""
-    _cut(tmp_path / "run", *KINDS["fedlq"])
+    cut(tmp_path / "run", *KINDS["fedlq"])
     journal = tmp_path / "run" / "rounds.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     rounds = [int(f.stem) for f in sorted((tmp_path / "run" / "checkpoints").iterdir())]
@@ -145,14 +125,14 @@ def _change(out: Path, number: int) -> None:
 
 
 def test_journal_that_was_changed(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
-    _cut(tmp_path / "last", *KINDS["fedlq"])
+    cut(tmp_path / "last", *KINDS["fedlq"])
     newest, older = sorted((tmp_path / "last" / "checkpoints").iterdir(), reverse=True)
     _change(tmp_path / "last", int(newest.stem) - 1)
     with pytest.warns(UserWarning, match=f"{newest.name} is of other rounds"):
         resume(tmp_path / "last")
     assert evidence(tmp_path / "last") == whole["fedlq"]
 
-    _cut(tmp_path / "first", *KINDS["fedlq"])
+    cut(tmp_path / "first", *KINDS["fedlq"])
     _change(tmp_path / "first", 0)
     before = (tmp_path / "first" / "rounds.jsonl").read_bytes()
     with pytest.raises(CheckpointError, match=r"no checkpoint can be used: .*rounds.jsonl changed in its first"):
@@ -162,7 +142,7 @@ def test_journal_that_was_changed(tmp_path: Path, whole: dict[str, tuple[bytes, 
 
 def test_more_rounds(tmp_path: Path) -> None:
     start(tmp_path / "long", *KINDS["rd"], "rounds=6")
-    _cut(tmp_path / "run", *KINDS["rd"], after=2)
+    cut(tmp_path / "run", *KINDS["rd"], after=2)
     result = resume(tmp_path / "run", ["rounds=6", "clients.hosting=serial"])
     assert evidence(tmp_path / "run") == evidence(tmp_path / "long")
     assert result.summary["rounds"] == 6
@@ -184,70 +164,9 @@ def test_more_rounds_after_the_last(tmp_path: Path) -> None:
     assert evidence(tmp_path / "run") == evidence(tmp_path / "long")
 
 
-class Own(BY_NAME["uniform"]):  # type: ignore[valid-type,misc]
-    pass
-
-
-def own_quantizer(bits: int) -> Quantizer:
-    return MinMax(bits)
-
-
-def own_model(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
-
-
-def own_data() -> tuple[Any, ...]:
-    x, y = np.random.default_rng(0).integers(0, 16, (420, 8, 8), np.uint8), np.arange(420) % 10
-    return x[:400], y[:400], x[400:], y[400:]
-
-
-@pytest.mark.parametrize(
-    "given",
-    [{"strategy": Own}, {"quantizer": own_quantizer}, {"model": own_model}, {"data": own_data()}],
-    ids=lambda given: next(iter(given)),
-)
-def test_what_was_given_must_be_given_again(given: dict[str, Any], tmp_path: Path) -> None:
-    """Each alone is told, and nothing is written."""
-    out = tmp_path / "run"
-    simulate(configuration.load(None, [*SMALL, "strategy.name=uniform", f"out={tmp_path / 'whole'}"]), **given)
-    _cut(out, "strategy.name=uniform", **given)
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    (name,) = given
-    with pytest.raises(ConfigError, match=rf"{name} was .* and is .*resume\(\.\.\., {name}=\.\.\.\)"):
-        resume(out, ["rounds=5"])
-    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
-    resume(out, **given)
-    assert evidence(out) == evidence(tmp_path / "whole")
-
-
-def test_settings_that_were_changed_in_the_folder(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
-    out = tmp_path / "run"
-    _cut(out, *KINDS["rd"])
-    settings = (out / "config.yaml").read_text()
-    (out / "config.yaml").write_text(settings.replace("  lr: 0.1\n", "  lr: 0.5\n", 1))
-    with pytest.raises(ConfigError, match=r"train.lr was 0.1 and is 0.5; set config.yaml back"):
-        resume(out)
-    (out / "config.yaml").write_text(settings)
-    resume(out, ["name=other", "clients.retries=0"])  # without effect
-    assert evidence(out) == whole["rd"]
-
-
-def test_data_are_told_apart_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in every round: it reads all of them."""
-    made, real = [], Dataset.digest
-    monkeypatch.setattr(Dataset, "digest", lambda data: made.append(data) or real(data))
-    start(tmp_path / "run")
-    assert len(made) == 1
-
-
-def test_what_another_version_does_not_know_is_not_compared(tmp_path: Path) -> None:
-    require_same({"old": 1, "same": [1, 2.5]}, {"new": 2, "same": [1, 2.5]}, tmp_path)
-    require_same({}, {"new": 2}, tmp_path)
-
-
 def test_what_may_not_be(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    _cut(out, after=2)
+    cut(out, after=2)
     with pytest.raises(ConfigError, match="may only have more rounds"):
         resume(out, ["train.lr=0.5"])
     with pytest.raises(ConfigError, match="not fewer"):
@@ -322,7 +241,7 @@ def test_killed_before_its_clients_were_written(tmp_path: Path) -> None:
 def test_killed_before_its_checkpoints_were_cleared(where: str, tmp_path: Path) -> None:
     out, store = tmp_path / "run", tmp_path / "store" if where else tmp_path / "run" / "checkpoints"
     place = [f"checkpoint.path={where.replace('store', str(store))}"] if where else []
-    _cut(out, *place)
+    cut(out, *place)
     newest = max(file for file in store.iterdir() if file.suffix == ".ckpt")  # one may be half written
     hidden = "" if where.startswith("file:") else "."  # as either writes it
     newest.with_name(f"{hidden}{newest.name.replace('0000000', '0000009')}.part").touch()
@@ -344,7 +263,7 @@ def test_remote_filesystem(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) 
     (tmp_path / "store").mkdir()
     for store in ("store", "new/one"):
         out = tmp_path / f"run-{store[:3]}"
-        _cut(out, *KINDS["rd"], f"checkpoint.path=file://{tmp_path}/{store}")
+        cut(out, *KINDS["rd"], f"checkpoint.path=file://{tmp_path}/{store}")
         assert os.listdir(tmp_path / store)
         resume(out)
         assert evidence(out) == whole["rd"]
@@ -354,9 +273,9 @@ def test_remote_filesystem(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) 
 def test_runs_may_have_their_checkpoints_in_one_place(tmp_path: Path, whole: dict[str, tuple[bytes, str]]) -> None:
     place = f"checkpoint.path={tmp_path}/store"
     for kind, after in (("rd", 3), ("fedlq", 2)):
-        _cut(tmp_path / kind, *KINDS[kind], place, after=after)
+        cut(tmp_path / kind, *KINDS[kind], place, after=after)
     start(tmp_path / "ef21", *KINDS["ef21"], place)  # starts, and clears, beside them
-    _cut(tmp_path / "twin", *KINDS["rd"], place, after=2)  # of the same settings
+    cut(tmp_path / "twin", *KINDS["rd"], place, after=2)  # of the same settings
     for folder in ("fedlq", "rd", "twin"):
         resume(tmp_path / folder)
     for folder in ("fedlq", "rd", "ef21", "twin"):

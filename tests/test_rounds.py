@@ -13,12 +13,9 @@ from fedlq_ray.serial import SerialHost
 from fedlq_ray.strategies import STRATEGIES, Strategy, make
 from fedlq_ray.task import Workplace, prepare
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def run(*overrides, **parts):

@@ -19,12 +19,9 @@ from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import run_or_resume, simulate
 from fedlq_ray.sweep import Outcome, load, run
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 BASE = "base: {rounds: 3, name: s, tracking: {uri: null}, clients: {hosting: serial, count: 8, cohort: 4}}\n"
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def sweep(tmp_path, text, told):

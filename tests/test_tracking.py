@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tracked import QUICK, rows, run
 
 from fedlq_ray import ClientError, resume, rundir, simulate, tracking
 from fedlq_ray.config import load
 from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import Terminated
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
-QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*overrides):
-    return simulate(load(None, [*QUICK, *overrides]))
-
-
-def rows(query):
-    return sqlite3.connect("mlflow.db").execute(query).fetchall()
 
 
 def test_layers_of_any_name_have_metrics():

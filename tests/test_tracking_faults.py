@@ -18,25 +18,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from faults import in_child
+from tracked import QUICK, rows, run
 
 from fedlq_ray import FedLQError, cli, resume, rundir, simulate, tracking
 from fedlq_ray.config import load
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
-QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*overrides):
-    return simulate(load(None, [*QUICK, *overrides]))
-
-
-def rows(query):
-    return sqlite3.connect("mlflow.db").execute(query).fetchall()
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["down", "hangs"])

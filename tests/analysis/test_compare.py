@@ -14,12 +14,9 @@ from fedlq_ray.analysis import compare, runs, tables
 from fedlq_ray.config import load
 from fedlq_ray.sweep import Finished, Outcome
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 QUICK = ["rounds=2", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def done(folder, accuracies, seconds, mb=2.0):

@@ -1,0 +1,16 @@
+"""What the tests of MLflow share: a small run, and what the store of this folder has."""
+
+import sqlite3
+
+from fedlq_ray import simulate
+from fedlq_ray.config import load
+
+QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
+
+
+def run(*overrides):
+    return simulate(load(None, [*QUICK, *overrides]))
+
+
+def rows(query):
+    return sqlite3.connect("mlflow.db").execute(query).fetchall()
