@@ -1,5 +1,6 @@
 """Jobs of a real cluster, started as people start one: `ray start`, a second node, tokens, `fedlq submit`."""
 
+import contextlib
 import json
 import os
 import re
@@ -28,10 +29,16 @@ CONFIG = "name: small\nrounds: 3\nclients: {count: 5, cohort: 3, hosting: packed
 LONG = 300  # rounds of a run that is to be stopped: it must still go on when its log has been read
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def free_ports(count):
+    """Below those that connections are given, and above those of Ray's workers: they stay free until they are used."""
+    found = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            tried, port = held.enter_context(socket.socket()), 20_000 + secrets.randbelow(12_000)
+            with contextlib.suppress(OSError):
+                tried.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 class Cluster:
@@ -41,36 +48,46 @@ class Cluster:
         self.folder, self.private = folder, folder / "private"
         self.private.mkdir()
         (folder / "home").mkdir()
-        self.port, dashboard = free_port(), free_port()
-        self.address = f"http://127.0.0.1:{dashboard}"
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "HOME": str(folder / "home")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, **own, "PATH": path, "RAY_ADDRESS": "", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-        head = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r"]
-        self.processes = [
-            self._start(
-                *head, f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"
-            )
-        ]
-        self._until(lambda: self.jobs() is not None)
+        self.processes = []
+        for left in (2, 1, 0):  # Ray chooses ports of its own beside these, and ends where another has taken one
+            self._start_head()
+            ended = self.ended_before(lambda: self.jobs() is not None)
+            if not ended:
+                break
+            assert left, ended
+            self.close()
+
+    def _start_head(self):
+        self.port, dashboard, agent, client = free_ports(4)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        ports = {"": self.port, "dashboard-": dashboard, "dashboard-agent-listen-": agent, "ray-client-server-": client}
+        named = [f"--{name}port={port}" for name, port in ports.items()]
+        self.processes = [self._start("--head", *named, f"--temp-dir={self.folder}/r")]
 
     def add_node(self):
         blind = f'mount -t tmpfs none {self.private} && exec "$@"'
         before = ["unshare", "--mount", "sh", "-c", blind, "sh"] if os.geteuid() == 0 else []
-        node = [f"--address=127.0.0.1:{self.port}", f"--dashboard-agent-listen-port={free_port()}"]
+        node = [f"--address=127.0.0.1:{self.port}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
         self.processes.append(self._start(*node, before=before))
 
     def _start(self, *options, before=()):
-        log = (self.folder / f"ray-{time.monotonic_ns()}.log").open("w")
+        self.log = self.folder / f"ray-{time.monotonic_ns()}.log"
         command = [*before, *RAY, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
-        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        with self.log.open("w") as log:
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
-    def _until(self, condition):
+    def ended_before(self, condition):
+        """Waits for the condition; what `ray start` said, where that ends before."""
         end = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < end, "the cluster did not start"
-            assert all(process.poll() is None for process in self.processes), "ray start ended"
+            if any(process.poll() is not None for process in self.processes):
+                return f"ray start ended: {self.log.read_text()[-2000:]}"
             time.sleep(0.5)
+        return None
 
     def call(self, *command, **options):
         return subprocess.run(
@@ -104,9 +121,9 @@ class Cluster:
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
         for process in self.processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # what it has left behind
                 os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -259,7 +276,7 @@ def test_rays_own_job_command_runs_it(cluster, expected):
 def test_a_run_left_alone_goes_on_and_is_taken_up_later_with_its_driver_on_another_node(cluster, expected):
     """Also: results on storage that a node does not see are refused."""
     cluster.add_node()
-    cluster._until(lambda: cluster.nodes() == 2)
+    assert not cluster.ended_before(lambda: cluster.nodes() == 2)
     left = cluster.submit("small.yaml", "name=left", "--no-wait", "--driver", "CPU=1")
     assert left.returncode == 0 and "fedlq submit --attach left-1" in left.stdout
     done = cluster.submit("--attach", "left-1")

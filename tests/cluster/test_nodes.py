@@ -11,6 +11,7 @@ import pytest
 import fedlq_ray
 from fedlq_ray.config import load
 from fedlq_ray.strategies import Strategy
+from fedlq_ray.strategies.fixed import Fixed
 from fedlq_ray.training import Plan
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
@@ -40,8 +41,8 @@ def nodes():
     cluster.shutdown()
 
 
-def run(folder, *overrides, watch=None):
-    result = fedlq_ray.simulate(load(None, [*QUICK, f"out={folder}/run", *overrides]), watch=watch)
+def run(folder, *overrides, **given):
+    result = fedlq_ray.simulate(load(None, [*QUICK, f"out={folder}/run", *overrides]), **given)
     return [(result.path / name).read_bytes() for name in ("rounds.jsonl", "summary.json")]
 
 
@@ -85,20 +86,38 @@ def test_a_node_that_dies_loses_nothing(hosting, nodes, expected, tmp_path):
     assert run(tmp_path, f"clients.hosting={hosting}", "checkpoint.every_rounds=2", watch=leave) == expected
 
 
+class Waits(Fixed):
+    """Before rounds 3 and 5, until the test has done its part after rounds 1 and 3."""
+
+    def __init__(self, setting, folder):
+        super().__init__(setting, setting.quantizer_at(4))
+        self.folder = folder
+
+    def plan(self, round, cohort, evaluation=None):
+        while round in (3, 5) and not (self.folder / str(round)).exists():
+            time.sleep(0.05)
+        return super().plan(round, cohort, evaluation)
+
+
 @pytest.mark.parametrize("hosting", ["packed", pytest.param("dedicated", marks=FULL)])
 def test_a_node_that_joins_is_used(hosting, nodes, tmp_path):
-    seen, longer = [], "rounds=50"
+    from ray import cloudpickle
 
-    def join():
-        seen.append(homes())
-        nodes.add_node(num_cpus=1)
-        while sum(now := homes()):  # the run goes on while this waits
-            seen.append(now)
-            time.sleep(0.2)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    seen = []
 
-    found = run(tmp_path, f"clients.hosting={hosting}", longer, watch=after(1, join))
-    assert len(seen[0]) == 1 and ([1, 2] if hosting == "packed" else [4, 5]) in seen
-    assert found == run(tmp_path / "serial", "clients.hosting=serial", longer)
+    def look(event):
+        round = event["record"]["round"] if "record" in event else None
+        if round in (1, 3) and not (tmp_path / str(round + 2)).exists():  # a round may come again
+            seen.append(homes())
+            if round == 1:
+                nodes.add_node(num_cpus=1)
+            (tmp_path / str(round + 2)).touch()
+
+    own = {"strategy": lambda setting: Waits(setting, tmp_path)}
+    found = run(tmp_path, f"clients.hosting={hosting}", watch=look, **own)
+    assert len(seen) == 2 and len(seen[0]) == 1 and seen[1] == ([1, 2] if hosting == "packed" else [4, 5])
+    assert found == run(tmp_path / "serial", "clients.hosting=serial", **own)
 
 
 @FULL
