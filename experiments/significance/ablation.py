@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import ConstantInputWarning, spearmanr
-from torch.nn.functional import cross_entropy
 
 from fedlq_ray import provenance
 from fedlq_ray.config import Config, load, to_yaml
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
-from fedlq_ray.significance import METRICS, Drops, Evidence, gather, measure
+from fedlq_ray.significance import METRICS, Drops, Measurement, gather, in_blocks, measure
+from fedlq_ray.significance.metrics import first_order, rise
 from fedlq_ray.strategies import make
 from fedlq_ray.task import prepare
 
@@ -40,6 +40,7 @@ LEVELS = (1, 2, 3, 4, 6, 8)
 SAMPLES = 512
 BLOCKS = 10  # of the test set, each with its own rounding noise
 SMOOTHED = "loss, as FedLQ takes it"
+PLAIN = "rise of the loss, one draw"
 PAYLOADS = ("update", "model")
 
 
@@ -62,16 +63,19 @@ def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict
         for payload in PAYLOADS:
             sent = weights if payload == "model" else update
             what = (place.model, weights - sent, sent, place.setting.quantized, quantizers)
-            given = gather(*what, x, y, seed=config.seed, round=round)
+            given = list(in_blocks(*what, x, y, seed=config.seed, round=round))
             found, seconds = {}, {}
-            for name, metric in METRICS.items():
+            for name in METRICS:
                 started = time.perf_counter()
-                found[name] = metric(given).drop
+                measured = measure(given, name)[name]
                 seconds[name] = time.perf_counter() - started
-            found[SMOOTHED] = smoothed(given)
+                found[name] = measured.drop
+                if name == "loss":
+                    found[SMOOTHED] = smoothed(measured, [layer.size for layer in place.setting.quantized])
+            found[PLAIN] = rise(gather(*what, x, y, seed=config.seed, round=round))
             other = 1000 * (config.seed + 1)  # seeds of rounding noise that no probe has
             tests = [gather(*what, *block, seed=other + i, round=round) for i, block in enumerate(blocks)]
-            plain, first = (np.array([measured(test) for test in tests]) for measured in (rise, first_order))
+            plain, first = (np.array([take(test) for test in tests]) for take in (rise, first_order))
             yield {
                 "round": round,
                 "payload": payload,
@@ -82,27 +86,11 @@ def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict
             }
 
 
-def smoothed(given: Evidence) -> np.ndarray:
-    """What FedLQ makes of this one probe's `loss`: scaled distortion where that is not above its noise."""
+def smoothed(measured: Measurement, sizes: list[int]) -> np.ndarray:
+    """What FedLQ makes of this one probe: scaled distortion where it is not above its noise."""
     drops = Drops(0.0)
-    drops.add(measure(given, "loss"))
-    return drops.estimate([layer.size for layer in given.layers], LEVELS)
-
-
-def rise(given: Evidence) -> np.ndarray:
-    """f(w + e) - f(w), (L, n)."""
-    return METRICS["loss"](given).drop
-
-
-def first_order(given: Evidence) -> np.ndarray:
-    """g'e, (L, n), whose expectation over rounding noise is zero as the quantizer is unbiased: a control variate."""
-    model, errors = given.model, (given.decoded - given.sent).double()
-    model.load(given.weights)
-    model.module.eval()
-    model.grad.zero_()
-    cross_entropy(model.module(given.x), given.y).backward()
-    pieces = [slice(layer.start, layer.stop) for layer in given.layers]
-    return np.array([(errors[:, piece] @ model.grad[piece].double()).numpy() for piece in pieces])
+    drops.add(measured)
+    return drops.estimate(sizes, LEVELS)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -162,7 +150,7 @@ def main() -> None:
                 f"seed {seed}, round {one['round']}, {one['payload']}: {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-    names = [*METRICS, SMOOTHED, "plain rise of the truth", "half of the truth"]
+    names = [*METRICS, SMOOTHED, PLAIN, "plain rise of the truth", "half of the truth"]
     columns = [(payload, kind) for payload in PAYLOADS for kind in ("all", "level")]
     rows = {
         name: {f"{payload}, {kind}": summary(results, kind, payload, name) for payload, kind in columns}

@@ -14,6 +14,7 @@ class Quantizer(Protocol):
     """One layer to bytes, and back: frozen settings, no state. A user's own needs no base class.
 
     What `encode` makes says all that `decode` needs: a quantizer of the same class decodes it, whatever its settings.
+    One whose error is zero in expectation over the rounding may say so, `unbiased = True`: probes are then less noisy.
     """
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:

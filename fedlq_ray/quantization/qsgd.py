@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ class Qsgd:
 
     bits: int
     HEADER = struct.Struct("<Bf")
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_bits(self.bits)

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -74,6 +75,7 @@ class MinMax:
 
     bits: int
     HEADER = struct.Struct("<Bff")
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_bits(self.bits)

@@ -1,19 +1,19 @@
 """How much a layer matters, and the levels that follow from it under a budget."""
 
 from fedlq_ray.significance.allocation import Allocation, exact, greedy
-from fedlq_ray.significance.metrics import METRICS, Estimate, Evidence
-from fedlq_ray.significance.probe import Drops, Measurement, gather, measure, memory_saving
+from fedlq_ray.significance.metrics import METRICS, Evidence
+from fedlq_ray.significance.probe import Drops, Measurement, gather, in_blocks, measure, memory_saving
 
 __all__ = [
     "METRICS",
     "Allocation",
     "Drops",
-    "Estimate",
     "Evidence",
     "Measurement",
     "exact",
     "gather",
     "greedy",
+    "in_blocks",
     "measure",
     "memory_saving",
 ]

@@ -4,7 +4,7 @@ Source: Xu et al., Computer Networks 264, 2025, 111223. Only the abstract is pub
 reading of it. Significance is the accuracy drop per memory saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import Tensor
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Quantizer
 from fedlq_ray.seeding import torch_rng
-from fedlq_ray.significance.metrics import METRICS, Evidence, Table, squared_error
+from fedlq_ray.significance.metrics import METRICS, Evidence, Table
+
+BLOCKS = 8  # of the held-out samples, each with rounding of its own
 
 
 def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
@@ -26,7 +28,7 @@ def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
 class Measurement:
     """What quantizing one layer alone costs, in one metric: tables (L, levels).
 
-    drop, noise: the metric's, as in `Estimate`.
+    noise: the standard error of the drop over blocks, so of samples and of rounding; zero for one block.
     distortion: squared error of the layer.
     """
 
@@ -46,6 +48,7 @@ def gather(
     *,
     seed: int,
     round: int,
+    block: int = 0,
 ) -> Evidence:
     """Quantize every layer by every quantizer; the arguments are as in `Evidence`, x and y held out from training."""
     decoded = sent.repeat(len(quantizers), 1)
@@ -53,17 +56,47 @@ def gather(
     for row, layer in enumerate(layers):
         piece = slice(layer.start, layer.stop)
         for column, quantizer in enumerate(quantizers):
-            body = quantizer.encode(sent[piece], torch_rng(seed, "probe", round, row, column))
+            body = quantizer.encode(sent[piece], torch_rng(seed, "probe", round, block, row, column))
             decoded[column, piece] = quantizer.decode(memoryview(body), layer.size)
             sizes[row, column] = len(body)
-    return Evidence(model, base, sent, layers, decoded, sizes, x, y, seed, round)
+    unbiased = np.array([getattr(quantizer, "unbiased", False) for quantizer in quantizers], bool)
+    return Evidence(model, base, sent, layers, decoded, sizes, unbiased, x, y, seed, round, block)
 
 
-def measure(evidence: Evidence, metric: str) -> Measurement:
-    """The metric of this name; what is not finite becomes +-1e30, as of weights that a coarse level breaks."""
-    found = METRICS[metric](evidence)
-    tables = (found.drop, found.noise, squared_error(evidence).drop)
-    return Measurement(*[np.nan_to_num(t, nan=1e30, posinf=1e30, neginf=-1e30) for t in tables])
+def in_blocks(
+    model: FlatModel,
+    base: Tensor,
+    sent: Tensor,
+    layers: Sequence[Layer],
+    quantizers: Sequence[Quantizer],
+    x: Tensor,
+    y: Tensor,
+    *,
+    seed: int,
+    round: int,
+) -> Iterator[Evidence]:
+    """The samples in `BLOCKS` parts, each with rounding of its own: as many passes over them as with one."""
+    count = min(BLOCKS, len(y))
+    for block, part in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True)):
+        yield gather(model, base, sent, layers, quantizers, *part, seed=seed, round=round, block=block)
+
+
+def measure(blocks: Iterable[Evidence], *metrics: str) -> dict[str, Measurement]:
+    """The metrics of these names; what is not finite becomes +-1e30, as of weights that a coarse level breaks."""
+    found = [
+        (len(b.y), [np.nan_to_num(t, nan=1e30, posinf=1e30, neginf=-1e30) for t in _tables(b, metrics)]) for b in blocks
+    ]
+    sizes, tables = np.array([size for size, _ in found]), np.array([table for _, table in found])
+    *drops, distortion = np.average(tables, 0, sizes)  # blocks differ by a sample at most
+    *noises, _ = tables.std(0, ddof=1) / len(found) ** 0.5 if len(found) > 1 else np.zeros_like(tables[0])
+    return {
+        name: Measurement(*each, distortion)
+        for name, each in zip(metrics, zip(drops, noises, strict=True), strict=True)
+    }
+
+
+def _tables(evidence: Evidence, metrics: Sequence[str]) -> list[Table]:
+    return [METRICS[name](evidence) for name in (*metrics, "squared_error")]
 
 
 @dataclass
