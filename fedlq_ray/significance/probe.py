@@ -104,7 +104,8 @@ class Drops:
     """The running estimate of A_l(b), kept over rounds: an exponential average, above its noise, falling in b.
 
     Where a measurement is not above twice its standard error its order would be chance: there the estimate is the
-    distortion, scaled to the measured drops where some stand out (A ~ k D for small errors), capped by the noise.
+    distortion, scaled to the drops that stand out (A ~ k D for small errors), those of the same layer if it has some,
+    and capped by the noise.
     """
 
     decay: float
@@ -150,8 +151,9 @@ class Drops:
         noise = np.sqrt(self.variance)
         seen = self.measured > 2 * noise
         if seen.any():
-            ratios = self.measured[seen] / np.maximum(self.distortion[seen], 1e-30)
-            estimate = np.where(seen, self.measured, np.minimum(np.median(ratios) * self.distortion, 2 * noise))
+            ratios = np.ma.masked_array(self.measured / np.maximum(self.distortion, 1e-30), ~seen)
+            slope = np.ma.median(ratios, axis=1).filled(np.ma.median(ratios))
+            estimate = np.where(seen, self.measured, np.minimum(slope[:, None] * self.distortion, 2 * noise))
         else:
             estimate = self.distortion
         return np.maximum.accumulate(np.maximum(estimate, 0)[:, ::-1], axis=1)[:, ::-1]

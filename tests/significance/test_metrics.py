@@ -204,6 +204,24 @@ def test_curvature_by_hand():
     assert (drops.curvature([1, 9]) == 3).all()  # a layer without error has the mean of the others
 
 
+def test_what_is_not_above_its_noise_is_the_scaled_distortion_by_hand():
+    sizes, levels = [10, 30], [1, 2, 4]
+    drops = Drops(0.5)
+    first = drops.estimate(sizes, levels)  # nothing is known: d / (6 (2^b - 1)^2)
+    assert first == pytest.approx(np.array([[10, 10 / 9, 10 / 225], [30, 30 / 9, 30 / 225]]) / 6)
+    error = np.array([[4.0, 1.0, 0.1], [8.0, 2.0, 0.2]])
+    drops.add(Measurement(np.array([[8.0, 4.0, -0.3], [1.0, -1.0, 0.1]]), np.full((2, 3), 1.0), error))
+    # The first layer's ratios are 2 and 4, so 3 for its third level; the second has none, so 3 too, at most 2 noises.
+    assert drops.estimate(sizes, levels) == pytest.approx(np.array([[8, 4, 0.3], [2, 2, 0.6]]))
+    drops = Drops(0.5)
+    drops.add(Measurement(np.array([[8.0, 4.0, -0.3], [40.0, -1.0, 0.1]]), np.full((2, 3), 1.0), error))
+    # The second layer's ratio is 5, of its first level: its own, not the median of all, 4.
+    assert drops.estimate(sizes, levels) == pytest.approx(np.array([[8, 4, 0.3], [40, 2, 1]]))
+    drops = Drops(0.5)
+    drops.add(Measurement(np.ones((2, 3)), np.full((2, 3), 1.0), error))
+    assert (drops.estimate(sizes, levels) == error).all()  # none stands out
+
+
 def test_curvature_of_squared_error_is_one():
     drops = Drops(0.3)
     for seed in range(4):
