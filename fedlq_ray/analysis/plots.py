@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedlq_ray.errors import ConfigError
@@ -105,7 +106,10 @@ def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
             heights[low], heights[high] = heights[low] - push, heights[high] + push
     for (x, y, name, colour), (_, before), at in zip(ends, spots, heights, strict=True):
         up = (6, at - before)
-        axis.annotate(name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False)
+        axis.annotate(
+            name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False, zorder=5,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
 
 
 def require_file(file: Path) -> None:
