@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedlq_ray.errors import PayloadError
+from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import (
     Absent,
     Ecsq,
@@ -22,7 +23,10 @@ from fedlq_ray.quantization import (
     TernGrad,
     TopK,
 )
-from fedlq_ray.quantization.wire import NUMBERS
+from fedlq_ray.quantization.wire import NUMBERS, Segment, decode
+from fedlq_ray.settings import TrainConfig
+from fedlq_ray.sgd import LocalSGD
+from fedlq_ray.training import Plan, client_round
 
 
 class Row(NamedTuple):
@@ -117,3 +121,43 @@ def test_nonsense_is_refused_or_sound(row):
     nothing = b"" if row.quantizer != Absent() else b"x"
     with pytest.raises(PayloadError):
         row.quantizer.decode(memoryview(nothing), 9)
+
+
+def rounds_of(quantizer, feedback, count=6):
+    """Each round's update, what the server got of it, and what the client then remembers: (d,) each."""
+    torch.manual_seed(0)
+    flat = FlatModel(torch.nn.Linear(6, 4))
+    x, y = torch.randn(40, 6, generator=rng()).numpy(), np.arange(40) % 4
+    trainer, weights, memory = LocalSGD(flat, TrainConfig(batch_size=8)), flat.storage.clone(), None
+    plan = Plan("update", (Segment(quantizer, 0, len(weights)),), feedback)
+    for round in range(count):
+        reply, memory = client_round(
+            trainer, x, y, normalise=torch.from_numpy, weights=weights, memory=memory, plan=plan, samples=80, seed=0,
+            round=round, client=0,
+        )  # fmt: skip
+        update = flat.storage - weights
+        received = decode(reply.payload, len(weights), kind="update", round=round, client=0).vector
+        yield update, received, memory.clone()
+
+
+@rows
+@pytest.mark.parametrize("feedback", [True, "ef21"])
+def test_with_error_feedback_or_ef21_what_is_remembered_is_what_the_server_lacks_or_has(row, feedback):
+    updates, received, memories = (torch.stack(each) for each in zip(*rounds_of(row.quantizer, feedback), strict=True))
+    has = received.double().cumsum(0)
+    due = updates.double().cumsum(0) - has if feedback is True else has
+    scale = float(due.abs().max()) + float(updates.abs().max())
+    assert torch.allclose(memories.double(), due, rtol=0, atol=1e-5 * scale)
+
+
+contracting = [
+    Float16(), MinMax(4), Qsgd(8), Sign(), TopK(0.1), Stc(0.1), Eden(1, unbiased=False), Ecsq(0.5), FineGrained(4.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("quantizer", contracting, ids=str)
+def test_what_error_feedback_remembers_of_a_contraction_stays_bounded(quantizer):
+    updates, _, memories = (torch.stack(each) for each in zip(*rounds_of(quantizer, True, 60), strict=True))
+    sizes = memories.norm(dim=1)
+    assert sizes[30:].max() <= 1.5 * sizes[:30].max() + 1e-6
+    assert sizes.max() < 15 * updates.norm(dim=1).max()  # of 60: the rest has arrived
