@@ -26,7 +26,8 @@ from fedlq_ray import provenance
 from fedlq_ray.analysis.plots import COLOURS
 from fedlq_ray.quantization import Float32, MinMax, Qsgd
 from fedlq_ray.significance.allocation import exact
-from fedlq_ray.significance.bounds import Problem, convergence_bound, mean_error, minmax_error, qsgd_q
+from fedlq_ray.significance.bounds import Problem, convergence_bound, mean_error
+from fedlq_ray.significance.error_factors import minmax_error, qsgd_q
 
 HERE = Path(__file__).parent
 LAYERS = np.array([8, 8, 16, 32])

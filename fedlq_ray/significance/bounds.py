@@ -6,16 +6,11 @@ clients, or with a biased quantizer and error feedback, what comes out ranks pla
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.floating[Any]]
-
-# Mean squared error of the Lloyd-Max quantizer of a unit Gaussian: Max, "Quantizing for minimum distortion", IRE
-# Transactions on Information Theory 6, 1960, table I, for 2, 4, 8 and 16 values.
-_LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
+from fedlq_ray.significance.error_factors import Floats
 
 
 @dataclass(frozen=True)
@@ -49,60 +44,14 @@ class Bound:
         return self.start + self.noise + self.drift + self.quantization
 
 
-def minmax_q(bits: ArrayLike, size: ArrayLike) -> Floats:
-    """q of stochastic min-max, size / (2 (2^bits - 1)^2), since max - min <= sqrt(2) |x|. 32 bits: float32, none.
-
-    Source: Suresh et al., ICML 2017, arXiv:1611.00429.
-    """
-    return minmax_error(bits, size, sqrt(2))
-
-
-def minmax_error(bits: ArrayLike, size: ArrayLike, span: ArrayLike) -> Floats:
-    """The most that E|Q(x) - x|^2 of stochastic min-max can be: size span^2 / (4 (2^bits - 1)^2), span = max - min.
-
-    Elements spread evenly within their steps give two thirds of it.
-    """
-    bits = _levels(bits)
-    return np.where(bits == 32, 0.0, np.asarray(size) * np.square(span) / (4 * (2.0**bits - 1) ** 2))
-
-
-def qsgd_q(bits: ArrayLike, size: ArrayLike) -> Floats:
-    """q of `Qsgd`, whose s is 2^(bits - 1) - 1: min(size / (4 s^2), sqrt(size) / s), and size - 1 at 1 bit.
-
-    Source: Alistarh et al., NeurIPS 2017, arXiv:1610.02132, lemma 3.1, whose size / s^2 is four times ours.
-    """
-    bits, size = _levels(bits), np.asarray(size, dtype=float)
-    s = np.maximum(2.0 ** (bits - 1) - 1, 1)
-    q = np.where(bits == 1, size - 1, np.minimum(size / (4 * s**2), np.sqrt(size) / s))
-    return np.where(bits == 32, 0.0, q)
-
-
-def lloyd_max_q(bits: int) -> float:
-    """q of a uniformly random rotation, Lloyd-Max centroids and the unbiased scale: D / (1 - D), for large layers.
-
-    Source: Vargaftik et al., EDEN, ICML 2022, arXiv:2108.08842. A limit, not a bound: small layers have a little
-    more, and randomised Hadamard rotations are only nearly unbiased.
-    """
-    if bits not in _LLOYD_MAX:
-        raise ValueError(f"bits must be 1 to 4, got {bits!r}")
-    return _LLOYD_MAX[bits] / (1 - _LLOYD_MAX[bits])
-
-
-def _levels(bits: ArrayLike) -> Floats:
-    """The levels as floats; ValueError unless each is 1 to 8, or 32."""
-    levels = np.asarray(bits, dtype=float)
-    if not (((levels >= 1) & (levels <= 8)) | (levels == 32)).all():
-        raise ValueError(f"bits must be 1 to 8, or 32, got {bits!r}")
-    return levels
-
-
 def mean_error(shares: ArrayLike, errors: ArrayLike) -> float:
     """E|sum p_i (Q_i(x_i) - x_i)|^2 = sum p_i^2 sum_l errors, averaged over what axes come first.
 
     Args:
         shares: p_i (clients,).
-        errors: E|Q(x) - x|^2 (..., clients, layers): `minmax_error`, or q times the squared norms of what is sent
-            (the update; or the model, with payload `model`). Times L_l / L where layers' own smoothness is known.
+        errors: E|Q(x) - x|^2 (..., clients, layers): `minmax_error`, or q (`plan_q`) times the squared norms of what
+            is sent (the update; or the model, with payload `model`). Times L_l / L where layers' own smoothness is
+            known.
     """
     return float(np.einsum("i,...il->...", np.square(_shares(shares)), np.asarray(errors)).mean())
 
@@ -136,7 +85,8 @@ def convergence_bound(
 def worst_case_bound(
     problem: Problem, *, lr: float, local_steps: int, rounds: int, shares: ArrayLike, q: ArrayLike
 ) -> float:
-    """Corollary 2: the bound where no update has been seen yet, from q (clients, layers) alone; payload `update`.
+    """Corollary 2: the bound where no update has been seen yet, from q (clients, layers) alone, such as `plan_q` has
+    it; payload `update`.
 
     Raises:
         ValueError: the step is too long for so coarse a plan.

@@ -1,23 +1,19 @@
 """The theorem of docs/theory.md against runs of quantized FedAvg whose L, sigma^2, sigma_g^2 and f* are known."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
+from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax, Qsgd
-from fedlq_ray.significance.bounds import (
-    Problem,
-    convergence_bound,
-    fedpaq_bound,
-    lloyd_max_q,
-    mean_error,
-    minmax_error,
-    minmax_q,
-    qsgd_q,
-    worst_case_bound,
-)
+from fedlq_ray.settings import StrategyConfig
+from fedlq_ray.significance.bounds import Problem, convergence_bound, fedpaq_bound, mean_error, worst_case_bound
+from fedlq_ray.significance.error_factors import minmax_error, minmax_q, plan_q, qsgd_q
+from fedlq_ray.strategies import Member, Setting
+from fedlq_ray.strategies.fedlq import FedLQ
 
 LAYERS = (3, 9, 28)  # of different sizes; small enough that QSGD at 1 bit, with q = 27, does not diverge
 EDGES = np.cumsum((0, *LAYERS))
@@ -234,6 +230,23 @@ def test_the_worst_case_needs_no_norms_and_is_above_the_measured_bound():
         worst_case_bound(losses.problem, lr=lr, local_steps=STEPS, rounds=ROUNDS, shares=SHARES, q=q)
 
 
+def test_it_is_evaluated_for_the_plans_of_a_strategy_and_more_bytes_never_loosen_it():
+    layers = tuple(Layer(str(i), *ends) for i, ends in enumerate(itertools.pairwise([*EDGES.tolist()])))
+    losses, worst = Quadratics(), []
+    for seconds in (0.21, 0.23, 0.25, 0.3, 0.32):
+        members = [Member(i, int(100 * p), 0.2, 1000.0 * (i + 1)) for i, p in enumerate(SHARES)]
+        config = StrategyConfig(budget="deadline", deadline_s=seconds, levels=(3, 4, 6, 8))
+        fedlq = FedLQ(Setting(config, layers, seed=0))
+        plans = fedlq.plan(0, members)
+        q = plan_q([plans[m.client] for m in members])
+        worst.append(
+            worst_case_bound(
+                losses.problem, lr=step(losses), local_steps=STEPS, rounds=ROUNDS, shares=fedlq.weights(members), q=q
+            )
+        )
+    assert all(a > b for a, b in itertools.pairwise(worst))
+
+
 def test_the_terms_are_those_worked_out_by_hand():
     # tau = 1: kappa = rho = 1, no drift. 2*3/(.25*10), .5*.25*2*4/(1-.125)... with L = .5, eta = .25, x = 1/8.
     terms = convergence_bound(Problem(0.5, 4.0, 9.0, 3.0), lr=0.25, local_steps=1, rounds=10, shares=[0.5] * 2, error=7)
@@ -282,70 +295,6 @@ def test_steps_and_shares_outside_the_theorem_are_refused():
             convergence_bound(problem, lr=lr, local_steps=steps, rounds=1, shares=[1], error=0)
     with pytest.raises(ValueError, match="shares"):
         convergence_bound(problem, lr=0.01, local_steps=2, rounds=1, shares=[1, 1], error=0)
-    for bits in (0, 9, 16):
-        with pytest.raises(ValueError, match="bits"):
-            minmax_q(bits, 10)
-
-
-def vectors():
-    rng = np.random.default_rng(3)
-    spike = np.zeros(50)
-    spike[7] = 1.0
-    return {
-        "gaussian": rng.normal(size=40),
-        "heavy": rng.standard_t(2, size=200),
-        "flat": np.full(17, -0.3) + 1e-3 * rng.normal(size=17),
-        "spike": spike,
-        "worst for min-max": np.array([-1.0, 1.0, *([0.0] * 30)]),
-        "one": np.array([0.7]),
-    }
-
-
-@pytest.mark.parametrize("kind", [MinMax, Qsgd])
-@pytest.mark.parametrize("name", vectors())
-def test_q_bounds_the_error_that_is_measured(kind, name):
-    x = torch.from_numpy(vectors()[name]).float()
-    draws, norm = 300, float(x.double().square().sum())
-    for bits in LEVELS:
-        rng = torch.Generator().manual_seed(bits)
-        errors = torch.stack(
-            [
-                (kind(bits).decode(memoryview(kind(bits).encode(x, rng)), len(x)) - x).double().square().sum()
-                for _ in range(draws)
-            ]
-        )
-        # Six standard errors of the mean of the draws; 1e-12 is float32's rounding, squared and with room.
-        slack = 6 * float(errors.std()) / draws**0.5 + 1e-12 * norm
-        assert float(errors.mean()) <= float(HELPERS[kind](bits, len(x))) * norm + slack
-        if kind is MinMax:
-            assert float(errors.mean()) <= float(minmax_error(bits, len(x), float(x.max() - x.min()))) + slack
-
-
-def test_min_max_reaches_its_q_to_the_elements_that_hold_the_range():
-    # 1 bit, range [-1, 1], the rest at its middle: each of these errs by exactly 1. |x|^2 = 2, so q >= 30/2, of 32/2.
-    x = torch.from_numpy(vectors()["worst for min-max"]).float()
-    back = MinMax(1).decode(memoryview(MinMax(1).encode(x, torch.Generator().manual_seed(0))), 32)
-    assert float((back - x).square().sum()) == pytest.approx(30, abs=1e-5)
-    assert float(minmax_q(1, 32)) * 2 == pytest.approx(32)
-
-
-def test_lloyd_max_q_is_the_error_of_rotated_gaussians_with_the_unbiased_scale():
-    # A uniformly random rotation makes of x a Gaussian vector scaled to |x|; centroids by Lloyd's own iteration.
-    rng = np.random.default_rng(4)
-    grid = np.linspace(-7, 7, 28001)
-    weight = np.exp(-(grid**2) / 2)
-    for bits in (1, 2, 3, 4):
-        centroids = np.linspace(-2, 2, 2**bits)
-        for _ in range(400):
-            cell = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, grid)
-            centroids = np.bincount(cell, weight * grid) / np.bincount(cell, weight)
-        z = rng.normal(size=(400, 2000))
-        z *= np.sqrt(2000) / np.linalg.norm(z, axis=1, keepdims=True)
-        c = centroids[np.searchsorted((centroids[1:] + centroids[:-1]) / 2, z)]
-        scale = 2000 / (c * z).sum(1, keepdims=True)
-        error = ((scale * c - z) ** 2).sum(1) / 2000
-        # The mean of 400 draws has a standard error below 0.1 %, and 2000 elements are within 0.5 % of the limit.
-        assert error.mean() == pytest.approx(lloyd_max_q(bits), rel=0.01)
 
 
 def test_fedpaq_agrees_with_ours_where_both_apply():

@@ -1,0 +1,122 @@
+"""q, the most that a quantizer adds: E|Q(x) - x|^2 <= q |x|^2 for every x of a layer's size, E Q(x) = x.
+
+What docs/theory.md has of unbiased quantizers, a function each, and for the plans of a round.
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedlq_ray.quantization import Eden, Float32, MinMax, Qsgd, QsgdElias, Quantizer, TernGrad
+from fedlq_ray.training import Plan
+
+Floats = NDArray[np.floating[Any]]
+
+# Mean squared error of the Lloyd-Max quantizer of a unit Gaussian: Max, "Quantizing for minimum distortion", IRE
+# Transactions on Information Theory 6, 1960, table I, for 2, 4, 8 and 16 values.
+_LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
+
+
+def minmax_q(bits: ArrayLike, size: ArrayLike) -> Floats:
+    """q of stochastic min-max, size / (2 (2^bits - 1)^2), since max - min <= sqrt(2) |x|. 32 bits: float32, none.
+
+    Source: Suresh et al., ICML 2017, arXiv:1611.00429.
+    """
+    return minmax_error(bits, size, sqrt(2))
+
+
+def minmax_error(bits: ArrayLike, size: ArrayLike, span: ArrayLike) -> Floats:
+    """The most that E|Q(x) - x|^2 of stochastic min-max can be: size span^2 / (4 (2^bits - 1)^2), span = max - min.
+
+    Elements spread evenly within their steps give two thirds of it.
+    """
+    bits = _levels(bits)
+    return np.where(bits == 32, 0.0, np.asarray(size) * np.square(span) / (4 * (2.0**bits - 1) ** 2))
+
+
+def qsgd_q(bits: ArrayLike, size: ArrayLike) -> Floats:
+    """q of `Qsgd`, whose s is 2^(bits - 1) - 1: min(size / (4 s^2), sqrt(size) / s), and size - 1 at 1 bit.
+
+    Source: Alistarh et al., NeurIPS 2017, arXiv:1610.02132, lemma 3.1, whose size / s^2 is four times ours.
+    """
+    bits, size = _levels(bits), np.asarray(size, dtype=float)
+    s = np.maximum(2.0 ** (bits - 1) - 1, 1)
+    q = np.where(bits == 1, size - 1, np.minimum(size / (4 * s**2), np.sqrt(size) / s))
+    return np.where(bits == 32, 0.0, q)
+
+
+def lloyd_max_q(bits: int) -> float:
+    """q of a uniformly random rotation, Lloyd-Max centroids and the unbiased scale: D / (1 - D), for large layers.
+
+    Source: Vargaftik et al., EDEN, ICML 2022, arXiv:2108.08842. A limit, not a bound: small layers have a little
+    more, and randomised Hadamard rotations are only nearly unbiased.
+    """
+    if bits not in _LLOYD_MAX:
+        raise ValueError(f"bits must be 1 to 4, got {bits!r}")
+    return _LLOYD_MAX[bits] / (1 - _LLOYD_MAX[bits])
+
+
+def _levels(bits: ArrayLike) -> Floats:
+    """The levels as floats; ValueError unless each is 1 to 8, or 32."""
+    levels = np.asarray(bits, dtype=float)
+    if not (((levels >= 1) & (levels <= 8)) | (levels == 32)).all():
+        raise ValueError(f"bits must be 1 to 8, or 32, got {bits!r}")
+    return levels
+
+
+def elias_q(levels: int, size: int, bucket: int | None = None, norm: str = "l2") -> float:
+    """q of `QsgdElias` with s = `levels`: min(d / (4 s^2), sqrt(d) / s), d being the elements that share a norm; with
+    the greatest magnitude as norm the first alone, as that is not above |x|.
+
+    Source: Alistarh et al., as `qsgd_q`; a bucket is a layer of its own.
+    """
+    shared = min(bucket or size, size)
+    rounding = shared / (4 * levels**2)
+    return min(rounding, sqrt(shared) / levels) if norm == "l2" else rounding
+
+
+def terngrad_q(size: int) -> float:
+    """q of TernGrad without clipping, (sqrt(size) - 1) / 2: E|Q(x) - x|^2 = max|x| |x|_1 - |x|^2, which is greatest, to
+    |x|^2, for one element 1 and the others 1 / (1 + sqrt(size)).
+
+    Source: Wen et al., NeurIPS 2017, arXiv:1705.07878, whose error this is; its bound is ours.
+    """
+    return (sqrt(size) - 1) / 2
+
+
+def quantizer_q(quantizer: Quantizer, size: int) -> float:
+    """q of a quantizer for a layer of `size` elements.
+
+    Raises:
+        ValueError: it is biased, or its q is not known.
+    """
+    if isinstance(quantizer, Float32):
+        return 0.0
+    if isinstance(quantizer, MinMax):
+        return float(minmax_q(quantizer.bits, size))
+    if isinstance(quantizer, Qsgd):
+        return float(qsgd_q(quantizer.bits, size))
+    if isinstance(quantizer, QsgdElias):
+        return elias_q(quantizer.levels, size, quantizer.bucket, quantizer.norm)
+    if isinstance(quantizer, TernGrad) and quantizer.clip is None:
+        return terngrad_q(size)
+    if isinstance(quantizer, Eden) and quantizer.unbiased and quantizer.bits in _LLOYD_MAX:
+        return lloyd_max_q(int(quantizer.bits))
+    raise ValueError(f"{quantizer}: biased, or with a q that is not known: the bound does not speak of it")
+
+
+def plan_q(plans: Sequence[Plan]) -> Floats:
+    """q of each client's plan, a segment each: (clients, segments).
+
+    Raises:
+        ValueError: as `quantizer_q`; plans with error feedback or whose clients choose are of that kind.
+    """
+    rows = []
+    for plan in plans:
+        if callable(plan.segments) or plan.error_feedback:
+            raise ValueError("the bound is for plans without error feedback that name each layer's quantizer")
+        rows.append([quantizer_q(s.quantizer, s.stop - s.start) for s in plan.segments])
+    return np.array(rows)
