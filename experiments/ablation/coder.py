@@ -1,5 +1,6 @@
 """FedLQ-RD whose codes go in Elias's gamma or omega code in place of the range coder, and nothing else is changed:
-`strategy.name=experiments.ablation.coder:elias`, from the project's folder."""
+`strategy.name=experiments.ablation.coder:elias strategy.quantizer=experiments.ablation.coder:Elias`, from the project's
+folder."""
 
 import math
 import struct
@@ -21,6 +22,7 @@ from fedlq_ray.strategies import Member, Setting
 from fedlq_ray.strategies.fedlq_rd import FedLQRD
 from fedlq_ray.training import Plan
 
+NOTHING = Ecsq(1.0).design(Magnitudes.of(torch.zeros(1)))  # the server decodes without a design
 PASSES = 16  # halvings of a factor of TOP between the largest and the smallest step: to a thousandth
 
 
@@ -28,7 +30,7 @@ PASSES = 16  # halvings of a factor of TOP between the largest and the smallest 
 class Elias:
     """A layer with `Ecsq`'s codes, in the shortest of QSGD's four ways. Body: step, highest code, way, shifts, bits."""
 
-    design: Design
+    design: Design = NOTHING
     HEADER = struct.Struct("<fHB")
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
