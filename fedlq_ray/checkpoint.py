@@ -25,6 +25,11 @@ VERSION = 1
 _HEAD = struct.Struct("<6sH32s")
 
 Snapshot = dict[str, Any]
+# What `rounds.run` goes on from, beside the round.
+STATE = (
+    "weights", "update", "test_loss", "sim_time_s", "payload_bytes",
+    "server", "held", "tracked", "strategy", "memories",
+)  # fmt: skip
 
 
 class _Arrays:
@@ -167,7 +172,7 @@ def fingerprints(strategy: Any) -> dict[str, bytes]:
     return found
 
 
-def require_same(strategy: Any, before: Mapping[str, bytes]) -> None:
+def require_unchanged(strategy: Any, before: Mapping[str, bytes]) -> None:
     """
     Raises:
         FedLQError: an attribute changed that the strategy does not remember, so that a resume would lose it.

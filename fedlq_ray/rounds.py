@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlq_ray import cohorts
-from fedlq_ray.checkpoint import Snapshot, fingerprints, remembered, remind, require_same
+from fedlq_ray.checkpoint import Snapshot, fingerprints, remembered, remind, require_unchanged
 from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
 from fedlq_ray.downlink import Downlink, Offer
 from fedlq_ray.errors import ClientError, FedLQError
@@ -238,7 +238,7 @@ def run(
             news = News(measurement, update, record["train_loss"], round_time_s, fold.spread)
             strategy.learn(round, news)
             record.update(strategy.report())
-            require_same(strategy, constant)
+            require_unchanged(strategy, constant)
             published = host.publish(outcome.weights)
             due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds
             pending = (record, host.evaluate(published) if due else None, snapshot(round + 1))

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlq_ray import rundir
-from fedlq_ray.checkpoint import VERSION, pack, unpack
+from fedlq_ray.checkpoint import STATE, VERSION, pack, unpack
 from fedlq_ray.config import load, to_yaml
 from fedlq_ray.data.datasets import load as load_data
 from fedlq_ray.errors import CheckpointError, ConfigError
@@ -139,6 +139,16 @@ def test_a_checkpoint_that_is_nested_too_deeply() -> None:
 def test_a_checkpoint_of_no_round(snapshot: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "00000001.ckpt").write_bytes(pack(snapshot))
     with pytest.raises(CheckpointError, match=r"00000001\.ckpt does not say of which round it is"):
+        latest(Folder(str(tmp_path)), 3)
+
+
+def test_a_checkpoint_without_what_a_run_goes_on_from(tmp_path: Path) -> None:
+    snapshot = dict.fromkeys(STATE) | {"round": 1}
+    (tmp_path / "00000001.ckpt").write_bytes(pack(snapshot))
+    assert latest(Folder(str(tmp_path)), 3) == (snapshot, [])
+    del snapshot["weights"], snapshot["memories"]
+    (tmp_path / "00000001.ckpt").write_bytes(pack(snapshot))
+    with pytest.raises(CheckpointError, match=r"00000001\.ckpt lacks weights, memories"):
         latest(Folder(str(tmp_path)), 3)
 
 
