@@ -1,6 +1,8 @@
-"""FedLQ-RD whose codes go in Elias's gamma or omega code in place of the range coder, and nothing else is changed:
-`strategy.name=experiments.ablation.coder:elias strategy.quantizer=experiments.ablation.coder:Elias`, from the project's
-folder."""
+"""FedLQ-RD whose codes go in Elias's gamma or omega code in place of the range coder, and nothing else is changed.
+
+From the project's folder: `strategy.name=experiments.ablation.coder:EliasRD` and
+`strategy.quantizer=experiments.ablation.coder:Elias`.
+"""
 
 import math
 import struct
@@ -18,7 +20,7 @@ from fedlq_ray.quantization.cells import count_below
 from fedlq_ray.quantization.ecsq import TOP, Design, Magnitudes, _decoded
 from fedlq_ray.quantization.qsgd_elias import _Codes, _read, _write
 from fedlq_ray.quantization.rate import OneStep
-from fedlq_ray.strategies import Member, Setting
+from fedlq_ray.strategies import Member
 from fedlq_ray.strategies.fedlq_rd import FedLQRD
 from fedlq_ray.training import Plan
 
@@ -87,10 +89,8 @@ class EliasOneStep:
 
 
 class EliasRD(FedLQRD):
+    """FedLQ-RD with these codes."""
+
     def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
         plans = super().plan(round, cohort, evaluation)
         return {client: replace(plan, segments=EliasOneStep(plan.segments)) for client, plan in plans.items()}
-
-
-def elias(setting: Setting) -> EliasRD:
-    return EliasRD(setting)

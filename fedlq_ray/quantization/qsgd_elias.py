@@ -2,7 +2,7 @@
 
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class QsgdElias:
     bucket: int | None = 512
     norm: Literal["l2", "max"] = "l2"
     HEADER = struct.Struct("<BII")
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.levels <= MOST:

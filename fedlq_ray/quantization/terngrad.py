@@ -38,6 +38,10 @@ class TernGrad:
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise ValueError(f"clip must be above 0 and finite, or None, got {self.clip!r}")
 
+    @property
+    def unbiased(self) -> bool:
+        return self.clip is None
+
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         values, magnitudes = x.numpy(), x.abs().numpy()
         top = float(magnitudes.max())

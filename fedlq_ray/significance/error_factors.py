@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedlq_ray.quantization import Eden, Float32, MinMax, Qsgd, QsgdElias, Quantizer, TernGrad
+from fedlq_ray.quantization import Float32, MinMax, Qsgd, QsgdElias, Quantizer, TernGrad
 from fedlq_ray.training import Plan
 
 Floats = NDArray[np.floating[Any]]
@@ -69,13 +69,15 @@ def _levels(bits: ArrayLike) -> Floats:
 
 def elias_q(levels: int, size: int, bucket: int | None = None, norm: str = "l2") -> float:
     """q of `QsgdElias` with s = `levels`: min(d / (4 s^2), sqrt(d) / s), d being the elements that share a norm; with
-    the greatest magnitude as norm the first alone, as that is not above |x|.
+    the greatest magnitude as norm (1 + sqrt(d)) / (2 s) for the second, and `terngrad_q`, which is the same quantizer,
+    at s = 1.
 
     Source: Alistarh et al., as `qsgd_q`; a bucket is a layer of its own.
     """
     shared = min(bucket or size, size)
-    rounding = shared / (4 * levels**2)
-    return min(rounding, sqrt(shared) / levels) if norm == "l2" else rounding
+    if norm == "max" and levels == 1:
+        return terngrad_q(shared)
+    return min(shared / (4 * levels**2), (sqrt(shared) if norm == "l2" else (1 + sqrt(shared)) / 2) / levels)
 
 
 def terngrad_q(size: int) -> float:
@@ -91,7 +93,7 @@ def quantizer_q(quantizer: Quantizer, size: int) -> float:
     """q of a quantizer for a layer of `size` elements.
 
     Raises:
-        ValueError: it is biased, or its q is not known.
+        ValueError: it is biased, or its q is not known: EDEN's is a limit (`lloyd_max_q`), and no bound.
     """
     if isinstance(quantizer, Float32):
         return 0.0
@@ -103,8 +105,6 @@ def quantizer_q(quantizer: Quantizer, size: int) -> float:
         return elias_q(quantizer.levels, size, quantizer.bucket, quantizer.norm)
     if isinstance(quantizer, TernGrad) and quantizer.clip is None:
         return terngrad_q(size)
-    if isinstance(quantizer, Eden) and quantizer.unbiased and quantizer.bits in _LLOYD_MAX:
-        return lloyd_max_q(int(quantizer.bits))
     raise ValueError(f"{quantizer}: biased, or with a q that is not known: the bound does not speak of it")
 
 

@@ -9,13 +9,13 @@ The sources are of pruning and of centralised quantization; the losses that each
 compared in experiments/significance.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
@@ -89,16 +89,17 @@ def rise(evidence: Evidence) -> Table:
 
 def first_order(evidence: Evidence) -> Table:
     """g'e with g the mean gradient."""
-    parameters = _at_weights(evidence)
-    (gradient,) = torch.autograd.grad(_mean_loss(evidence.model, parameters, evidence.x, evidence.y), parameters)
-    return _by_layer(evidence, gradient.cpu().double(), 1)
+    total = torch.zeros(evidence.model.num_parameters, dtype=torch.float64)
+    for gradient, count in _gradients(evidence, HESSIAN_CHUNK):
+        total += gradient * (count / len(evidence.y))
+    return _by_layer(evidence, total, 1)
 
 
 def loss(evidence: Evidence) -> Table:
     """The rise of the loss, measured, less its first order where that is zero in expectation over the rounding: of the
     draw at hand it is not, and would drown the rest (a control variate; experiments/significance has what it saves)."""
     found = rise(evidence)
-    return found - first_order(evidence) * evidence.unbiased if evidence.unbiased.any() else found
+    return np.where(evidence.unbiased, found - first_order(evidence), found) if evidence.unbiased.any() else found
 
 
 def accuracy(evidence: Evidence) -> Table:
@@ -126,6 +127,17 @@ def _mean_loss(model: FlatModel, parameters: Tensor, x: Tensor, y: Tensor) -> Te
     return cross_entropy(logits.float(), y)
 
 
+def _gradients(evidence: Evidence, chunk: int) -> Iterator[tuple[Tensor, int]]:
+    """The mean gradient (num_parameters,) of each so many samples, in double on the CPU, and how many they were."""
+    parameters = _at_weights(evidence)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in evidence.model.module.modules())
+    for x, y in zip(evidence.x.split(chunk), evidence.y.split(chunk), strict=True):
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent):  # type: ignore[no-untyped-call]
+            # cuDNN's recurrent layers have no gradient in evaluation mode.
+            (gradient,) = torch.autograd.grad(_mean_loss(evidence.model, parameters, x, y), parameters)
+        yield gradient.cpu().double(), len(y)
+
+
 def _at_weights(evidence: Evidence) -> Tensor:
     """The parameters as a leaf of the graph (num_parameters,); the model gets its buffers, and evaluation mode."""
     evidence.model.load(evidence.weights)
@@ -138,15 +150,17 @@ def fisher(evidence: Evidence) -> Table:
 
     Source: Theis et al., arXiv:1801.05787. Squared gradients of a batch's mean would be another, smaller thing.
     """
-    parameters, total = _at_weights(evidence), torch.zeros(evidence.model.num_parameters, dtype=torch.float64)
-    for x, y in zip(evidence.x.split(1), evidence.y.split(1), strict=True):  # as fast as vmap on a CPU, for any model
-        (gradient,) = torch.autograd.grad(_mean_loss(evidence.model, parameters, x, y), parameters)
-        total += gradient.cpu().square()
+    total = torch.zeros(evidence.model.num_parameters, dtype=torch.float64)
+    for gradient, _ in _gradients(evidence, 1):  # as fast as vmap on a CPU, for any model
+        total += gradient.square()
     return _by_layer(evidence, total / (2 * len(evidence.y)), 2)
 
 
 def taylor(evidence: Evidence) -> Table:
-    """|g'e| with g the mean gradient. Source: Molchanov et al., ICLR 2017, arXiv:1611.06440, who prune activations."""
+    """|g'e| with g the mean gradient, here of a block: fewer samples, and so more of their noise in it.
+
+    Source: Molchanov et al., ICLR 2017, arXiv:1611.06440, who prune activations.
+    """
     return np.abs(first_order(evidence))
 
 

@@ -28,7 +28,7 @@ def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
 class Measurement:
     """What quantizing one layer alone costs, in one metric: tables (L, levels).
 
-    noise: the standard error of the drop over blocks, so of samples and of rounding; zero for one block.
+    noise: the standard error of the drop over blocks, so of samples and of rounding.
     distortion: squared error of the layer.
     """
 
@@ -82,17 +82,20 @@ def in_blocks(
 
 
 def measure(blocks: Iterable[Evidence], *metrics: str) -> dict[str, Measurement]:
-    """The metrics of these names; what is not finite becomes +-1e30, as of weights that a coarse level breaks."""
-    found = [
-        (len(b.y), [np.nan_to_num(t, nan=1e30, posinf=1e30, neginf=-1e30) for t in _tables(b, metrics)]) for b in blocks
-    ]
-    sizes, tables = np.array([size for size, _ in found]), np.array([table for _, table in found])
-    *drops, distortion = np.average(tables, 0, sizes)  # blocks differ by a sample at most
-    *noises, _ = tables.std(0, ddof=1) / len(found) ** 0.5 if len(found) > 1 else np.zeros_like(tables[0])
-    return {
-        name: Measurement(*each, distortion)
-        for name, each in zip(metrics, zip(drops, noises, strict=True), strict=True)
-    }
+    """The metrics of these names. Where one block's is not finite, as of weights that a coarse level breaks, it is 1e30
+    without noise; of one block the noise is not known, and as much."""
+    found, sizes = [], []
+    for evidence in blocks:
+        found.append(_tables(evidence, metrics))
+        sizes.append(len(evidence.y))
+        del evidence  # its tables, before the next one's are made
+    tables = np.array(found)
+    broken = ~np.isfinite(tables).all(0)
+    tables[:, broken] = np.where(np.isneginf(tables[:, broken]).any(0), -1e30, 1e30)
+    means = np.average(tables, 0, sizes)  # blocks differ by a sample at most
+    noises = tables.std(0, ddof=1) / len(found) ** 0.5 if len(found) > 1 else np.full_like(means, 1e30)
+    noises[broken] = 0
+    return {name: Measurement(means[i], noises[i], means[-1]) for i, name in enumerate(metrics)}
 
 
 def _tables(evidence: Evidence, metrics: Sequence[str]) -> list[Table]:

@@ -21,6 +21,7 @@ from fedlq_ray.strategies.fedmpq import FedMPQ
 from fedlq_ray.strategies.kimad import Kimad
 from fedlq_ray.strategies.lgreco import LGreCo
 from fedlq_ray.strategies.uniform import Uniform
+from fedlq_ray.training import Feedback
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,
@@ -56,14 +57,21 @@ def make(setting: Setting, given: Any = None) -> Strategy:
         ConfigError: no such strategy, or it has no `plan`.
     """
     factory = parts.find("strategy.name", setting.config.name, STRATEGIES) if given is None else given
+    made = factory
     if isinstance(factory, type) or not hasattr(factory, "plan"):
-        feedback = setting.config.error_feedback
-        own = bool(getattr(factory, "error_feedback", False))
-        setting = replace(setting, error_feedback=own if feedback is None else feedback)
-        factory = parts.call("strategy.name", factory, {"setting": setting}, setting.config.args)
-    if not callable(getattr(factory, "plan", None)):
-        raise ConfigError(f"strategy.name: {type(factory).__name__} has no method plan")
-    return factory  # type: ignore[no-any-return]
+
+        def call(feedback: Feedback) -> Any:
+            offered = {"setting": replace(setting, error_feedback=feedback)}
+            return parts.call("strategy.name", factory, offered, setting.config.args)
+
+        asked, own = setting.config.error_feedback, getattr(factory, "error_feedback", False)
+        made = call(own if asked is None else asked)
+        # A function tells of what class its strategies are by making one.
+        if asked is None and (told := getattr(made, "error_feedback", own)) != own:
+            made = call(told)
+    if not callable(getattr(made, "plan", None)):
+        raise ConfigError(f"strategy.name: {type(made).__name__} has no method plan")
+    return made  # type: ignore[no-any-return]
 
 
 __all__ = ["STRATEGIES", "Member", "News", "Probe", "Setting", "Strategy", "make"]

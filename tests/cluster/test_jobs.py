@@ -51,7 +51,9 @@ class Cluster:
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "HOME": str(folder / "home")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, **own, "PATH": path, "RAY_ADDRESS": "", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-        self.processes = []
+        self.processes, self.logs = [], {}
+
+    def start(self):
         for left in (2, 1, 0):  # Ray chooses ports of its own beside these, and ends where another has taken one
             self._start_head()
             ended = self.ended_before(lambda: self.jobs() is not None)
@@ -74,18 +76,20 @@ class Cluster:
         self.processes.append(self._start(*node, before=before))
 
     def _start(self, *options, before=()):
-        self.log = self.folder / f"ray-{time.monotonic_ns()}.log"
+        said = self.folder / f"ray-{time.monotonic_ns()}.log"
         command = [*before, *RAY, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
-        with self.log.open("w") as log:
-            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        with said.open("w") as log:
+            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.logs[process] = said
+        return process
 
     def ended_before(self, condition):
         """Waits for the condition; what `ray start` said, where that ends before."""
         end = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < end, "the cluster did not start"
-            if any(process.poll() is not None for process in self.processes):
-                return f"ray start ended: {self.log.read_text()[-2000:]}"
+            if ended := [process for process in self.processes if process.poll() is not None]:
+                return f"ray start ended: {self.logs[ended[0]].read_text()[-2000:]}"
             time.sleep(0.5)
         return None
 
@@ -134,9 +138,12 @@ def cluster():
     project.mkdir()
     (project / "small.yaml").write_text(CONFIG)
     started = Cluster(folder)
-    yield started
-    started.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        started.start()
+        yield started
+    finally:
+        started.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,7 @@ def roundtrip(quantizer, x, seed=0):
 def test_the_table_has_every_quantizer_of_the_wire():
     assert {type(row.quantizer) for row in TABLE} == set(NUMBERS)
     assert len(set(NUMBERS.values())) == len(NUMBERS)
+    assert all(getattr(row.quantizer, "unbiased", False) == row.unbiased for row in TABLE)
 
 
 @rows

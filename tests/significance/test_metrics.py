@@ -138,7 +138,7 @@ def test_blocks_have_all_samples_once_and_rounding_of_their_own():
     assert torch.equal(torch.cat([b.x for b in blocks]), whole.x) and {len(b.y) for b in blocks} == {5, 6}
     assert not torch.equal(blocks[0].decoded, blocks[1].decoded) and torch.equal(blocks[0].decoded, whole.decoded)
     (one,) = measure([whole], "accuracy").values()
-    assert (one.noise == 0).all()
+    assert (one.noise == 1e30).all()  # unknown
 
 
 def test_a_convolution_in_evaluation_mode_has_the_gradient_of_ordinary_backward():
@@ -178,7 +178,13 @@ def test_random_is_seeded_and_size_follows_bytes():
 def test_what_is_not_finite_counts_as_the_worst():
     given = evidence()
     broken = replace(given, decoded=torch.full_like(given.decoded, float("nan")))
-    assert (measure([broken, broken], "loss")["loss"].drop == 1e30).all()
+    for blocks in ([broken, broken], [given, given, broken]):
+        found = measure(blocks, "loss")["loss"]
+        assert (found.drop == 1e30).all() and (found.noise == 0).all()  # the worst, and sure of it
+    part = given.decoded.clone()
+    part[0] = float("nan")
+    one = measure([given, replace(given, decoded=part)], "loss")["loss"]
+    assert (one.drop[:, 0] == 1e30).all() and (one.drop[:, 1:] < 1).all()
 
 
 def test_names_in_the_configuration_are_the_metrics():

@@ -354,3 +354,14 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
     else:
         with pytest.raises(AttributeError, match="fixed_s|uplink_bytes_per_s|round_time_s"):
             train()
+
+
+def test_a_function_that_makes_a_strategy_has_its_class_error_feedback_unless_one_is_set():
+    from fedlq_ray.strategies.fedlq_rd import FedLQRD
+
+    for given in (FedLQRD, lambda setting: FedLQRD(setting)):
+        for asked, due in ((None, True), (False, False), ("ef21", "ef21")):
+            plan = make(setting(error_feedback=asked), given).plan(0, cohort())[0]
+            assert plan.error_feedback == due
+    plain = make(setting(), lambda setting: Kimad(setting)).plan(0, cohort())[0]
+    assert plain.error_feedback is False
