@@ -81,7 +81,7 @@ def significance() -> None:
         axis.set(
             xlabel="rank correlation with the true rise of the loss", title=f"payload {payload}", xlim=(-0.6, 1.05)
         )
-    axes[1].legend(loc="lower left", fontsize=8)
+    axes[1].legend(loc="upper left", fontsize=8)
     save(figure, HERE / "significance/correlations.png")
 
 
