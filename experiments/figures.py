@@ -90,7 +90,10 @@ def low_bits() -> None:
     figure, axes = panels(2)
     for axis, payload in zip(axes, ("model", "update"), strict=True):
         lines: dict[str, list[tuple[float, float, float]]] = {}
-        for row in results(f"low_bits/{payload}.json")["rows"]:
+        rows = {row["run"]: row for row in results(f"low_bits/{payload}.json")["rows"]}
+        if payload == "model":  # at the better of its rates
+            rows |= {row["run"]: row for row in results("low_bits/model_uniform.json")["rows"]}
+        for row in rows.values():
             name, _, rate = row["run"].rpartition("-")
             if name:
                 point = (float(rate), 100 * row["final_accuracy"], 100 * row["final_accuracy_sd"])
