@@ -9,6 +9,7 @@ The sources are of pruning and of centralised quantization; the losses that each
 compared in experiments/significance.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from fedlq_ray.seeding import numpy_rng, torch_rng
 from fedlq_ray.training import sample_losses
 
 Table = NDArray[np.float64]
-HESSIAN_CHUNK = 128  # samples whose graph is kept at a time, for the Hessian's products
+CHUNK = 128  # samples whose graph is kept at a time
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def rise(evidence: Evidence) -> Table:
 def first_order(evidence: Evidence) -> Table:
     """g'e with g the mean gradient."""
     total = torch.zeros(evidence.model.num_parameters, dtype=torch.float64)
-    for gradient, count in _gradients(evidence, HESSIAN_CHUNK):
+    for gradient, count in _gradients(evidence, CHUNK):
         total += gradient * (count / len(evidence.y))
     return _by_layer(evidence, total, 1)
 
@@ -130,12 +131,21 @@ def _mean_loss(model: FlatModel, parameters: Tensor, x: Tensor, y: Tensor) -> Te
 def _gradients(evidence: Evidence, chunk: int) -> Iterator[tuple[Tensor, int]]:
     """The mean gradient (num_parameters,) of each so many samples, in double on the CPU, and how many they were."""
     parameters = _at_weights(evidence)
-    recurrent = any(isinstance(module, nn.RNNBase) for module in evidence.model.module.modules())
     for x, y in zip(evidence.x.split(chunk), evidence.y.split(chunk), strict=True):
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent):  # type: ignore[no-untyped-call]
-            # cuDNN's recurrent layers have no gradient in evaluation mode.
+        with _differentiable(evidence.model.module):
             (gradient,) = torch.autograd.grad(_mean_loss(evidence.model, parameters, x, y), parameters)
         yield gradient.cpu().double(), len(y)
+
+
+@contextlib.contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
+    """Without cuDNN where a layer is recurrent: its kernels for those have no gradient in evaluation mode."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = before and not any(isinstance(m, nn.RNNBase) for m in module.modules())
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _at_weights(evidence: Evidence) -> Tensor:
@@ -176,7 +186,7 @@ def hessian_traces(evidence: Evidence, draws: int) -> Table:
     vectors = (torch.randint(0, 2, (draws, len(parameters)), generator=rng).float() * 2 - 1).to(parameters.device)
     pieces = [slice(layer.start, layer.stop) for layer in evidence.layers]
     traces = np.zeros((draws, len(evidence.layers)))
-    chunks = zip(evidence.x.split(HESSIAN_CHUNK), evidence.y.split(HESSIAN_CHUNK), strict=True)
+    chunks = zip(evidence.x.split(CHUNK), evidence.y.split(CHUNK), strict=True)
     for x, y in chunks:
         value = _mean_loss(evidence.model, parameters, x, y) * (len(y) / len(evidence.y))
         (gradient,) = torch.autograd.grad(value, parameters, create_graph=True)

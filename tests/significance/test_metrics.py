@@ -15,7 +15,17 @@ from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import Float32, MinMax
 from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.significance import METRICS, Drops, Measurement, gather, in_blocks, measure
-from fedlq_ray.significance.metrics import fisher, hawq, hessian_traces, loss, rise, size, squared_error, taylor
+from fedlq_ray.significance.metrics import (
+    _differentiable,
+    fisher,
+    hawq,
+    hessian_traces,
+    loss,
+    rise,
+    size,
+    squared_error,
+    taylor,
+)
 from fedlq_ray.strategies import Setting
 from fedlq_ray.strategies.fedlq import FedLQ
 
@@ -251,3 +261,11 @@ def test_fedlq_probes_with_the_quantizers_of_its_levels():
     layers = evidence().model.layers
     probe = FedLQ(Setting(StrategyConfig(levels=(2, 32), metric="fisher"), layers, seed=0)).probe(1)
     assert probe.quantizers == (MinMax(2), Float32()) and probe.metric == "fisher"
+
+
+def test_recurrent_layers_have_their_gradients_without_cudnn():
+    before = torch.backends.cudnn.enabled
+    for module, there in ((nn.Sequential(nn.LSTM(2, 2)), False), (nn.Linear(2, 2), before)):
+        with _differentiable(module):
+            assert torch.backends.cudnn.enabled is there
+        assert torch.backends.cudnn.enabled is before
