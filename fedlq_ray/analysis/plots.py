@@ -12,7 +12,6 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedlq_ray.errors import ConfigError
@@ -108,7 +107,7 @@ def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
         up = (6, at - before)
         axis.annotate(
             name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False, zorder=5,
-            path_effects=[withStroke(linewidth=3, foreground="white")],
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
 
 
