@@ -20,7 +20,7 @@ from fedlq_ray.profiles import Profile, load_profiles
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
 from fedlq_ray.seeding import numpy_rng, torch_seed
 from fedlq_ray.sgd import LocalSGD
-from fedlq_ray.significance import Measurement, in_blocks, measure
+from fedlq_ray.significance import Measurement, gather, in_blocks, measure
 from fedlq_ray.strategies import Probe, Setting
 from fedlq_ray.training import Evaluation, Plan, Reply, client_round, evaluate
 
@@ -193,5 +193,5 @@ class Workplace:
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
         x, y = self.probe_data(probe.samples, probe.clients, round)
         seed, layers = self.task.config.seed, self.setting.quantized
-        blocks = in_blocks(self.model, base, sent, layers, probe.quantizers, x, y, seed=seed, round=round)
-        return measure(blocks, probe.metric)[probe.metric]
+        take = functools.partial(gather, self.model, base, sent, layers, probe.quantizers, seed=seed, round=round)
+        return measure(in_blocks(take, x, y), probe.metric)[probe.metric]

@@ -14,6 +14,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict
         for payload in PAYLOADS:
             sent = weights if payload == "model" else update
             what = (place.model, weights - sent, sent, place.setting.quantized, quantizers)
-            given = list(in_blocks(*what, x, y, seed=config.seed, round=round))
+            given = list(in_blocks(partial(gather, *what, seed=config.seed, round=round), x, y))
             found, seconds = {}, {}
             for name in METRICS:
                 started = time.perf_counter()

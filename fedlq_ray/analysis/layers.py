@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from fedlq_ray.config import Config
 from fedlq_ray.device import reproducible
 from fedlq_ray.rounds import Outcome, Record, run
 from fedlq_ray.serial import Done, SerialHost
-from fedlq_ray.significance import Measurement, in_blocks, measure, memory_saving
+from fedlq_ray.significance import Measurement, gather, in_blocks, measure, memory_saving
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Timed, Workplace, prepare
 from fedlq_ray.training import Evaluation, sample_losses
@@ -113,8 +114,9 @@ def _analysis(place: Workplace, outcome: Outcome, rounds: int, payload: str, met
     x, y = place.probe_data(setting.config.probe_samples)
     quantizers = [setting.quantizer_at(level) for level in levels]
 
-    what = (place.model, outcome.weights - sent, sent, layers, quantizers, x, y)
-    found = measure(in_blocks(*what, seed=setting.seed, round=rounds), "loss", "accuracy", *metrics)
+    what = (place.model, outcome.weights - sent, sent, layers, quantizers)
+    take = partial(gather, *what, seed=setting.seed, round=rounds)
+    found = measure(in_blocks(take, x, y), "loss", "accuracy", *metrics)
     losses, right = sample_losses(place.model, outcome.weights, x, y)
     before = Evaluation(float(right.double().mean()), float(losses.double().mean()))
     saving = memory_saving(sizes, levels)

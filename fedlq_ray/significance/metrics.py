@@ -12,6 +12,7 @@ compared in experiments/significance.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -71,21 +72,22 @@ class Evidence:
         changed[piece] = self.base[piece] + self.decoded[column, piece]
         return changed
 
-
-def _tried(evidence: Evidence, drop: Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]) -> Table:
-    """The mean over samples, from each one's loss and rightness after and before quantizing one layer."""
-    before = sample_losses(evidence.model, evidence.weights, evidence.x, evidence.y)
-    table = np.zeros(evidence.shape)
-    for row, layer in enumerate(evidence.layers):
-        for column in range(evidence.shape[1]):
-            after = sample_losses(evidence.model, evidence.with_layer(layer, column), evidence.x, evidence.y)
-            table[row, column] = float(drop(after, before).double().mean())
-    return table
+    @cached_property
+    def tried(self) -> tuple[Table, Table]:
+        """How much the loss rises and the accuracy falls, means over samples, with one layer quantized: (L, n) each."""
+        losses, right = sample_losses(self.model, self.weights, self.x, self.y)
+        rises, falls = np.zeros(self.shape), np.zeros(self.shape)
+        for row, layer in enumerate(self.layers):
+            for column in range(self.shape[1]):
+                after, still = sample_losses(self.model, self.with_layer(layer, column), self.x, self.y)
+                rises[row, column] = float((after - losses).double().mean())
+                falls[row, column] = float((right.double() - still.double()).mean())
+        return rises, falls
 
 
 def rise(evidence: Evidence) -> Table:
     """f(w + e) - f(w)."""
-    return _tried(evidence, lambda after, before: after[0] - before[0])
+    return evidence.tried[0]
 
 
 def first_order(evidence: Evidence) -> Table:
@@ -105,7 +107,7 @@ def loss(evidence: Evidence) -> Table:
 
 def accuracy(evidence: Evidence) -> Table:
     """The accuracy before minus the accuracy after, measured."""
-    return _tried(evidence, lambda after, before: before[1].double() - after[1].double())
+    return evidence.tried[1]
 
 
 def _by_layer(evidence: Evidence, weights: Tensor, power: int) -> Table:

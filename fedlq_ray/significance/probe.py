@@ -4,7 +4,7 @@ Source: Xu et al., Computer Networks 264, 2025, 111223. Only the abstract is pub
 reading of it. Significance is the accuracy drop per memory saved.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,27 +63,19 @@ def gather(
     return Evidence(model, base, sent, layers, decoded, sizes, unbiased, x, y, seed, round, block)
 
 
-def in_blocks(
-    model: FlatModel,
-    base: Tensor,
-    sent: Tensor,
-    layers: Sequence[Layer],
-    quantizers: Sequence[Quantizer],
-    x: Tensor,
-    y: Tensor,
-    *,
-    seed: int,
-    round: int,
-) -> Iterator[Evidence]:
-    """The samples in `BLOCKS` parts, each with rounding of its own: as many passes over them as with one."""
+def in_blocks(take: Callable[..., Evidence], x: Tensor, y: Tensor) -> Iterator[Evidence]:
+    """The samples in `BLOCKS` parts, each with rounding of its own: as many passes over them as with one.
+
+    `take` is `gather`, given all but x, y and block.
+    """
     count = min(BLOCKS, len(y))
     for block, part in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True)):
-        yield gather(model, base, sent, layers, quantizers, *part, seed=seed, round=round, block=block)
+        yield take(*part, block=block)
 
 
 def measure(blocks: Iterable[Evidence], *metrics: str) -> dict[str, Measurement]:
-    """The metrics of these names. Where one block's is not finite, as of weights that a coarse level breaks, it is 1e30
-    without noise; of one block the noise is not known, and as much."""
+    """The metrics of these names. Where one block's is not finite, as of weights that a coarse level breaks, it is +-1e30
+    without noise; one block alone does not tell its noise, which is then 1e30, so that nothing stands out."""
     found, sizes = [], []
     for evidence in blocks:
         found.append(_tables(evidence, metrics))

@@ -1,6 +1,7 @@
 """Each metric against autograd's or a hand's own value of its formula, and what FedLQ makes of them."""
 
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -45,7 +46,7 @@ class Deep(nn.Module):
         return self.fc(self.drop(torch.relu(self.norm(self.conv(x))).flatten(1)))
 
 
-def probed(payload="update", deep=False, samples=40, seed=3, round=7, take=in_blocks):
+def probed(payload="update", deep=False, samples=40, seed=3, round=7, whole=False):
     torch.manual_seed(0)
     module = Deep() if deep else nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES))
     model = FlatModel(module)
@@ -58,11 +59,12 @@ def probed(payload="update", deep=False, samples=40, seed=3, round=7, take=in_bl
     sent = weights if payload == "model" else 0.1 * torch.randn(len(weights))
     base = torch.zeros_like(weights) if payload == "model" else weights
     layers = [layer for layer in model.layers if not layer.buffer]
-    return take(model, base, sent, layers, QUANTIZERS, x, y, seed=seed, round=round)
+    take = partial(gather, model, base, sent, layers, QUANTIZERS, seed=seed, round=round)
+    return take(x, y) if whole else in_blocks(take, x, y)
 
 
 def evidence(*given, **named):
-    return probed(*given, **named, take=gather)
+    return probed(*given, **named, whole=True)
 
 
 def mlp_loss(w, x, y):
@@ -134,7 +136,7 @@ def test_the_noise_that_is_told_is_what_other_samples_and_other_rounding_change_
     count = 400
     found = [measure(probed("model", round=round), "loss")["loss"] for round in range(count)]
     drops, told = np.array([one.drop for one in found])[:, :, :2], np.array([one.noise for one in found])[:, :, :2]
-    plain = np.array([rise(probed("model", round=round, take=gather)) for round in range(count)])[:, :, :2]
+    plain = np.array([rise(probed("model", round=round, whole=True)) for round in range(count)])[:, :, :2]
     spread = drops.std(0, ddof=1)
     ratio = spread / np.sqrt((told**2).mean(0))  # 1, to the 5 % of 400 draws and what heavy tails add
     assert (ratio > 0.8).all() and (ratio < 1.2).all()
