@@ -74,8 +74,11 @@ def in_blocks(take: Callable[..., Evidence], x: Tensor, y: Tensor) -> Iterator[E
 
 
 def measure(blocks: Iterable[Evidence], *metrics: str) -> dict[str, Measurement]:
-    """The metrics of these names. Where one block's is not finite, as of weights that a coarse level breaks, it is +-1e30
-    without noise; one block alone does not tell its noise, which is then 1e30, so that nothing stands out."""
+    """The metrics of these names.
+
+    Where one block's is not finite, as of weights that a coarse level breaks, it is +-1e30 without noise; one block
+    alone does not tell its noise, which is then 1e30, so that nothing stands out.
+    """
     found, sizes = [], []
     for evidence in blocks:
         found.append(_tables(evidence, metrics))
