@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedlq_ray.downlink import Offer
-from fedlq_ray.errors import ClientError, PayloadError
+from fedlq_ray.errors import ClientError, FedLQError, PayloadError
 from fedlq_ray.quantization import decode
 from fedlq_ray.quantization.wire import Sent
 from fedlq_ray.task import Job, Task
@@ -41,6 +41,8 @@ class Fold:
         self.replies: dict[int, Reply] = {}
         self.faults: list[ClientError] = []  # of the clients that are passed over
         self.sent: list[tuple[Sent, ...]] = []
+        self.parameters = sum(layer.size for layer in task.layers if not layer.buffer)
+        self.heard = False  # a payload changed a parameter
 
     @property
     def lost(self) -> list[int]:
@@ -73,6 +75,25 @@ class Fold:
         square = float(self.mean().square().sum()) * came
         return self.energy / square if square else None
 
+    def require_movement(self) -> None:
+        """
+        Raises:
+            FedLQError: no client trained anything, or all payloads decode to no change, and none is owed for later.
+        """
+        if not self.replies:
+            return
+        where = f"round {self.jobs[0].round}: "
+        if not any(reply.moved for reply in self.replies.values()):
+            raise FedLQError(
+                f"{where}training changed no weight of any of the {len(self.replies)} clients: all gradients are zero, "
+                "or steps are below the resolution of float32; look at the model, train.lr and the labels"
+            )
+        if not self.heard and not any(job.plan.error_feedback for job in self.jobs):
+            raise FedLQError(
+                f"{where}all {len(self.replies)} payloads decode to no change, so that nothing is learned; give "
+                "quantizers more bits, or use strategy.error_feedback=true, which carries what is lost to later rounds"
+            )
+
     def take(self, client: int, reply: Reply | ClientError) -> None:
         """A client's reply, or why it failed for good; what comes of it after the first does not count.
 
@@ -100,7 +121,9 @@ class Fold:
             if job.plan.error_feedback == "ef21":
                 value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
             value = value.double()
-            self.update += share * (value - self.offers[job.client].model.double() if kind == "model" else value)
+            change = value - self.offers[job.client].model.double() if kind == "model" else value
+            self.heard = self.heard or bool(change[: self.parameters].any())
+            self.update += share * change
             self.energy += share**2 * float(value.square().sum())
             self.square_error += share**2 * reply.square_error
             self.sent.append(payload.segments)

@@ -115,8 +115,9 @@ def _get(ref: Any, timeout: float | None = None) -> Any:
 def actor_bytes(task: Task) -> float:
     """About how much memory an actor has of its own when it has trained."""
     vectors = VECTORS * 4 * sum(layer.size for layer in task.layers)
+    frozen = 2 * sum(p.nbytes for p in task.module.parameters() if not p.requires_grad)  # the task's, and the model's
     kept = task.config.train.batch_size * saved_bytes(task.module, task.data.input_shape)
-    return (FORKED_BYTES if forkserver.command() else ORDINARY_BYTES) + vectors + kept
+    return (FORKED_BYTES if forkserver.command() else ORDINARY_BYTES) + vectors + frozen + kept
 
 
 def choose(clients: ClientsConfig, each_bytes: float) -> tuple[str, str]:

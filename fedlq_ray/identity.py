@@ -12,6 +12,7 @@ from fedlq_ray.quantization import Always
 from fedlq_ray.task import Task
 
 _FREE = ("rounds", *WITHOUT_EFFECT)
+FROZEN = "frozen parameters"
 _GIVEN = ("data", "model", "strategy", "quantizer")  # what may be given as objects
 
 
@@ -21,10 +22,12 @@ def identity(task: Task, strategy: Any) -> dict[str, Any]:
     layers = [[layer.name, layer.size] for layer in task.layers]
     digest = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:8]
     family = task.quantizer
+    frozen = {} if task.frozen_digest is None else {FROZEN: task.frozen_digest}
     return {
         **{path: value for path, value in settings if not any(f"{path}.".startswith(f"{name}.") for name in _FREE)},
         "data": task.data_digest,
         "model": f"{sum(layer.size for layer in task.layers)} numbers in {len(layers)} layers ({digest})",
+        **frozen,
         "strategy": _name(strategy),
         "quantizer": _name(family.quantizer if isinstance(family, Always) else family),
     }
@@ -46,10 +49,10 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
     if not changed:
         return
     told = [f"{name} was {json.dumps(before[name])} and is {json.dumps(now[name])}" for name in changed]
-    given = [name for name in changed if name in _GIVEN]
+    given = [name for name in _GIVEN if name in changed or name == "model" and FROZEN in changed]
     if given:
         objects = ", ".join(f"{name}=..." for name in given)
         told.append(f"give the {' and '.join(given)} that it began with (in Python: resume(..., {objects}))")
-    if len(given) < len(changed):
+    if any(name not in (*_GIVEN, FROZEN) for name in changed):
         told.append("set config.yaml back")
     raise ConfigError(f"{folder}: would go on as another run: {'; '.join(told)}")

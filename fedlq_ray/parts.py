@@ -69,6 +69,8 @@ def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], arg
     for key, value in args.items():
         if key in known and known[key].annotation in (int, "int") and type(value) is not int:
             raise ConfigError(f"{kind}: {key} must be a whole number, got {value!r}")
+        if key in known and known[key].annotation in (str, "str") and not isinstance(value, str):
+            raise ConfigError(f"{kind}: {key} must be text, got {value!r}; quote what YAML reads as something else")
     given = {key: value for key, value in offered.items() if key in known or takes_all}
     try:
         return factory(**{**given, **args})

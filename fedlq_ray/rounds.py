@@ -21,6 +21,7 @@ from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.fold import Fold
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization.wire import Sent
+from fedlq_ray.seeding import seeded
 from fedlq_ray.server import ServerOptimizer
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import Member, News, Probe, Strategy
@@ -183,7 +184,8 @@ def run(
             if config.train.adaptive_work > 1:
                 expected = strategy.expected_bytes(members) or (payload_bytes and [payload_bytes] * len(members))
                 members = cohorts.with_own_work(task, members, expected) if expected else members
-            plans = strategy.plan(round, members, last_evaluation)
+            with seeded(config.seed, "plan", round):  # a user's strategy may draw from global generators
+                plans = strategy.plan(round, members, last_evaluation)
             answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
             jobs = [Job(round, m.client, plans[m.client], _samples(task, m)) for m in answering]
             wanted = strategy.probe(round)
@@ -207,6 +209,7 @@ def run(
             outcome.timing["round_s"].append(time.perf_counter() - started)
             outcome.timing["encode_s"].append(sum(reply.encode_s for reply in fold.replies.values()))
             outcome.timing["decode_s"].append(decode_s)
+            fold.require_movement()
             outcome.skipped = {fault.client: str(fault) for fault in fold.faults} | outcome.skipped
             yield from finished(wait=True)
 
@@ -236,7 +239,8 @@ def run(
             sim_time_s += round_time_s
             record["sim_time_s"] = sim_time_s
             news = News(measurement, update, record["train_loss"], round_time_s, fold.spread)
-            strategy.learn(round, news)
+            with seeded(config.seed, "learn", round):
+                strategy.learn(round, news)
             record.update(strategy.report())
             require_unchanged(strategy, constant)
             published = host.publish(outcome.weights)

@@ -31,6 +31,12 @@ class Section(BaseModel):
 class DataConfig(Section):
     name: Text = key("digits", "digits, fashion-mnist, mnist, cifar10, npz, or your own as module:function")
     path: Text | None = key(None, "file or folder of the data; for npz required, else searched in the usual places")
+    layout: Literal["auto", "features", "images", "series", "channels_first"] = key(
+        "auto",
+        "how samples lie: features (n, ...), which are flattened; images (n, height, width[, channels]); series (n, "
+        "length, channels); channels_first, as PyTorch has images and series; auto: as the shape tells, an error where "
+        "it has two readings",
+    )
     partition: Literal["iid", "dirichlet", "shards", "quantity"] = key("dirichlet", "how samples go to clients")
     alpha: Positive = key(0.3, "concentration of dirichlet (by label) and quantity (by size); small is uneven", le=1e6)
     classes_per_client: int = key(2, "label-sorted shards that a client gets, for shards", ge=1)

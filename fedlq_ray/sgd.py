@@ -28,6 +28,11 @@ def _batches(samples: int, size: int) -> list[slice]:
     return batches
 
 
+def batch_sizes(samples: int, size: int) -> list[int]:
+    """Samples in each step of a pass over so many, in batches of `size`."""
+    return [batch.stop - batch.start for batch in _batches(samples, size)]
+
+
 def _passes(shard: int, samples: int, settings: TrainConfig) -> Iterator[int]:
     """The samples of each pass in which so many are gone through."""
     seen = 0
@@ -40,7 +45,7 @@ def _passes(shard: int, samples: int, settings: TrainConfig) -> Iterator[int]:
 
 def steps_of(shard: int, samples: int, settings: TrainConfig) -> int:
     """Steps in which a client with a shard of this size goes through so many samples."""
-    return sum(len(_batches(size, settings.batch_size)) for size in _passes(shard, samples, settings))
+    return sum(len(batch_sizes(size, settings.batch_size)) for size in _passes(shard, samples, settings))
 
 
 class LocalSGD:
@@ -105,13 +110,12 @@ class LocalSGD:
         if settings.max_grad_norm is not None:
             norm = model.grad.norm().double().clamp_min(1e-30)
             model.grad.mul_((settings.max_grad_norm / norm).clamp_max(1.0).float())
-        for start, stop in model.trained:
-            weights, gradient = model.storage[start:stop], model.grad[start:stop]
-            if settings.weight_decay:
-                gradient = gradient.add(weights, alpha=settings.weight_decay)
-            if self.velocity is not None:
-                gradient = self.velocity[start:stop].mul_(settings.momentum).add_(gradient)
-            weights.add_(gradient, alpha=-settings.lr)
+        weights, gradient = model.storage[: len(model.grad)], model.grad
+        if settings.weight_decay:
+            gradient = gradient.add(weights, alpha=settings.weight_decay)
+        if self.velocity is not None:
+            gradient = self.velocity.mul_(settings.momentum).add_(gradient)
+        weights.add_(gradient, alpha=-settings.lr)
         self.loss += loss.detach() * len(y)
 
     def _replay(self, x: Tensor, y: Tensor) -> None:

@@ -26,7 +26,6 @@ from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.files import locked, write_durably
 from fedlq_ray.identity import identity, require_same
-from fedlq_ray.models import FlatModel
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
@@ -220,7 +219,7 @@ def _carry_out(
         with contextlib.suppress(OSError):  # what else went wrong is told
             write_durably(folder / "timing.json", json.dumps(timing, indent=1))
     weights = np.array(last["weights"])
-    flat = FlatModel(copy.deepcopy(task.module))
+    flat = task.flat_model()
     flat.load(torch.from_numpy(weights))
     rundir.save_model(folder, flat)
     if track and last["tracked"]:

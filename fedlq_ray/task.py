@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from fedlq_ray.errors import FedLQError
 from fedlq_ray.models import MODELS, FlatModel, Layer, build, training_flops
 from fedlq_ray.profiles import Profile, load_profiles
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
-from fedlq_ray.seeding import numpy_rng, torch_seed
+from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.sgd import LocalSGD
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure
 from fedlq_ray.strategies import Probe, Setting
 from fedlq_ray.training import Evaluation, Plan, Reply, client_round, evaluate
+from fedlq_ray.trial import try_step
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Task:
         shards, held: each client's indices into the training data, to train on and held out.
         builtin: the model is one of this package's.
         flops: of a sample's forward and backward pass.
+        statistics: names of the buffers that training changes, which are sent like parameters.
     """
 
     config: Config
@@ -45,6 +48,21 @@ class Task:
     builtin: bool
     flops: float
     quantizer: Family
+    statistics: frozenset[str] = frozenset()
+
+    def flat_model(self, device: str = "cpu") -> FlatModel:
+        """A copy of the model, flat, with its initial weights."""
+        return FlatModel(copy.deepcopy(self.module), device, self.statistics)
+
+    @functools.cached_property
+    def frozen_digest(self) -> str | None:
+        """16 hex digits that change with any frozen parameter; None where there is none."""
+        frozen = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
+        whole = hashlib.sha256()
+        for name, parameter in frozen:
+            whole.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            whole.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return whole.hexdigest()[:16] if frozen else None
 
     @functools.cached_property
     def data_digest(self) -> str:
@@ -58,8 +76,12 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
     Raises:
         ConfigError: something of the user's input is wrong.
     """
-    dataset = as_dataset(data) if data is not None else load(config.data.name, config.data.path, config.data.args)
     how = config.data
+    with seeded(config.seed, "data"):  # a user's function may draw from global generators
+        if data is not None:
+            dataset = as_dataset(data, layout=how.layout)
+        else:
+            dataset = load(how.name, how.path, how.args, how.layout)
     shards = partition(
         dataset.y_train,
         how=how.partition,
@@ -73,14 +95,16 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
     profiles = load_profiles(
         config.clients.profiles, count=config.clients.count, seed=config.seed, variation=config.clients.variation
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(config.seed, "weights"))
-        module = build(model or config.model.name, dataset.input_shape, dataset.num_classes, config.model.args)
-    layers = FlatModel(copy.deepcopy(module)).layers  # refuses what cannot be flat, before anything starts
+    named = config.model.name if model is None else model
+    with seeded(config.seed, "weights"):
+        module = build(named, dataset.input_shape, dataset.num_classes, config.model.args)
+    with seeded(config.seed, "trial"):
+        statistics = try_step(module, dataset, kept, config)
+        flops = training_flops(module, dataset.input_shape)
+    layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
     builtin = model is None and config.model.name in ("auto", *MODELS)
-    flops = training_flops(module, dataset.input_shape)
     quantizers = family(config.strategy.quantizer, quantizer)
-    return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers)
+    return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, statistics)
 
 
 class Timed(NamedTuple):
@@ -122,7 +146,7 @@ class Workplace:
     @functools.cached_property
     def model(self) -> FlatModel:
         """Made where it is used: whoever only plans and aggregates needs no GPU."""
-        return FlatModel(copy.deepcopy(self.task.module), self.task.config.train.device)
+        return self.task.flat_model(self.task.config.train.device)
 
     @functools.cached_property
     def sgd(self) -> LocalSGD:
@@ -130,7 +154,7 @@ class Workplace:
 
     def initial_weights(self) -> Tensor:
         """The flat vector (d,) that training starts from."""
-        return FlatModel(copy.deepcopy(self.task.module)).read()
+        return self.task.flat_model().read()
 
     @property
     def setting(self) -> Setting:
@@ -169,7 +193,12 @@ class Workplace:
                 self._evaluated_on = self._samples(data.x_test, data.y_test)
             else:
                 self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
-        return evaluate(self.model, weights, *self._evaluated_on)
+        with seeded(self.task.config.seed, "evaluate", gpus=self._gpus):
+            return evaluate(self.model, weights, *self._evaluated_on)
+
+    @property
+    def _gpus(self) -> list[torch.device]:
+        return [] if self.model.device.type == "cpu" else [self.model.device]
 
     def _training_samples(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         return self._samples(self.task.data.x_train[chosen], self.task.data.y_train[chosen])
@@ -194,4 +223,5 @@ class Workplace:
         x, y = self.probe_data(probe.samples, probe.clients, round)
         seed, layers = self.task.config.seed, self.setting.quantized
         take = functools.partial(gather, self.model, base, sent, layers, probe.quantizers, seed=seed, round=round)
-        return measure(in_blocks(take, x, y), probe.metric)[probe.metric]
+        with seeded(seed, "measure", round, gpus=self._gpus):
+            return measure(in_blocks(take, x, y), probe.metric)[probe.metric]

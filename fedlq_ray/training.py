@@ -15,7 +15,7 @@ from fedlq_ray.errors import ClientError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Family, Segment, send
 from fedlq_ray.quantization.wire import NUMBERS
-from fedlq_ray.seeding import numpy_rng, torch_rng, torch_seed
+from fedlq_ray.seeding import numpy_rng, seeded, torch_rng
 from fedlq_ray.sgd import LocalSGD, samples_of
 
 __all__ = ["Plan"]
@@ -51,6 +51,7 @@ class Reply:
         train_loss: mean over the samples that it went through.
         square_error: |Q(x) - x|^2 of the vector x that the payload is to carry.
         encode_s: wall seconds of quantizing, which go to timing.json alone.
+        moved: training changed a parameter.
     """
 
     payload: bytes
@@ -58,6 +59,7 @@ class Reply:
     samples: int
     square_error: float
     encode_s: float
+    moved: bool = True
 
 
 def client_round(
@@ -92,27 +94,27 @@ def client_round(
     model = sgd.model
     try:
         gpus = [] if model.device.type == "cpu" else [model.device]
-        with torch.random.fork_rng(devices=gpus):  # a model's dropout draws from the global generator
-            # For GPUs that are not there, torch.manual_seed keeps a stack trace each: 1.4 ms a client.
-            seed_them = torch.manual_seed if gpus else torch.default_generator.manual_seed
-            seed_them(torch_seed(seed, "model", round, client))
+        # A model's dropout, and users' models and quantizers, draw from the global generators.
+        with seeded(seed, "model", round, client, gpus=gpus):
             model.load(weights)
             rng = numpy_rng(seed, "batches", round, client)
             loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng)
-        trained = model.read()  # all that follows is the same on whatever device that was trained
-        _require_finite(trained, model.layers, round, client)
-        started = time.perf_counter()
-        update = trained - weights
-        update[: model.num_parameters] *= sgd.settings.local_epochs * samples_of(len(y), sgd.settings) / samples
-        sent = update if plan.payload == "update" else weights + update
-        if plan.error_feedback and memory is not None:
-            sent = sent - memory if plan.error_feedback == "ef21" else sent + memory
-        segments = plan.segments(sent) if callable(plan.segments) else plan.segments
-        _require_known(segments, custom, round, client)
-        noise = torch_rng(seed, "quantize", round, client)
-        payload, received = send(
-            sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
-        )
+            trained = model.read()  # all that follows is the same on whatever device that was trained
+            _require_finite(trained, model.layers, round, client)
+            _require_constants(model, round, client)
+            started = time.perf_counter()
+            update = trained - weights
+            moved = bool(update[: model.num_parameters].any())
+            update[: model.num_parameters] *= sgd.settings.local_epochs * samples_of(len(y), sgd.settings) / samples
+            sent = update if plan.payload == "update" else weights + update
+            if plan.error_feedback and memory is not None:
+                sent = sent - memory if plan.error_feedback == "ef21" else sent + memory
+            segments = plan.segments(sent) if callable(plan.segments) else plan.segments
+            _require_known(segments, custom, round, client)
+            noise = torch_rng(seed, "quantize", round, client)
+            payload, received = send(
+                sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
+            )
         lost = sent - received
         if plan.error_feedback == "ef21" and memory is not None:
             memory = memory + received
@@ -125,7 +127,7 @@ def client_round(
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s)
+    reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s, moved)
     return reply, memory if plan.error_feedback else None
 
 
@@ -138,6 +140,17 @@ def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: 
                 round=round,
                 client=client,
             )
+
+
+def _require_constants(model: FlatModel, round: int, client: int) -> None:
+    """A buffer that the trial step left alone is not sent, so that what training writes to it would be lost."""
+    if changed := model.changed_constants():
+        raise ClientError(
+            f"training changed buffer {changed[0]}, which the trial step before the run did not, so that it is not "
+            "sent; let every training step change it, or register it with persistent=False",
+            round=round,
+            client=client,
+        )
 
 
 def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, client: int) -> None:

@@ -24,10 +24,11 @@ def module():
 
 def trained(model, **settings):
     flat = FlatModel(model)
+    start = flat.read()
     train = TrainConfig(batch_size=8, local_epochs=2, **settings)
     sgd = LocalSGD(flat, train)
     sgd.train(X[:16], Y[:16], normalise=torch.from_numpy, samples=32, rng=np.random.default_rng(5))
-    flat.load(FlatModel(module()).storage)  # a client before leaves nothing behind
+    flat.load(start)  # a client before leaves nothing behind
     sgd.train(X, Y, normalise=torch.from_numpy, samples=80, rng=np.random.default_rng(1))
     return flat
 
@@ -78,7 +79,7 @@ def test_frozen_parameters_stay_where_they_are_whatever_the_weight_decay():
     model[0].bias.requires_grad_(False)
     before = copy.deepcopy(model)
     flat = trained(model, lr=0.1, momentum=0.9, weight_decay=0.5)
-    assert flat.trained == ((0, 48), (56, 74))
+    assert flat.num_parameters == 48 + 18
     assert torch.equal(model[0].bias, before[0].bias)
     assert not torch.equal(model[0].weight, before[0].weight) and not torch.equal(model[2].bias, before[2].bias)
 

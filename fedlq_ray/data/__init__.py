@@ -1,6 +1,7 @@
 """Datasets, and how their samples go to clients."""
 
-from fedlq_ray.data.datasets import DATASETS, Dataset, as_dataset, inputs, load
+from fedlq_ray.data.arrays import Dataset, as_dataset, inputs
+from fedlq_ray.data.datasets import DATASETS, load
 from fedlq_ray.data.partition import PARTITIONS, hold_out, label_counts, partition
 
 __all__ = [

@@ -1,156 +1,21 @@
-"""Datasets by name, by import path or as arrays; checked once, here."""
+"""Datasets by name or by import path."""
 
 import functools
 import gzip
-import hashlib
-import math
 import socket
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from fedlq_ray import parts
+from fedlq_ray.data.arrays import ARRAYS, Array, Dataset, as_dataset
 from fedlq_ray.errors import ConfigError
 
-Array = NDArray[Any]
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 CACHE = Path("~/.cache/fedlq")
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Arrays of a classification task.
-
-    Attributes:
-        x_train, x_test: images (n, height, width, channels) or flat features (n, f); uint8 or float32.
-        y_train, y_test: labels (n,) int64, from 0.
-        mean, std: float32, of the training set, a channel or a feature.
-    """
-
-    name: str
-    x_train: Array
-    y_train: NDArray[np.int64]
-    x_test: Array
-    y_test: NDArray[np.int64]
-    num_classes: int
-    mean: NDArray[np.float32]
-    std: NDArray[np.float32]
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """What a model takes, without the batch: (channels, height, width) or (f,)."""
-        shape = self.x_train.shape[1:]
-        return (shape[2], shape[0], shape[1]) if len(shape) == 3 else shape
-
-    def digest(self) -> str:
-        """32 hex digits that change with any of the arrays."""
-        whole = hashlib.sha256()
-        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
-            whole.update(f"{array.dtype} {array.shape}".encode())
-            whole.update(np.ascontiguousarray(array).data)
-        return whole.hexdigest()[:32]
-
-
-def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32], device: torch.device | str = "cpu") -> Tensor:
-    """Stored samples as a model takes them: float32, normalised; images (n, channels, height, width), channels_last."""
-    stored = torch.from_numpy(x if x.flags.writeable else x.copy()).to(device)
-    rows = stored.reshape(len(x), math.prod(x.shape[1:])).float()
-    # Of every element, not of every channel: a loop over whole rows is many times as fast as one over three channels.
-    by_element = [torch.from_numpy(np.broadcast_to(v, x.shape[1:]).reshape(-1).copy()).to(device) for v in (mean, std)]
-    tensor = (rows - by_element[0]).div_(by_element[1]).view(stored.shape)
-    return tensor.permute(0, 3, 1, 2) if x.ndim == 4 else tensor
-
-
-def make_dataset(
-    x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, name: str, source: str | None = None
-) -> Dataset:
-    """Check and convert arrays; images (n, height, width) get their channel.
-
-    Args:
-        source: where the arrays came from, for messages, such as `data.path: my.npz`; by default `name`.
-    Raises:
-        ConfigError: what is wrong with which array.
-    """
-    where = source or name
-    x = {"x_train": _samples(where, "x_train", x_train), "x_test": _samples(where, "x_test", x_test)}
-    y = {"y_train": _labels(where, "y_train", y_train), "y_test": _labels(where, "y_test", y_test)}
-    for part in ("train", "test"):
-        if len(x[f"x_{part}"]) != len(y[f"y_{part}"]):
-            raise ConfigError(f"{where}: {len(x[f'x_{part}'])} samples in x_{part}, {len(y[f'y_{part}'])} in y_{part}")
-    if x["x_train"].shape[1:] != x["x_test"].shape[1:]:
-        shapes = x["x_train"].shape[1:], x["x_test"].shape[1:]
-        raise ConfigError(f"{where}: samples of x_train are {shapes[0]}, of x_test {shapes[1]}; they must be alike")
-    classes = int(y["y_train"].max()) + 1
-    if y["y_train"].min() == classes - 1:
-        raise ConfigError(f"{where}: y_train has one class only, {classes - 1}; there must be two or more")
-    beyond = np.flatnonzero(y["y_test"] >= classes)
-    if len(beyond):
-        row = beyond[0]
-        raise ConfigError(
-            f"{where}: y_test[{row}] is {y['y_test'][row]}, but the labels of y_train end at {classes - 1}"
-        )
-    mean, std = _moments(x["x_train"])
-    return Dataset(name, x["x_train"], y["y_train"], x["x_test"], y["y_test"], classes, mean, std)
-
-
-def _array(where: str, key: str, value: Any) -> Array:
-    try:
-        return np.asarray(value)
-    except Exception as exc:  # lists of unequal lengths, tensors that need gradients or lie on a GPU
-        raise ConfigError(f"{where}: {key} cannot be made a NumPy array ({exc})") from exc
-
-
-def _samples(where: str, key: str, value: Any) -> Array:
-    x = _array(where, key, value)
-    if x.dtype.kind not in "fui":
-        raise ConfigError(f"{where}: {key} holds {x.dtype}, not numbers")
-    if x.ndim not in (2, 3, 4) or 0 in x.shape:
-        raise ConfigError(
-            f"{where}: {key} has shape {x.shape}; features are (n, f), images (n, height, width[, channels])"
-        )
-    # Square planes after an axis of 1 or 3: PyTorch's order, which would train on rows as if they were colours.
-    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3] > 4:
-        raise ConfigError(f"{where}: {key} has shape {x.shape}; channels go last: {key}.transpose(0, 2, 3, 1)")
-    x = x[..., None] if x.ndim == 3 else x
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes an infinity, and is refused below
-        x = np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
-    if x.dtype != np.uint8 and not np.isfinite(x).all():
-        row = np.argwhere(~np.isfinite(x))[0][0]
-        raise ConfigError(f"{where}: {key}[{row}] holds a NaN, an infinity or what float32 cannot hold")
-    return x
-
-
-def _labels(where: str, key: str, value: Any) -> NDArray[np.int64]:
-    y = _array(where, key, value)
-    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    if y.ndim != 1 or y.dtype.kind not in "ui":
-        raise ConfigError(f"{where}: {key} must be one whole number a sample, got {y.dtype} of shape {y.shape}")
-    wrong = np.flatnonzero((y.astype(np.int64) < 0) | (y.astype(np.int64) >= 100_000))
-    if len(wrong):
-        raise ConfigError(f"{where}: {key}[{wrong[0]}] is {y[wrong[0]]}, out of range; labels are 0 to 99999")
-    return y.astype(np.int64)
-
-
-def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    axes = tuple(range(x.ndim - 1))
-    total, squares = np.zeros(x.shape[-1]), np.zeros(x.shape[-1])
-    for start in range(0, len(x), 4096):  # a float64 copy of all of it may not fit
-        chunk = x[start : start + 4096].astype(np.float64)
-        total += chunk.sum(axis=axes)
-        squares += (chunk**2).sum(axis=axes)
-    n = x.size / x.shape[-1]
-    mean = total / n
-    std = np.sqrt(np.maximum(squares / n - mean**2, 0)).astype(np.float32)
-    # Relative to the mean, so that features in small units count; what is below is a constant's rounding.
-    return mean.astype(np.float32), np.where(std > 1e-6 * abs(mean), std, 1).astype(np.float32)
 
 
 def _digits(path: str | None) -> tuple[Any, ...]:
@@ -295,30 +160,12 @@ DATASETS: dict[str, Callable[[str | None], Any]] = {
 }
 
 
-def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = None) -> Dataset:
-    """A dataset by name, or from a user's function by import path.
+def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = None, layout: str = "auto") -> Dataset:
+    """A dataset by name, or from a user's function by import path; `layout` is that of `make_dataset`.
 
     Raises:
         ConfigError: it cannot be had, or its arrays are wrong.
     """
     factory = parts.find("data.name", name, DATASETS)
     data = parts.call("data.name", factory, {"path": path}, args or {})
-    return as_dataset(data, name, source=f"data.path: {path}" if path else f"data.name: {name}")
-
-
-def as_dataset(data: Any, name: str = "data", *, source: str | None = None) -> Dataset:
-    """A Dataset of a Dataset, of four arrays, or of a mapping of them; `source` is for messages.
-
-    Raises:
-        ConfigError: it is none of these, or its arrays are wrong.
-    """
-    if isinstance(data, Dataset):
-        return data
-    if isinstance(data, Mapping):
-        missing = [key for key in ARRAYS if key not in data]
-        if missing:
-            raise ConfigError(f"data.name: {name} gave no {', '.join(missing)}")
-        data = tuple(data[key] for key in ARRAYS)
-    if not isinstance(data, tuple | list) or len(data) != 4:
-        raise ConfigError(f"data.name: {name} gave a {type(data).__name__}, not the four arrays {', '.join(ARRAYS)}")
-    return make_dataset(*data, name=name, source=source)
+    return as_dataset(data, name, source=f"data.path: {path}" if path else f"data.name: {name}", layout=layout)

@@ -1,7 +1,9 @@
 """A model as one flat vector, and layers as segments of it."""
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ ALIGNMENT = {"cpu": 1, "cuda": 16}
 
 @dataclass(frozen=True)
 class Layer:
-    """A named segment of the flat vector: the parameters that one module owns directly, or its float buffers."""
+    """A named segment of the flat vector: the trainable parameters that one module owns directly, or its statistics."""
 
     name: str
     start: int
@@ -26,6 +28,34 @@ class Layer:
         return self.stop - self.start
 
 
+def float_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that may be statistics, by name: floating-point, not empty, and part of the model's state_dict."""
+    found = {}
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            kept = buffer is not None and name not in part._non_persistent_buffers_set
+            if kept and buffer.is_floating_point() and buffer.numel():
+                found[f"{path}.{name}" if path else name] = buffer
+    return found
+
+
+class _Constant(NamedTuple):
+    """A buffer that is no part of the flat vector, and the values that it had at first."""
+
+    owner: nn.Module
+    name: str
+    buffer: Tensor
+    value: Tensor
+    path: str
+
+    def changed(self) -> bool:
+        now = self.owner._buffers[self.name]
+        same = (
+            now is not None and now.shape == self.value.shape and torch.allclose(now, self.value, 0, 0, equal_nan=True)
+        )
+        return not same
+
+
 def _storage_view(segment: Tensor, shape: torch.Size) -> Tensor:
     """A segment seen in a parameter's shape; convolutions lie in channels_last order, as their inputs do."""
     if len(shape) == 4:
@@ -34,50 +64,75 @@ def _storage_view(segment: Tensor, shape: torch.Size) -> Tensor:
     return segment.view(shape)
 
 
+def _require_trainable(module: nn.Module) -> None:
+    """Raises ConfigError where parameters cannot be views of one float32 storage."""
+    named = list(module.named_parameters())
+    trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
+    if not trained:
+        why = f"all {len(named)} parameters are frozen (requires_grad=False)" if named else "it has no parameters"
+        raise ConfigError(f"model.name: there is nothing to train: {why}")
+    for name, tensor in named:
+        if tensor.device.type != "cpu" or tensor.requires_grad and tensor.dtype != torch.float32:
+            raise ConfigError(f"model.name: parameter {name} is {tensor.dtype} on {tensor.device}, not float32 on cpu")
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in named if t.numel())
+    for (_, end, name), (start, _, other) in itertools.pairwise(places):
+        if start < end:
+            raise ConfigError(
+                f"model.name: parameters {name} and {other} share memory; to tie them, use one Parameter in both places"
+            )
+
+
 class FlatModel:
-    """A module whose parameters, and then float buffers, are views of one float32 storage.
+    """A module whose trainable parameters, and then statistics, are views of one float32 storage.
 
     The flat vector (d,), which `load` takes and `read` gives, has them one after another without gaps. So has the
-    storage on a CPU; on a GPU each begins at a multiple of 16 elements, as libraries there ask.
+    storage on a CPU; on a GPU each begins at a multiple of 16 elements, as libraries there ask. Frozen parameters and
+    other buffers are no part of it: they belong to the code, which every client has.
 
     Attributes:
         module: the module; training it changes `storage`.
-        storage: float32; parameters first, then float buffers (batch-norm statistics); gaps hold zeros.
-        grad: float32, as long as the parameters' part of `storage`; every parameter's gradient is a view of it, so it
-            is zeroed, never replaced.
-        trained: the (start, stop) runs of `storage` that training may move: all parameters that are not frozen.
-        num_parameters: how many elements of the flat vector are parameters; the rest are buffers.
-        layers: the segments of the flat vector, in order. Integer buffers are in none: `load` gives them the
-            values that they had at first, so that nothing of one client comes to the next.
+        storage: float32; trainable parameters first, then statistics; gaps hold zeros.
+        grad: float32, as long as the parameters' part of `storage`; every trainable parameter's gradient is a view of
+            it, so it is zeroed, never replaced.
+        num_parameters: how many elements of the flat vector are parameters; the rest are statistics.
+        layers: the segments of the flat vector, in order.
     Args:
-        module: with its parameters on the CPU, from where it goes to `device`.
+        module: with its parameters on the CPU, from where it moves to `device`.
         device: "cpu" or "cuda", where all of it then lives.
+        statistics: names of the float buffers that training changes, such as batch-norm's; None: all float buffers
+            that the state_dict has. `load` restores all other buffers to the values that they had at first, so that
+            nothing of one client reaches the next.
     Raises:
-        ConfigError: a parameter is not float32 on the CPU, or there is none.
+        ConfigError: a trainable parameter is not float32 on the CPU, two share memory, or there is none; a buffer in
+            `statistics` is not float32.
     """
 
-    def __init__(self, module: nn.Module, device: str = "cpu") -> None:
+    def __init__(self, module: nn.Module, device: str = "cpu", statistics: Collection[str] | None = None) -> None:
+        _require_trainable(module)
         self.module = module
+        self.statistics = frozenset(float_buffers(module) if statistics is None else statistics)
         owned: list[tuple[str, list[nn.Parameter]]] = []
         buffers: list[tuple[str, list[tuple[nn.Module, str, Tensor]]]] = []
         seen: set[int] = set()
         for path, part in module.named_modules():
-            parameters = [p for p in part._parameters.values() if p is not None and id(p) not in seen]
+            parameters = [
+                p for p in part._parameters.values() if p is not None and p.requires_grad and id(p) not in seen
+            ]
             seen.update(map(id, parameters))
             if parameters:
                 owned.append((path or "(root)", parameters))
-            floats = [
-                (part, n, b) for n, b in part._buffers.items() if b is not None and b.is_floating_point() and b.numel()
+            mine = [
+                (part, name, buffer)
+                for name, buffer in part._buffers.items()
+                if buffer is not None and (f"{path}.{name}" if path else name) in self.statistics
             ]
-            if floats:
-                buffers.append((f"{path or '(root)'}.buffers", floats))
-        if not owned:
-            raise ConfigError("model.name: the model has no parameters to train")
-        for name, tensor in module.named_parameters():
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-                raise ConfigError(
-                    f"model.name: parameter {name} is {tensor.dtype} on {tensor.device}, not float32 on cpu"
-                )
+            for _, name, buffer in mine:
+                if buffer.dtype != torch.float32:
+                    raise ConfigError(
+                        f"model.name: training changes buffer {name}, which is {buffer.dtype}, not float32"
+                    )
+            if mine:
+                buffers.append((f"{path or '(root)'}.buffers", mine))
         module.to(device)
         self.num_parameters = sum(p.numel() for _, ps in owned for p in ps)
         step = ALIGNMENT[device]
@@ -90,7 +145,7 @@ class FlatModel:
         spots = [torch.arange(at, at + size) for at, size in zip([0, *ends], sizes, strict=False)]
         self._spots = None if sum(sizes) == ends[-1] else torch.cat(spots).to(device)
         layers, flat = [], 0
-        trained: list[tuple[int, int]] = []
+        self._owned: list[tuple[nn.Parameter, Tensor]] = []  # each parameter with its gradient's view
         for name, parameters in owned:
             start = flat
             for parameter in parameters:
@@ -98,12 +153,11 @@ class FlatModel:
                 view = _storage_view(self.storage[at : at + size], parameter.shape)
                 view.copy_(parameter.data)
                 parameter.data = view
-                if parameter.requires_grad:
-                    parameter.grad = _storage_view(self.grad[at : at + size], parameter.shape)
-                    joins = trained and trained[-1][1] == at
-                    trained.append((trained.pop()[0] if joins else at, at + -(-size // step) * step))
+                parameter.grad = _storage_view(self.grad[at : at + size], parameter.shape)
+                self._owned.append((parameter, parameter.grad))
                 flat += size
             layers.append(Layer(name, start, flat))
+        self._views: list[tuple[nn.Module, str, Tensor]] = []
         for name, group in buffers:
             start = flat
             for part, buffer_name, value in group:
@@ -111,12 +165,17 @@ class FlatModel:
                 view = self.storage[at : at + size].view(value.shape)
                 view.copy_(value)
                 part._buffers[buffer_name] = view
+                self._views.append((part, buffer_name, view))
                 flat += size
             layers.append(Layer(name, start, flat, buffer=True))
-        self.layers, self.trained, self._size = tuple(layers), tuple(trained), flat
-        whole = [(p, n, b) for p in module.modules() for n, b in p._buffers.items() if b is not None]
-        self._views = [(p, n, b) for p, n, b in whole if b.is_floating_point() and b.numel()]
-        self._counters = [(p, n, b, b.clone()) for p, n, b in whole if not b.is_floating_point()]
+        self.layers, self._size = tuple(layers), flat
+        viewed = {(id(part), name) for part, name, _ in self._views}
+        self._constants = [
+            _Constant(part, name, buffer, buffer.clone(), f"{path}.{name}" if path else name)
+            for path, part in module.named_modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None and (id(part), name) not in viewed
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +185,8 @@ class FlatModel:
         """Copy a flat vector (d,) float32 in, from whatever device."""
         for part, name, view in self._views:
             part._buffers[name] = view
-        for part, name, counter, value in self._counters:
-            part._buffers[name] = counter.copy_(value)
+        for constant in self._constants:
+            constant.owner._buffers[constant.name] = constant.buffer.copy_(constant.value)
         if vector.shape != (self._size,) or vector.dtype != torch.float32:
             raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {(self._size,)} is due")
         if self._spots is None:
@@ -152,13 +211,29 @@ class FlatModel:
     def parameters_of(self, vector: Tensor) -> dict[str, Tensor]:
         """Another flat vector (num_parameters,) as parameters by name, views that gradients pass through.
 
-        For `torch.func.functional_call`; buffers stay the module's own.
+        For `torch.func.functional_call`; buffers and frozen parameters stay the module's own.
         """
-        named = list(self.module.named_parameters())
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         pieces = vector.split([p.numel() for _, p in named])
         if self._spots is not None:
             pieces = tuple(piece.clone() for piece in pieces)  # which lies as libraries ask
         return {name: _storage_view(piece, p.shape) for (name, p), piece in zip(named, pieces, strict=True)}
+
+    def detached(self) -> list[str]:
+        """Names of trainable parameters whose values or gradients are no longer in `storage` and `grad`."""
+        views = {id(parameter): gradient for parameter, gradient in self._owned}
+        first, last = self.storage.data_ptr(), self.storage.data_ptr() + self.storage.nbytes
+        return [
+            name
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+            and (parameter.grad is not views.get(id(parameter)) or not first <= parameter.data_ptr() < last)
+        ]
+
+    def changed_constants(self) -> list[str]:
+        """Names of float buffers of the state_dict that are no statistics and yet differ from their first values."""
+        kept = float_buffers(self.module)
+        return [constant.path for constant in self._constants if constant.path in kept and constant.changed()]
 
     def state_dict(self, vector: Tensor | None = None) -> dict[str, Tensor]:
         """An ordinary state_dict of contiguous copies, of `vector` (d,) where given."""

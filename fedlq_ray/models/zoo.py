@@ -1,5 +1,6 @@
 """The models, by name: each a function of the input's shape and the number of classes."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,10 +136,28 @@ def resolve_name(name: str, input_shape: tuple[int, ...]) -> str:
     return _AUTO.get(input_shape, "mlp") if name == "auto" else name
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a model, as every client trains one.
+
+    Raises:
+        ConfigError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module)
+    except Exception as exc:  # a user's model may hold anything
+        raise ConfigError(
+            f"model.name: the model cannot be copied, and every client trains a copy ({type(exc).__name__}: {exc}); "
+            "keep locks, open files, connections and results of computations out of its attributes"
+        ) from exc
+
+
 def build(
-    name: str | Callable[..., nn.Module], input_shape: tuple[int, ...], num_classes: int, args: dict[str, Any]
+    name: str | nn.Module | Callable[..., nn.Module],
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    args: dict[str, Any],
 ) -> nn.Module:
-    """A model by name, import path or factory; `auto` picks by shape. The caller seeds PyTorch.
+    """A model by name, import path or factory, or a copy of a module; `auto` picks by shape. The caller seeds PyTorch.
 
     Raises:
         ConfigError: no such model, or it does not fit the data.
@@ -149,7 +168,12 @@ def build(
         module: Any = build_torchvision(name.removeprefix("torchvision:"), input_shape, num_classes, args)
     else:
         factory = parts.find("model.name", name, MODELS) if isinstance(name, str) else name
-        module = parts.call("model.name", factory, {"input_shape": input_shape, "num_classes": num_classes}, args)
+        if isinstance(factory, nn.Module):
+            if args:
+                raise ConfigError("model.args: a module takes none; name the function that makes it, or leave them out")
+            module = copied(factory)
+        else:
+            module = parts.call("model.name", factory, {"input_shape": input_shape, "num_classes": num_classes}, args)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model.name: gave a {type(module).__name__}, not a torch.nn.Module")
     check_output(module, input_shape, num_classes)
@@ -162,12 +186,25 @@ def check_output(module: nn.Module, input_shape: tuple[int, ...], num_classes: i
     module.eval()
     try:
         with torch.no_grad():
-            shape = tuple(module(torch.zeros(2, *input_shape)).shape)
+            output: Any = module(torch.zeros(2, *input_shape))
     except Exception as exc:  # a user's model may raise anything
         raise ConfigError(f"model.name: fails on inputs of shape {input_shape}: {type(exc).__name__}: {exc}") from exc
     finally:
         module.train(was_training)
-    if shape != (2, num_classes):
+    require_logits(output)
+    if output.shape != (2, num_classes):
         raise ConfigError(
-            f"model.name: gives {shape} for 2 samples, where the data's {num_classes} classes need {(2, num_classes)}"
+            f"model.name: gives {tuple(output.shape)} for 2 samples, where the data's {num_classes} classes need "
+            f"{(2, num_classes)}"
         )
+
+
+def require_logits(output: Any) -> None:
+    """Raises ConfigError unless a model's output is one floating-point tensor."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return
+    what = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise ConfigError(
+        f"model.name: the model's forward pass returns {what}; it must return one float tensor of shape (samples, "
+        "classes): wrap the model in a module that returns its logits"
+    )

@@ -35,13 +35,14 @@ class Always:
 def family(name: str, given: Any = None) -> Family:
     """A quantizer for each level: a built-in by name, or a user's own by import path or as an object.
 
-    A user's own is an object with the methods of `Quantizer`, or a class or function that gives one, and that may take
-    `bits`.
+    `given`, an object or a name, goes before `name`. A user's own is an object with the methods of `Quantizer`, or a
+    class or function that gives one, and that may take `bits`.
 
     Raises:
         ConfigError: no such quantizer, or it lacks a method of `Quantizer`.
     """
-    part = parts.find("strategy.quantizer", name, QUANTIZERS) if given is None else given
+    named = name if given is None else given
+    part = parts.find("strategy.quantizer", named, QUANTIZERS) if isinstance(named, str) else named
     if any(part is builtin for builtin in QUANTIZERS.values()):
         return part  # type: ignore[no-any-return]
     made = parts.call("strategy.quantizer", part, {"bits": 1}, {}) if _is_factory(part) else part

@@ -6,6 +6,7 @@ from typing import Any
 
 from fedlq_ray import parts
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.seeding import seeded
 from fedlq_ray.strategies import fixed
 from fedlq_ray.strategies.adagq import AdaGQ
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
@@ -51,18 +52,20 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 
 
 def make(setting: Setting, given: Any = None) -> Strategy:
-    """The strategy of `setting.config`, or the user's own, `given` as an object or a factory.
+    """The strategy of `setting.config`, or the user's own, `given` as an object, a factory or a name.
 
     Raises:
         ConfigError: no such strategy, or it has no `plan`.
     """
-    factory = parts.find("strategy.name", setting.config.name, STRATEGIES) if given is None else given
+    named = setting.config.name if given is None else given
+    factory = parts.find("strategy.name", named, STRATEGIES) if isinstance(named, str) else named
     made = factory
     if isinstance(factory, type) or not hasattr(factory, "plan"):
 
         def call(feedback: Feedback) -> Any:
             offered = {"setting": replace(setting, error_feedback=feedback)}
-            return parts.call("strategy.name", factory, offered, setting.config.args)
+            with seeded(setting.seed, "strategy"):  # a user's strategy may draw from global generators
+                return parts.call("strategy.name", factory, offered, setting.config.args)
 
         asked, own = setting.config.error_feedback, getattr(factory, "error_feedback", False)
         made = call(own if asked is None else asked)

@@ -63,7 +63,8 @@ def test_features_in_small_units_are_normalised_too():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float16, np.float64])
 def test_images_without_a_channel_get_one_and_bytes_stay_bytes(dtype):
-    data = as_dataset(arrays(x_train=np.ones((40, 5, 6), dtype), x_test=np.ones((8, 5, 6), dtype)))
+    given = arrays(x_train=np.ones((40, 5, 6), dtype), x_test=np.ones((8, 5, 6), dtype))
+    data = as_dataset(given, layout="images")
     assert data.x_train.shape == (40, 5, 6, 1) and data.input_shape == (1, 5, 6)
     assert data.x_train.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
     assert data.y_train.dtype == np.int64
@@ -93,11 +94,16 @@ def with_value(value):
         ({"x_test": with_value(1e300)}, r"x_test\[5\] holds .*float32 cannot hold"),
         ({"y_test": np.full(8, 9)}, r"y_test\[0\] is 9.*end at 3"),
         ({"y_train": np.full(40, -1)}, r"y_train\[0\] is -1.*out of range"),
-        ({"y_train": np.zeros(40)}, "y_train must be one whole number"),
+        ({"y_train": np.full(40, 0.5)}, "y_train must be one whole number"),
+        ({"y_train": np.full(40, np.nan)}, "y_train must be one whole number"),
+        ({"y_train": np.full(40, 1e30)}, "y_train must be one whole number"),
         ({"y_train": np.zeros(39, int)}, "40 samples in x_train, 39 in y_train"),
         ({"y_train": np.full(40, 3)}, "y_train has one class only"),
         ({"x_train": np.ones((0, 3)), "y_train": np.ones(0, int)}, r"x_train has shape \(0, 3\)"),
-        ({"x_train": np.ones((40, 3, 9, 9))}, r"x_train has shape \(40, 3, 9, 9\); channels go last"),
+        (
+            {"x_train": np.ones((40, 3, 9, 9))},
+            r"x_train has shape \(40, 3, 9, 9\): images of 3x9 with 9 channels.*channels_first",
+        ),
         ({"x_test": np.ones((8, 4))}, r"\(3,\), of x_test \(4,\)"),
         ({"x_train": np.array([["a"] * 3] * 40)}, "not numbers"),
     ],
@@ -108,6 +114,66 @@ def test_wrong_arrays_are_named(changes, message, tmp_path):
     np.savez(tmp_path / "d.npz", **arrays(**changes))
     with pytest.raises(ConfigError, match=rf"data\.path: .*d\.npz: .*{message}"):
         load("npz", str(tmp_path / "d.npz"))
+
+
+SHAPES = {
+    (3,): ("auto", (3,), "3 features"),
+    (8, 8): ("auto", (1, 8, 8), "grey images of 8x8"),
+    (8, 6, 3): ("auto", (3, 8, 6), "images of 8x6, 3 channels"),
+    (128, 1, 9): ("auto", (9, 128, 1), "images of 128x1, 9 channels"),
+    (28, 20, 1): ("auto", (1, 28, 20), "grey images of 28x20"),
+    (128, 9): ("series", (9, 128), "series of 128 steps, 9 channels"),
+    (9, 128): ("channels_first", (9, 128), "series of 128 steps, 9 channels"),
+    (28, 20): ("images", (1, 28, 20), "grey images of 28x20"),
+    (4, 8, 8): ("channels_first", (4, 8, 8), "images of 8x8, 4 channels"),
+    (3, 8, 6): ("channels_first", (3, 8, 6), "images of 8x6, 3 channels"),
+    (8, 8, 4): ("images", (4, 8, 8), "images of 8x8, 4 channels"),
+    (2, 3, 4): ("features", (24,), "24 features"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_arrays_are_read_as_the_layout_has_them_and_say_so(shape):
+    layout, input_shape, told = SHAPES[shape]
+    x = np.random.default_rng(0).random((12, *shape)).astype(np.float32)
+    data = as_dataset((x, np.arange(12) % 3, x[:6], np.arange(6) % 3), layout=layout)
+    assert data.input_shape == input_shape
+    assert data.description == f"data: 12 training and 6 test samples of 3 classes; {told}"
+    made = inputs(data.x_train, data.mean, data.std)
+    assert made.shape[1:] == input_shape
+    # Normalised per channel or feature: the axis after the batch.
+    axes = (0, *range(2, made.ndim))
+    assert made.mean(axes).abs().max() < 1e-5 and (made.std(axes, unbiased=False) - 1).abs().max() < 1e-4
+    first = x if layout == "channels_first" else x.reshape(12, -1) if layout == "features" else np.moveaxis(x, -1, 1)
+    first = x.reshape(12, *input_shape) if "grey" in told else first
+    again = (first - data.mean.reshape(-1, *[1] * (made.ndim - 2))) / data.std.reshape(-1, *[1] * (made.ndim - 2))
+    np.testing.assert_allclose(made.numpy(), again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(128, 9), (9, 128), (28, 20), (4, 8, 8), (3, 8, 6), (1, 28, 28), (64, 8, 8), (9, 1, 128), (3, 8, 3), (6, 6, 6)],
+)
+def test_shapes_with_two_readings_are_refused(shape):
+    x = np.ones((12, *shape))
+    with pytest.raises(ConfigError, match=r"x_train has shape .*Set data\.layout"):
+        as_dataset((x, np.arange(12) % 3, x, np.arange(12) % 3))
+
+
+def test_a_layout_must_fit_the_shape():
+    x, y = np.ones((12, 8, 8)), np.arange(12) % 3
+    with pytest.raises(ConfigError, match=r"\(12, 4\), and data\.layout=series needs \(n, length, channels\)"):
+        as_dataset((x[:, 0, :4], y, x[:, 0, :4], y), layout="series")
+    with pytest.raises(ConfigError, match=r"data\.layout: images is for arrays"):
+        as_dataset(as_dataset((x, y, x, y)), layout="images")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int8, np.uint64])
+def test_labels_may_be_whole_floats_and_booleans(dtype):
+    data = as_dataset(arrays(y_train=(np.arange(40) % 4).astype(dtype), y_test=(np.arange(8) % 4).astype(dtype)))
+    assert data.y_train.dtype == np.int64 and data.y_train.tolist() == (np.arange(40) % 4).tolist()
+    two = as_dataset(arrays(y_train=np.arange(40) % 2 == 1, y_test=np.arange(8) % 2 == 1))
+    assert two.num_classes == 2 and two.y_test.tolist() == [0, 1] * 4
 
 
 def test_lists_of_unequal_lengths_are_refused():

@@ -50,13 +50,68 @@ def test_convolutions_lie_in_channels_last_order():
     assert model.storage.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def test_frozen_parameters_are_in_the_vector_and_their_gradient_stays_zero():
+def test_frozen_parameters_are_no_part_of_the_vector():
     module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     module[0].requires_grad_(False)
+    module[1].bias.requires_grad_(False)
+    kept = module[0].weight
     model = FlatModel(module)
     _step(model, torch.ones(4, 3))
-    assert model.num_parameters == 8 + 3
-    assert not model.grad[:8].any() and model.grad[8:].any()
+    assert model.layers == (Layer("1", 0, 2),) and model.num_parameters == 2 == len(model.storage)
+    assert model.grad.any() and model.module[0].weight is kept and kept.grad is None
+    assert model.state_dict().keys() == module.state_dict().keys()
+    module.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"nothing to train: all 4 parameters are frozen \(requires_grad=False\)"):
+        FlatModel(module)
+    with pytest.raises(ConfigError, match="nothing to train: it has no parameters"):
+        FlatModel(nn.ReLU())
+
+
+class Positions(nn.Module):
+    """A constant table, a cache, and a statistic of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("table", torch.full((4,), -torch.inf))
+        self.register_buffer("cache", torch.zeros(5), persistent=False)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.cache = torch.ones(7)  # rebuilt, of another size
+            self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        return self.fc(x - self.mean)
+
+
+def test_constants_are_no_part_of_the_vector_and_come_back_for_the_next_client():
+    model = FlatModel(Positions(), statistics={"mean"})
+    assert [(la.name, la.size, la.buffer) for la in model.layers] == [("fc", 8, False), ("(root).buffers", 3, True)]
+    first = model.read()
+    _step(model, torch.ones(4, 3))
+    assert model.changed_constants() == [] and model.read()[8:].tolist() == [pytest.approx(0.1)] * 3
+    assert model.module.cache.shape == (7,)
+    model.module.table[0] = 0
+    assert model.changed_constants() == ["table"]
+    model.load(first)
+    assert model.module.cache.tolist() == [0] * 5 and bool((model.module.table == -torch.inf).all())
+    assert model.changed_constants() == []
+
+
+def test_parameters_that_share_memory_are_refused():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight.data = module[0].weight.data
+    with pytest.raises(ConfigError, match=r"parameters 0\.weight and 1\.weight share memory"):
+        FlatModel(module)
+    module[1].weight = module[0].weight  # the same Parameter in both places is a tie
+    assert FlatModel(module).num_parameters == 9 + 3 + 3
+
+
+def test_statistics_must_be_float32():
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    module[1].running_mean = module[1].running_mean.double()
+    with pytest.raises(ConfigError, match=r"training changes buffer running_mean, which is torch\.float64"):
+        FlatModel(module)
 
 
 def test_batch_norm_counts_are_left_out_and_kept_in_the_state_dict():
@@ -139,9 +194,11 @@ def test_a_layout_with_gaps_trains_as_one_without(monkeypatch):
         rng = np.random.default_rng(1)
         LocalSGD(model, settings).train(x, y, normalise=torch.from_numpy, samples=48, rng=rng)
         named = model.parameters_of(start[: model.num_parameters])
-        assert all(named[name].shape == p.shape for name, p in module.named_parameters())
+        assert all(named[name].shape == p.shape for name, p in module.named_parameters() if p.requires_grad)
         assert all(
-            tensor.data_ptr() % (4 * step) == model.storage.data_ptr() % (4 * step) for tensor in module.parameters()
+            tensor.data_ptr() % (4 * step) == model.storage.data_ptr() % (4 * step)
+            for tensor in module.parameters()
+            if tensor.requires_grad
         )
         ends.append((model.read(), model.flat(model.grad), [layer.size for layer in model.layers]))
     (without, gradient, sizes), (with_gaps, same, same_sizes) = ends
