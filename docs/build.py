@@ -27,7 +27,8 @@ from docstrings import as_markdown
 
 import fedlq_ray
 from fedlq_ray.cli import cli
-from fedlq_ray.config import describe, keys
+from fedlq_ray.config import describe
+from fedlq_ray.sections import keys
 
 ROOT = Path(__file__).parent.parent
 FROM_ELSEWHERE = (
@@ -57,7 +58,7 @@ def settings_page() -> str:
         "line it is `train.lr=0.05`. `fedlq config` prints all with the values that a run would have.",
     ]
     section = None
-    for path, field, default in keys():
+    for path, field, default in keys(Config):
         head = path.rpartition(".")[0]
         if head != section:
             section = head

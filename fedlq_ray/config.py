@@ -3,10 +3,10 @@
 `load(path, overrides)` reads and checks; one `ConfigError` tells every fault at once. `settings.py` has the settings.
 """
 
-import difflib
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.settings import Config, Section
+from fedlq_ray.sections import faults, is_optional, is_text, keys
+from fedlq_ray.settings import Config
 
 __all__ = ["Config", "load", "parse", "to_yaml"]
 
@@ -54,9 +55,10 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     source = str(path or "the command line")
     try:
         if path is not None:
-            tree = OmegaConf.load(Path(path))  # type: ignore[assignment]
-            if not OmegaConf.is_dict(tree):
+            found = read(path)
+            if not isinstance(found, dict):
                 raise ConfigError(f"{path}: must hold keys and values, such as `rounds: 10`")
+            tree = OmegaConf.create(found)
         for override in overrides:
             name, equals, _ = override.partition("=")
             if not equals or not name.strip():
@@ -72,6 +74,46 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     return parse(settings, source=str(path) if path else None)
 
 
+def read(path: str | Path, *, under: str | None = None, named: Iterable[str] = ()) -> Any:
+    """What a YAML file holds, interpolations unresolved; text settings as they are written.
+
+    YAML reads `name: 0123` as 83, `1:30` as 90 and `1_000` as 1000.
+
+    Args:
+        under: the key that has the settings; None: the file itself.
+        named: keys of mappings whose keys are names, and so text too.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    nodes = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(found, dict):
+        _restore(found if under is None else found.get(under), nodes if under is None else _child(nodes, under))
+        for name in named:
+            child = _child(nodes, name)
+            if isinstance(child, yaml.MappingNode) and len(found.get(name) or ()) == len(child.value):
+                found[name] = dict(zip((k.value for k, _ in child.value), found[name].values(), strict=True))
+    return found
+
+
+def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
+    """A YAML mapping's value."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for key, value in pairs if key.value == name), None)
+
+
+def _restore(found: Any, node: yaml.Node | None, path: str = "") -> None:
+    """Put the text of a YAML node where a text setting became something else."""
+    if not isinstance(found, dict) or not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        here = f"{path}.{key_node.value}" if path else str(key_node.value)
+        value = found.get(key_node.value) if isinstance(key_node.value, str) else None
+        if here in TEXTS and isinstance(value_node, yaml.ScalarNode) and value is not None:
+            found[key_node.value] = value_node.value
+        else:
+            _restore(value, value_node, here)
+
+
 def plain(tree: Any) -> Any:
     """An OmegaConf tree as dicts, lists and values."""
     found = OmegaConf.to_container(tree, resolve=True)
@@ -80,12 +122,28 @@ def plain(tree: Any) -> Any:
 
 
 def change(tree: Any, override: str) -> None:
-    """Set one key=value of an OmegaConf tree: it takes the place of what was there, also where it is a dict."""
+    """Set one key=value of an OmegaConf tree: it takes the place of what was there, also where it is a dict.
+
+    The value is YAML; where the setting is text, it is that text.
+    """
+    name, _, value = override.partition("=")
+    path = name.strip()
+    if path in TEXTS:
+        OmegaConf.update(tree, path, _as_text(value.strip(), optional=TEXTS[path]), force_add=True)
+        return
     made = OmegaConf.from_dotlist([override])
-    path = override.partition("=")[0].strip()
     if isinstance(flat(Config()).get(path), dict):
         OmegaConf.update(tree, path, None, force_add=True)
     tree.merge_with(made)
+
+
+def _as_text(value: str, *, optional: bool) -> str | None:
+    """The text of an override's value, without quotes around all of it; None for null, where a setting may be null."""
+    if optional and value in ("", "null", "Null", "NULL", "~"):
+        return None
+    if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1:
+        return str(yaml.safe_load(value))
+    return value
 
 
 def parse(settings: Any, *, source: str | None = None) -> Config:
@@ -95,46 +153,20 @@ def parse(settings: Any, *, source: str | None = None) -> Config:
         ConfigError: every fault, a line each: the key, what is wrong, what was given.
     """
     try:
-        return Config.model_validate(_tuples(settings))
+        return Config.model_validate(settings)
     except ValidationError as exc:
-        lines = [_fault(error) for error in exc.errors(include_url=False)]
-        raise ConfigError("\n".join(([f"in {source}:"] if source else []) + lines)) from exc
+        raise ConfigError("\n".join(([f"in {source}:"] if source else []) + faults(Config, exc))) from exc
 
 
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, which strict validation asks for where a setting is a sequence."""
-    if isinstance(value, Mapping):
-        return {name: item if name == "args" else _tuples(item) for name, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _fault(error: Any) -> str:
-    path = ".".join(str(step) for step in error["loc"])
-    given = f" (given: {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
-    if error["type"] == "extra_forbidden":
-        known = [name for name, _, _ in keys()]
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or [k for k in known if k.endswith("." + path)]
-        return f"{path}: unknown key{f'; did you mean {near[0]}?' if near else ''}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{path + ': ' if path else ''}{message}"
-    return f"{path}: {message[0].lower()}{message[1:]}{given}"
-
-
-def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every setting: its dotted path, its pydantic field, and its default."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field, field.default
+TEXTS = {path: is_optional(field) for path, field, _ in keys(Config) if is_text(field)}
+"""The settings that are text, and whether they may be null."""
 
 
 def flat(config: Config) -> dict[str, Any]:
     """Every setting's value, as JSON has it, by its dotted path."""
     settings = config.model_dump(mode="json")
     found: dict[str, Any] = {}
-    for path, _, _ in keys():
+    for path, _, _ in keys(Config):
         value: Any = settings
         for step in path.split("."):
             value = value[step]
@@ -167,7 +199,7 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
     settings = flat(config)
     lines: list[str] = []
     section = ""
-    for path, field, _ in keys():
+    for path, field, _ in keys(Config):
         head, dot, name = path.rpartition(".")
         if path == "out":
             continue
@@ -186,7 +218,7 @@ def differences(before: Config, after: Config) -> list[str]:
     """What turns one configuration into another, `out` left out, as overrides."""
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     changed = []
-    for path, *_ in keys():
+    for path, *_ in keys(Config):
         was, value = old, new
         for step in path.split("."):
             was, value = was[step], value[step]

@@ -1,31 +1,13 @@
 """Every setting, typed, with its unit, bounds and meaning."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from fedlq_ray.sections import Args, Section, Text, key
 
-def _text(value: Any) -> Any:
-    """A name that YAML reads as a number is still a name."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Text = Annotated[str, BeforeValidator(_text)]
-Args = dict[str, Any]
 Positive = Annotated[float, Field(gt=0)]
 Level = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
-
-
-def key(default: Any, meaning: str, *, unit: str | None = None, **bounds: Any) -> Any:
-    """A setting: its default, what it means, its unit and its bounds."""
-    extra: Any = {"unit": unit} if unit else None
-    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
-
-
-class Section(BaseModel):
-    """Strict and frozen: no unknown keys, no silent conversions, no NaN or infinity."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class DataConfig(Section):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from fedlq_ray import reclock, rundir, storage
-from fedlq_ray.config import UNREADABLE, Config, change, digest, parse, plain, unreadable
+from fedlq_ray.config import UNREADABLE, Config, change, digest, parse, plain, read, unreadable
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.tracking import now_ms
 
@@ -80,7 +80,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         ConfigError: the file or one of its configurations is wrong.
     """
     try:
-        tree = plain(OmegaConf.load(path))
+        tree = plain(OmegaConf.create(read(path, under="base", named=("runs", "populations"))))
     except FileNotFoundError as exc:
         raise ConfigError(f"{path}: no such file") from exc
     except UNREADABLE as exc:

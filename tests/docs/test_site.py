@@ -10,7 +10,8 @@ import click
 import pytest
 
 from fedlq_ray.cli import cli
-from fedlq_ray.config import keys
+from fedlq_ray.sections import keys
+from fedlq_ray.settings import Config
 from fedlq_ray.strategies import STRATEGIES
 
 pytest.importorskip("mkdocs", reason="needs the extra docs")
@@ -44,7 +45,7 @@ def test_every_public_name_has_a_place(site):
 
 def test_every_setting_and_command_is_there(site):
     settings, commands = (site / "reference" / f"{page}.html" for page in ("settings", "cli"))
-    for path, _, _ in keys():
+    for path, _, _ in keys(Config):
         assert f'id="{path}"' in settings.read_text()
     for name, command in cli.commands.items():
         assert isinstance(command, click.Command) and f"fedlq {name}" in commands.read_text()

@@ -1,0 +1,138 @@
+"""A section of settings: strict, frozen, and with errors in our own words.
+
+Settings arrive as YAML, as `key=value`, or in Python. Values that mean the same are equal in all three: lists and
+tuples, NumPy's scalars and numbers, paths and text.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Union, get_args, get_origin
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedlq_ray.errors import ConfigError
+
+
+def _text(value: Any) -> Any:
+    """A name that is written as a number is still a name; a path is its text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _plain(value: Any) -> Any:
+    """A setting's value as validation takes it: Python's numbers, and tuples for sequences."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple | range):
+        return tuple(map(_plain, value))
+    return value
+
+
+def _kept(value: Any, where: str = "") -> Any:
+    """Arguments of a user's own part, as config.yaml can hold them, so that a resumed run has the same.
+
+    Raises:
+        ValueError: it cannot hold one of them; says where it is.
+    """
+    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, np.generic):
+        return value
+    if isinstance(value, np.generic | np.ndarray):
+        return _kept(value.item() if isinstance(value, np.generic) else value.tolist(), where)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_kept(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _kept(item, f"{where}.{name}" if where else name) for name, item in value.items()}
+    what = "a dict with keys that are not text" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    raise ValueError(
+        f"{where + ' ' if where else ''}is {what}, and config.yaml holds only numbers, text, true, false, null, lists "
+        "and dicts; give the part itself in Python: simulate(config, model=functools.partial(make, act=nn.GELU))"
+    )
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Args = Annotated[dict[str, Any], BeforeValidator(_kept)]
+
+
+def key(default: Any, meaning: str, *, unit: str | None = None, **bounds: Any) -> Any:
+    """A setting: its default, what it means, its unit and its bounds."""
+    extra: Any = {"unit": unit} if unit else None
+    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
+
+
+class Section(BaseModel):
+    """Strict and frozen: no unknown keys, no silent conversions, no NaN or infinity.
+
+    Raises:
+        ConfigError: every fault of the values given, a line each.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    if not TYPE_CHECKING:  # the signature stays that of the fields
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as exc:
+                raise ConfigError("\n".join(faults(type(self), exc))) from None
+
+        # Sections within sections are validated without it, so that one error has all faults.
+        __init__.__pydantic_base_init__ = True
+
+        def __setattr__(self, name: str, value: Any) -> NoReturn:
+            raise ConfigError(f"{name}: settings cannot be changed; make new ones: {type(self).__name__}({name}=...)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alike(cls, settings: Any) -> Any:
+        if not isinstance(settings, Mapping):
+            return settings
+        return {name: value if name == "args" else _plain(value) for name, value in settings.items()}
+
+
+def keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every setting: its dotted path, its pydantic field, and its default."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field, field.default
+
+
+def is_text(field: Any) -> bool:
+    """Whether a setting is text: `Text`, or `Text | None`."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    return str in (get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds)
+
+
+def is_optional(field: Any) -> bool:
+    """Whether a setting may be null."""
+    return type(None) in get_args(field.annotation)
+
+
+def faults(section: type[Section], exc: ValidationError) -> list[str]:
+    """Every fault of a section's settings, a line each: the key, what is wrong, what was given."""
+    return [_fault(section, error) for error in exc.errors(include_url=False)]
+
+
+def _fault(section: type[Section], error: Any) -> str:
+    path = ".".join(str(step) for step in error["loc"])
+    shown = repr(error["input"])
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    given = f" (given: {shown})" if not isinstance(error["input"], Mapping) else ""
+    if error["type"] == "extra_forbidden":
+        known = [name for name, _, _ in keys(section)]
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or [k for k in known if k.endswith("." + path)]
+        return f"{path}: unknown key{f'; did you mean {near[0]}?' if near else ''}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path + ': ' if path else ''}{message}"
+    return f"{path}: {message[0].lower()}{message[1:]}{given}"
