@@ -29,6 +29,7 @@ import fedlq_ray
 from fedlq_ray.cli import cli
 from fedlq_ray.config import describe
 from fedlq_ray.sections import keys
+from fedlq_ray.settings import Config
 
 ROOT = Path(__file__).parent.parent
 FROM_ELSEWHERE = (

@@ -44,6 +44,27 @@ def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
     return part
 
 
+def require_picklable(given: Mapping[str, Any]) -> None:
+    """Check that Ray can send parts to its actors.
+
+    Args:
+        given: parts by the setting that each stands for.
+    Raises:
+        ConfigError: one cannot be pickled.
+    """
+    from ray import cloudpickle
+
+    for kind, part in given.items():
+        try:
+            cloudpickle.dumps(part)
+        except Exception as exc:  # a user's part may hold anything
+            why = f"{type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}"
+            raise ConfigError(
+                f"{kind}: cannot be sent to Ray's actors ({why}); keep locks, open files and connections out of it, or use "
+                "clients.hosting=serial"
+            ) from exc
+
+
 def takes(factory: Callable[..., Any], name: str) -> bool:
     """Whether a factory has a parameter of this name."""
     try:

@@ -135,4 +135,4 @@ def _fault(section: type[Section], error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path + ': ' if path else ''}{message}"
-    return f"{path}: {message[0].lower()}{message[1:]}{given}"
+    return f"{path or 'settings'}: {message[0].lower()}{message[1:]}{given}"

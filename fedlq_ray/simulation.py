@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedlq_ray import forkserver, provenance, rundir, storage, tracking
-from fedlq_ray.config import Config, digest, load, to_yaml
+from fedlq_ray.config import Config, digest, load, parse, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.files import locked, write_durably
 from fedlq_ray.identity import identity, require_same
+from fedlq_ray.parts import require_picklable
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
@@ -67,7 +68,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def simulate(
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | None = None,
     *,
     model: Any = None,
     data: Any = None,
@@ -79,20 +80,20 @@ def simulate(
     """Run one experiment.
 
     Args:
-        config: the settings; None for the defaults.
-        model: a factory of a torch.nn.Module; goes before `model.name`.
+        config: the settings, or a dict of them; None for the defaults.
+        model: a torch.nn.Module, which is copied with its weights, or a factory of one; goes before `model.name`.
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
-        strategy: a Strategy, or a factory that may take `setting`.
-        quantizer: an object with the methods of `Quantizer`.
+        strategy: a Strategy, a factory that may take `setting`, or a name.
+        quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
         watch: called with each event: {"hosting", ...}, {"record": ...}, {"stopping": True}, {"weights": ...}.
         parent: a comparison that this run belongs to, for MLflow.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
     """
-    config = config or Config()
+    config = config if isinstance(config, Config) else parse({} if config is None else config)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
-    _require_device(config)
+    _require_host(task, strategy)
     place = Workplace(task)
     make(place.setting, strategy)  # a wrong strategy is told before anything is written
     if config.network.downlink_bits is not None:
@@ -134,13 +135,13 @@ def resume(
         with _told(folder):
             storage.clear(folder, found.config)  # if it was killed before it did
         raise ConfigError(f"{folder}: the run is finished, after {found.summary['rounds']} rounds")
-    config = load(folder / "config.yaml", [*overrides, f"out={folder}"])
+    config = load(folder / "config.yaml", overrides).model_copy(update={"out": str(folder)})
     if digest(config, without=["rounds"]) != digest(found.config, without=["rounds"]):
         raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
     if config.rounds < found.config.rounds:
         raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
     task = prepare(config, model=model, data=data, quantizer=quantizer)
-    _require_device(config)
+    _require_host(task, strategy)
     now = identity(task, make(Workplace(task).setting, strategy))
     with locked(folder), _told(folder):
         where = storage.checkpoints(folder, config)
@@ -153,9 +154,14 @@ def resume(
         return _carry_out(task, strategy, folder, track, watch)
 
 
-def _require_device(config: Config) -> None:
-    """Refuse a run in this process on a GPU that it does not have; Ray's actors look for theirs when they start."""
-    if config.clients.hosting == "serial" and config.train.device == "cuda":
+def _require_host(task: Task, strategy: Any) -> None:
+    """Refuse a run in this process on a GPU that it does not have, and one on Ray whose parts cannot travel.
+
+    Ray's actors look for their GPUs when they start.
+    """
+    if task.config.clients.hosting != "serial":
+        require_picklable({"model.name": task.module, "strategy.quantizer": task.quantizer, "strategy.name": strategy})
+    elif task.config.train.device == "cuda":
         require_gpu()
 
 

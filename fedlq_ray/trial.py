@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fedlq_ray.data import Dataset, inputs
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.models import FlatModel, copied, float_buffers, require_logits
+from fedlq_ray.models import FlatModel, copied, float_buffers, require_logits, require_trainable
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.settings import TrainConfig
 from fedlq_ray.sgd import LocalSGD, batch_sizes, samples_of
@@ -75,6 +75,7 @@ def try_step(module: nn.Module, data: Dataset, shards: Sequence[NDArray[np.int64
         ConfigError: the step fails, gives no one tensor of logits, moves no weight, moves a frozen one, or uses
             parameters that the module does not own.
     """
+    require_trainable(module)
     settings: TrainConfig = config.train
     smallest = smallest_batch(shards, settings)
     chosen = shards[smallest.client][: smallest.samples]

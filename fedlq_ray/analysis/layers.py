@@ -12,6 +12,7 @@ from torch import Tensor
 from fedlq_ray.config import Config
 from fedlq_ray.device import reproducible
 from fedlq_ray.rounds import Outcome, Record, run
+from fedlq_ray.seeding import seeded
 from fedlq_ray.serial import Done, SerialHost
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure, memory_saving
 from fedlq_ray.strategies import make
@@ -103,7 +104,9 @@ def analyses(
             watch(record)
             if record["round"] + 1 in rounds:
                 for payload in payloads:
-                    yield _analysis(host.place, outcome, record["round"] + 1, payload, metrics)
+                    with seeded(task.config.seed, "measure", record["round"]):
+                        found = _analysis(host.place, outcome, record["round"] + 1, payload, metrics)
+                    yield found
 
 
 def _analysis(place: Workplace, outcome: Outcome, rounds: int, payload: str, metrics: Sequence[str]) -> LayerAnalysis:

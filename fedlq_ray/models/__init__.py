@@ -1,10 +1,10 @@
 """The model zoo, and the flat vector and its layers."""
 
-from fedlq_ray.models.flat import FlatModel, Layer, float_buffers
+from fedlq_ray.models.flat import FlatModel, Layer, float_buffers, require_trainable
 from fedlq_ray.models.flops import saved_bytes, training_flops
 from fedlq_ray.models.zoo import MODELS, build, check_output, copied, require_logits, resolve_name
 
 __all__ = [
     "MODELS", "FlatModel", "Layer", "build", "check_output", "copied", "float_buffers", "require_logits",
-    "resolve_name", "saved_bytes", "training_flops",
+    "require_trainable", "resolve_name", "saved_bytes", "training_flops",
 ]  # fmt: skip

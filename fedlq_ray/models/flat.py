@@ -64,7 +64,7 @@ def _storage_view(segment: Tensor, shape: torch.Size) -> Tensor:
     return segment.view(shape)
 
 
-def _require_trainable(module: nn.Module) -> None:
+def require_trainable(module: nn.Module) -> None:
     """Raises ConfigError where parameters cannot be views of one float32 storage."""
     named = list(module.named_parameters())
     trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
@@ -108,7 +108,7 @@ class FlatModel:
     """
 
     def __init__(self, module: nn.Module, device: str = "cpu", statistics: Collection[str] | None = None) -> None:
-        _require_trainable(module)
+        require_trainable(module)
         self.module = module
         self.statistics = frozenset(float_buffers(module) if statistics is None else statistics)
         owned: list[tuple[str, list[nn.Parameter]]] = []
