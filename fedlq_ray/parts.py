@@ -60,7 +60,7 @@ def require_picklable(given: Mapping[str, Any]) -> None:
         except Exception as exc:  # a user's part may hold anything
             why = f"{type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}"
             raise ConfigError(
-                f"{kind}: cannot be sent to Ray's actors ({why}); keep locks, open files and connections out of it, or use "
+                f"{kind}: cannot be sent to Ray's actors ({why}); keep locks, files and connections out of it, or use "
                 "clients.hosting=serial"
             ) from exc
 
