@@ -13,10 +13,9 @@ from typing import Any, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.sections import faults, is_optional, is_text, keys
+from fedlq_ray.sections import is_optional, is_text, keys
 from fedlq_ray.settings import Config
 
 __all__ = ["Config", "load", "parse", "to_yaml"]
@@ -154,8 +153,8 @@ def parse(settings: Any, *, source: str | None = None) -> Config:
     """
     try:
         return Config.model_validate(settings)
-    except ValidationError as exc:
-        raise ConfigError("\n".join(([f"in {source}:"] if source else []) + faults(Config, exc))) from exc
+    except ConfigError as exc:
+        raise ConfigError(f"in {source}:\n{exc}" if source else str(exc)) from None
 
 
 TEXTS = {path: is_optional(field) for path, field, _ in keys(Config) if is_text(field)}

@@ -73,6 +73,14 @@ def takes(factory: Callable[..., Any], name: str) -> bool:
         return False
 
 
+def takes_all(factory: Callable[..., Any]) -> bool:
+    """Whether a factory takes arguments of any name."""
+    try:
+        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):
+        return False
+
+
 def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
     """Call a part's factory with `args`, and with those of the `offered` values that its parameters name.
 
@@ -83,8 +91,8 @@ def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], arg
         known = dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
         known = {}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    wrong = [key for key in args if key not in known and not takes_all]
+    any_name = takes_all(factory)
+    wrong = [key for key in args if key not in known and not any_name]
     if wrong:
         raise ConfigError(f"{kind}: takes no {', '.join(map(repr, wrong))}; it takes {', '.join(known) or 'nothing'}")
     for key, value in args.items():
@@ -92,7 +100,7 @@ def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], arg
             raise ConfigError(f"{kind}: {key} must be a whole number, got {value!r}")
         if key in known and known[key].annotation in (str, "str") and not isinstance(value, str):
             raise ConfigError(f"{kind}: {key} must be text, got {value!r}; quote what YAML reads as something else")
-    given = {key: value for key, value in offered.items() if key in known or takes_all}
+    given = {key: value for key, value in offered.items() if key in known or any_name}
     try:
         return factory(**{**given, **args})
     except ConfigError:

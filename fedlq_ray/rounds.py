@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +22,10 @@ from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.fold import Fold
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization.wire import Sent
-from fedlq_ray.seeding import seeded
 from fedlq_ray.server import ServerOptimizer
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import Member, News, Probe, Strategy
+from fedlq_ray.strategies.asking import asked
 from fedlq_ray.task import Job, Task, Workplace
 from fedlq_ray.training import Evaluation, Plan, Reply
 
@@ -169,6 +170,7 @@ def run(
             keep(after | {"test_loss": last_evaluation})
 
     published = host.publish(outcome.weights)
+    ask = partial(asked, strategy, config.seed)
 
     def starting(model: Tensor) -> Any:
         """What a client starts from, where the host can reach it."""
@@ -182,20 +184,19 @@ def run(
             offers = downlink.offer(outcome.weights, {c: cohorts.downlink(task, c) for c in drawn}, round)
             members = [cohorts.member(task, c, offers[c].num_bytes) for c in drawn]
             if config.train.adaptive_work > 1:
-                expected = strategy.expected_bytes(members) or (payload_bytes and [payload_bytes] * len(members))
+                expected = ask("expected_bytes", round, members) or (payload_bytes and [payload_bytes] * len(members))
                 members = cohorts.with_own_work(task, members, expected) if expected else members
-            with seeded(config.seed, "plan", round):  # a user's strategy may draw from global generators
-                plans = strategy.plan(round, members, last_evaluation)
+            plans = ask("plan", round, round, members, last_evaluation)
             answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
             jobs = [Job(round, m.client, plans[m.client], _samples(task, m)) for m in answering]
-            wanted = strategy.probe(round)
+            wanted = ask("probe", round, round)
             if wanted and config.strategy.probe_on == "clients":
                 wanted = replace(wanted, clients=tuple(m.client for m in members))
             sent = outcome.weights if config.strategy.payload == "model" else outcome.update
             probing = host.probe(wanted, outcome.weights - sent, sent, round) if wanted else None
 
             started, decode_s = time.perf_counter(), 0.0
-            shares = strategy.weights(answering) if answering else []
+            shares = ask("weights", round, answering) if answering else []
             fold = Fold(task, offers, jobs, shares, tracked)
             for client, reply in host.train(jobs, {j.client: starting(offers[j.client].model) for j in jobs}):
                 before = time.perf_counter()
@@ -224,7 +225,7 @@ def run(
             # Buffers are averages already: scaled or stepped beyond them, a variance could fall below zero.
             update, parameters = fold.mean().float(), sum(layer.size for layer in task.layers if not layer.buffer)
             update[:parameters] *= work
-            mean, update = update, strategy.combine(update)
+            mean, update = update, ask("combine", round, update)
             outcome.update = update
             outcome.weights = outcome.weights + torch.cat([server.step(update)[:parameters], update[parameters:]])
             if not bool(torch.isfinite(outcome.weights).all()):
@@ -239,9 +240,8 @@ def run(
             sim_time_s += round_time_s
             record["sim_time_s"] = sim_time_s
             news = News(measurement, update, record["train_loss"], round_time_s, fold.spread)
-            with seeded(config.seed, "learn", round):
-                strategy.learn(round, news)
-            record.update(strategy.report())
+            ask("learn", round, round, news)
+            record.update(ask("report", round))
             require_unchanged(strategy, constant)
             published = host.publish(outcome.weights)
             due = (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds

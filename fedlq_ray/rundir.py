@@ -35,6 +35,7 @@ def create(config: Config) -> Path:
     Raises:
         ConfigError: `out` exists, finished or not, or cannot be made.
     """
+    settings = to_yaml(config)
     try:
         if config.out is not None:
             folder = Path(config.out)
@@ -55,7 +56,7 @@ def create(config: Config) -> Path:
         with locked(folder):
             if (folder / "config.yaml").exists():
                 raise ConfigError(f"out: {folder} holds an unfinished run; go on with it: fedlq resume {folder}")
-            write_durably(folder / "config.yaml", to_yaml(config, commented=False))
+            write_durably(folder / "config.yaml", settings)
     except OSError as exc:
         raise ConfigError(f"out: {folder}: {exc.strerror}") from exc
     return folder

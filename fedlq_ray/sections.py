@@ -87,8 +87,20 @@ class Section(BaseModel):
         # Sections within sections are validated without it, so that one error has all faults.
         __init__.__pydantic_base_init__ = True
 
+        @classmethod
+        def model_validate(cls, settings: Any, **options: Any) -> "Section":
+            try:
+                return super().model_validate(settings, **options)
+            except ValidationError as exc:
+                raise ConfigError("\n".join(faults(cls, exc))) from None
+
+        def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Section":
+            """Other settings, checked like all."""
+            kept = {name: getattr(self, name) for name in type(self).model_fields}
+            return type(self)(**kept | dict(update or {}))
+
         def __setattr__(self, name: str, value: Any) -> NoReturn:
-            raise ConfigError(f"{name}: settings cannot be changed; make new ones: {type(self).__name__}({name}=...)")
+            raise ConfigError(f"{name}: settings cannot be changed; use model_copy(update={{{name!r}: ...}})")
 
     @model_validator(mode="before")
     @classmethod

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlq_ray.data import Dataset, inputs
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel, copied, float_buffers, require_logits, require_trainable
-from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.settings import TrainConfig
 from fedlq_ray.sgd import LocalSGD, batch_sizes, samples_of
 
@@ -113,6 +114,12 @@ def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
     """
     twin = copied(module).train()
     before = {name: buffer.clone() for name, buffer in float_buffers(twin).items()}
+    if not _same_twice(module, x):
+        raise ConfigError(
+            "model.name: a forward pass gives other outputs when it is repeated, although PyTorch's, NumPy's and "
+            "Python's generators are seeded, so that no run could be repeated; does it use np.random.default_rng() without a "
+            "seed, the time, or state that is no buffer?"
+        )
     frozen = {name: p.detach().clone() for name, p in twin.named_parameters() if not p.requires_grad}
     output: Any = twin(x)
     require_logits(output)
@@ -139,6 +146,19 @@ def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
         if isinstance(part, nn.modules.batchnorm._NormBase) and own & changed:
             changed |= own
     return frozenset(changed)
+
+
+@torch.no_grad()
+def _same_twice(module: nn.Module, x: Tensor) -> bool:
+    """Whether two copies of a model agree in training mode; kernels may differ in the last bits."""
+    outputs: list[Tensor] = []
+    for _ in range(2):
+        twin = copied(module).train()
+        with seeded(0, "twice"):
+            outputs.append(twin(x))
+    require_logits(outputs[0])
+    first, again = outputs
+    return torch.allclose(first, again, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _require_owned(module: nn.Module, loss: Tensor) -> None:
@@ -174,8 +194,12 @@ def _require_movement(
     statistics: frozenset[str],
     seed: int,
 ) -> None:
-    """Raises ConfigError unless a client's step, done as in a run, changes the flat vector's parameters."""
+    """Raises ConfigError unless a client's step changes the flat vector's parameters, and a file can hold the model."""
     model = FlatModel(copied(module), statistics=statistics)
+    try:
+        save(model.state_dict())
+    except Exception as exc:  # an extra state that is no tensor, a type that the format lacks
+        raise ConfigError(f"model.name: its state_dict cannot be kept in model.safetensors: {exc}") from exc
     before = model.read()[: model.num_parameters]
     x, y = data.x_train[chosen], data.y_train[chosen]
     LocalSGD(model, settings).train(

@@ -95,7 +95,8 @@ def test_sections_have_them_too_and_nothing_can_be_changed():
     with pytest.raises(ConfigError, match=r"^lr: .*greater than 0"):
         TrainConfig(lr=-1)
     with pytest.raises(
-        ConfigError, match=r"rounds: settings cannot be changed; make new ones: Config\(rounds=\.\.\.\)"
+        ConfigError,
+        match=r"rounds: settings cannot be changed; use model_copy\(update=\{'rounds': \.\.\.\}\)",
     ):
         Config().rounds = 3
     with pytest.raises(ConfigError, match="settings cannot be changed"):
@@ -133,3 +134,16 @@ def test_numpy_and_paths_in_arguments_become_plain(tmp_path):
     assert config.model.args == {"hidden": 3, "rate": 0.5, "wide": [0, 1], "at": "x", "deep": ({"a": 1},)}
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "c.yaml").model.args["wide"] == [0, 1]
+
+
+def test_every_door_has_the_same_manners():
+    for door in (
+        lambda **s: Config(**s),
+        lambda **s: Config.model_validate(s),
+        lambda **s: Config().model_copy(update=s),
+    ):
+        assert door(seed=np.int64(3), out=Path("x")).out == "x" and type(door(seed=np.int64(3)).seed) is int
+        with pytest.raises(ConfigError, match=r"^rounds: .*\nunknown: unknown key"):
+            door(rounds=0, unknown=1)
+    changed = Config().model_copy(update={"train": TrainConfig(lr=0.2)})
+    assert changed.train.lr == 0.2 and changed.model_copy() == changed

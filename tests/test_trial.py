@@ -92,6 +92,21 @@ class Growing(nn.Module):
         return self.body(x)
 
 
+class Extra(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = layers(width=8)
+
+    def get_extra_state(self):
+        return {"note": "text"}
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        return self.body(x)
+
+
 def locked() -> nn.Module:
     module = layers(width=8)
     module.lock = threading.Lock()
@@ -112,6 +127,11 @@ REFUSED = {
     "a tuple in training": (lambda: Wrapped(lambda m, x: (x, x) if m.training else x), "forward pass returns a tuple"),
     "whole numbers": (lambda: Wrapped(lambda m, x: x.argmax(1)), r"returns a tensor of torch\.int64"),
     "too few outputs": (lambda: Wrapped(lambda m, x: x[:, :3]), r"gives \(2, 3\) for 2 samples"),
+    "a generator without a seed": (
+        lambda: Wrapped(lambda m, x: x * np.random.default_rng().random()),
+        "gives other outputs when it is repeated",
+    ),
+    "a state that is no tensor": (lambda: Extra(), r"state_dict cannot be kept in model\.safetensors"),
     "two steps fail": (
         lambda: Wrapped(lambda m, x: x if not m.training else 1 / 0),
         "a training step fails: ZeroDivision",

@@ -115,6 +115,8 @@ def make_dataset(
 
 
 def _array(where: str, key: str, value: Any) -> Array:
+    if np.ma.is_masked(value):
+        raise ConfigError(f"{where}: {key} has masked values; fill them, or drop their rows")
     try:
         return np.asarray(value)
     except Exception as exc:  # lists of unequal lengths, tensors that need gradients or lie on a GPU

@@ -167,5 +167,7 @@ def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = No
         ConfigError: it cannot be had, or its arrays are wrong.
     """
     factory = parts.find("data.name", name, DATASETS)
+    if path is not None and not (parts.takes(factory, "path") or parts.takes_all(factory)):
+        raise ConfigError(f"data.path: {name} has no parameter path, so that {path} would be ignored")
     data = parts.call("data.name", factory, {"path": path}, args or {})
     return as_dataset(data, name, source=f"data.path: {path}" if path else f"data.name: {name}", layout=layout)

@@ -74,6 +74,12 @@ def make(setting: Setting, given: Any = None) -> Strategy:
             made = call(told)
     if not callable(getattr(made, "plan", None)):
         raise ConfigError(f"strategy.name: {type(made).__name__} has no method plan")
+    missing = [name for name in vars(Strategy) if not name.startswith("_") and not hasattr(made, name)]
+    if missing:
+        raise ConfigError(
+            f"strategy.name: {type(made).__name__} has no {', '.join(missing)}; derive it from "
+            "fedlq_ray.strategies.Strategy, which has them"
+        )
     return made  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,72 @@
+"""How the rounds ask a strategy: what a user's own does wrong becomes one message, and its draws repeat."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fedlq_ray.errors import FedLQError
+from fedlq_ray.seeding import seeded
+from fedlq_ray.training import Plan
+
+
+def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) -> Any:
+    """What a strategy's method returns, checked; global generators are seeded by method and round.
+
+    Raises:
+        FedLQError: it raised, or returned what the method must not; names the round, the class and the method.
+    """
+    where = f"round {round}: {type(strategy).__name__}.{method}"
+    try:
+        with seeded(seed, f"strategy.{method}", round):
+            found = getattr(strategy, method)(*arguments)
+    except FedLQError:
+        raise
+    except Exception as exc:  # a user's strategy may raise anything
+        raise FedLQError(f"{where} failed: {type(exc).__name__}: {exc}") from exc
+    wrong = _WRONG[method](found, *arguments) if method in _WRONG else ""
+    if wrong:
+        raise FedLQError(f"{where} {wrong}")
+    return found
+
+
+def _wrong_plans(plans: Any, round: int, cohort: Any, evaluation: Any) -> str:
+    if not isinstance(plans, Mapping):
+        return f"returned a {type(plans).__name__}, where a dict of plans by client is due"
+    kinds = {client: type(plan).__name__ for client, plan in plans.items() if not isinstance(plan, Plan)}
+    return "".join(
+        f"returned a {kind} for client {client}, where a Plan is due" for client, kind in [*kinds.items()][:1]
+    )
+
+
+def _wrong_shares(shares: Any, members: Any) -> str:
+    try:
+        whole = len(shares) == len(members) and all(math.isfinite(share) for share in shares)
+    except TypeError:
+        whole = False
+    return "" if whole else f"must return one finite number for each of {len(members)} members, and returned {shares!r}"
+
+
+def _wrong_update(found: Any, update: Tensor) -> str:
+    if isinstance(found, Tensor) and found.shape == update.shape and found.dtype == update.dtype:
+        return ""
+    what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    return f"must return a tensor {tuple(update.shape)} {update.dtype}, and returned {what}"
+
+
+def _wrong_report(report: Any) -> str:
+    try:
+        json.dumps(dict(report), allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        return f"must return plain finite numbers, text, lists and dicts by name: {exc}"
+    return ""
+
+
+_WRONG: dict[str, Callable[..., str]] = {
+    "plan": _wrong_plans,
+    "weights": _wrong_shares,
+    "combine": _wrong_update,
+    "report": _wrong_report,
+}

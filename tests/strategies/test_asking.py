@@ -1,0 +1,71 @@
+"""A user's strategy that does something wrong ends the run with one message; a run's folder keeps what was there."""
+
+import math
+
+import pytest
+import torch
+
+from fedlq_ray import Config, ConfigError, FedLQError, simulate
+from fedlq_ray.strategies import Strategy
+
+
+class Plain(Strategy):
+    def __init__(self, setting) -> None:
+        self.setting = setting
+
+    def plan(self, round, cohort, evaluation=None):
+        return {m.client: self.setting.at_levels([4] * len(self.setting.quantized)) for m in cohort}
+
+
+def run(tmp_path, strategy):
+    config = Config(
+        rounds=1,
+        out=tmp_path / "r",
+        clients={"count": 6, "cohort": 3, "hosting": "serial"},
+        train={"max_samples": 16},
+        tracking={"uri": None},
+    )
+    return simulate(config, strategy=strategy)
+
+
+WRONG = {
+    "plan": [
+        (lambda self, *a: 1 / 0, r"plan failed: ZeroDivisionError: division by zero"),
+        (lambda self, *a: None, r"plan returned a NoneType, where a dict of plans by client is due"),
+        (
+            lambda self, round, cohort, e: {cohort[0].client: 4},
+            r"plan returned a int for client \d, where a Plan is due",
+        ),
+    ],
+    "weights": [
+        (lambda self, cohort: [1.0], r"weights must return one finite number for each of 3 members, and returned \[1"),
+        (lambda self, cohort: [math.nan] * 3, r"weights must return one finite number"),
+        (lambda self, cohort: None, r"weights must return one finite number"),
+    ],
+    "combine": [
+        (lambda self, update: update[:5], r"combine must return a tensor \(\d+,\) torch\.float32, and returned \(5,\)"),
+        (lambda self, update: update.tolist(), r"combine must return a tensor .*, and returned a list"),
+    ],
+    "report": [
+        (lambda self: {"x": torch.ones(2)}, r"report must return plain finite numbers.*Tensor"),
+        (lambda self: {"x": math.inf}, r"report must return plain finite numbers"),
+    ],
+    "learn": [(lambda self, *a: {}["x"], r"learn failed: KeyError: 'x'")],
+    "probe": [(lambda self, round: int("x"), r"probe failed: ValueError: invalid literal")],
+}
+
+
+@pytest.mark.parametrize(("method", "number"), [(m, n) for m, cases in WRONG.items() for n in range(len(cases))])
+def test_what_a_strategy_does_wrong_is_one_message(method, number, tmp_path):
+    own, message = WRONG[method][number]
+    with pytest.raises(FedLQError, match=rf"^round 0: Own\.{message}"):
+        run(tmp_path, type("Own", (Plain,), {method: own}))
+
+
+def test_a_strategy_without_the_base_class_is_refused(tmp_path):
+    class Bare:
+        plan = Plain.plan
+
+    with pytest.raises(ConfigError, match=r"^strategy\.name: Bare has no remembers, .*; derive it from fedlq_ray"):
+        run(tmp_path, Bare())
+    assert not (tmp_path / "r").exists()
