@@ -117,8 +117,8 @@ def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
     if not _same_twice(module, x):
         raise ConfigError(
             "model.name: a forward pass gives other outputs when it is repeated, although PyTorch's, NumPy's and "
-            "Python's generators are seeded, so that no run could be repeated; does it use np.random.default_rng() without a "
-            "seed, the time, or state that is no buffer?"
+            "Python's generators are seeded, so that no run could be repeated; does it use np.random.default_rng() "
+            "without a seed, the time, or state that is no buffer?"
         )
     frozen = {name: p.detach().clone() for name, p in twin.named_parameters() if not p.requires_grad}
     output: Any = twin(x)
