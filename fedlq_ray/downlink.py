@@ -30,26 +30,33 @@ class Offer(NamedTuple):
 
 
 class Downlink:
-    """What each client holds; clients x parameters x 4 bytes where the downlink is coded."""
+    """How the model is sent down. The state has what each client holds: clients x parameters x 4 bytes where it is coded."""
 
     def __init__(
         self, setting: Setting, bits: float | None, cap_bits: float, weights: Tensor, whole_bytes: int
     ) -> None:
         self.setting, self.bits, self.cap_bits, self.whole_bytes = setting, bits, cap_bits, whole_bytes
         self.initial = weights
-        self.held: dict[int, Tensor] = {}
 
-    def offer(self, weights: Tensor, bytes_per_s: Mapping[int, float], round: int) -> dict[int, Offer]:
-        """What each member of a cohort may fetch, given its downlink's mean rate; nothing is fetched yet."""
+    def offer(
+        self, held: Mapping[int, Tensor], weights: Tensor, bytes_per_s: Mapping[int, float], round: int
+    ) -> dict[int, Offer]:
+        """What each member of a cohort may fetch, given its downlink's mean rate; nothing is fetched yet.
+
+        Args:
+            held: by client, what it holds of the model; the initial weights where nothing is there.
+        """
         if self.bits is None:
             return {client: Offer(weights, self.whole_bytes) for client in bytes_per_s}
         floor, cap = bytes_at_rate(self.setting, self.bits), bytes_at_rate(self.setting, self.cap_bits)
         seconds = max(floor / rate for rate in bytes_per_s.values())
         budgets = {client: max(floor, min(cap, seconds * rate)) for client, rate in bytes_per_s.items()}
-        return {client: self._coded(weights, client, budget, round) for client, budget in budgets.items()}
+        return {
+            client: self._coded(held.get(client, self.initial), weights, client, budget, round)
+            for client, budget in budgets.items()
+        }
 
-    def _coded(self, weights: Tensor, client: int, budget: float, round: int) -> Offer:
-        held = self.held.get(client, self.initial)
+    def _coded(self, held: Tensor, weights: Tensor, client: int, budget: float, round: int) -> Offer:
         change = weights - held
         if not bool(change.any()):
             return Offer(held, 0)
@@ -59,8 +66,3 @@ class Downlink:
         if len(payload) >= self.whole_bytes:
             return Offer(weights, self.whole_bytes)
         return Offer(held + received, len(payload))
-
-    def fetched(self, client: int, offer: Offer) -> None:
-        """The client holds this from now on."""
-        if self.bits is not None:
-            self.held[client] = offer.model

@@ -1,6 +1,7 @@
 """A cohort's payloads, summed."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ class Fold:
     Args:
         offers: what each client started from.
         shares: of each job's update in the sum.
-        tracked: what the server has of each client by EF21, brought up to date here.
+        tracked: what the server has of each client by EF21, with which this round's are begun; `self.tracked` has the new ones.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class Fold:
         offers: Mapping[int, Offer],
         jobs: Sequence[Job],
         shares: Sequence[float],
-        tracked: dict[int, Tensor],
+        tracked: Mapping[int, Tensor],
     ) -> None:
-        self.jobs, self.shares, self.offers, self.tracked = jobs, shares, offers, tracked
+        self.jobs, self.shares, self.offers, self.tracked = jobs, shares, offers, dict(tracked)
+        self.decode_s = 0.0  # wall seconds of decoding and summing
         self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
         self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
         self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
@@ -100,7 +102,12 @@ class Fold:
         Raises:
             ClientError: its payload is refused.
         """
+        started = time.perf_counter()
         self.waiting.setdefault(client, reply)
+        self._fold_what_is_due()
+        self.decode_s += time.perf_counter() - started
+
+    def _fold_what_is_due(self) -> None:
         while self.turn < len(self.jobs) and self.jobs[self.turn].client in self.waiting:
             job, share = self.jobs[self.turn], self.shares[self.turn]
             self.turn += 1

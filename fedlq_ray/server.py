@@ -1,10 +1,10 @@
 """What the server does with a cohort's mean update: add it, or step along it with momentum or Adam.
 
 Reddi et al., "Adaptive federated optimization", ICLR 2021, arXiv:2003.00295, Algorithm 2 (FedAvgM, FedAdam): the mean
-update takes the place of a negative gradient. Departs from it: Adam's moments are not bias-corrected there nor here.
+update takes the place of a negative gradient. As there, Adam's moments are not bias-corrected.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,24 +12,22 @@ from torch import Tensor
 from fedlq_ray.settings import ServerConfig
 
 
-@dataclass
-class ServerOptimizer:
-    """Holds the moments, (d,) float32 each, from round to round."""
+class Moments(NamedTuple):
+    """The optimizer's state, (d,) float32 each; None before the first step, and where the optimizer has none."""
 
-    config: ServerConfig
     momentum: Tensor | None = None
     square: Tensor | None = None
 
-    def step(self, update: Tensor) -> Tensor:
-        """What to add to the weights, (d,) float32, for this mean update."""
-        config = self.config
-        if config.optimizer == "none":
-            return update if config.lr == 1 else config.lr * update
-        before = torch.zeros_like(update) if self.momentum is None else self.momentum
-        if config.optimizer == "momentum":
-            self.momentum = config.momentum * before + update
-            return config.lr * self.momentum
-        self.momentum = config.momentum * before + (1 - config.momentum) * update
-        square = torch.zeros_like(update) if self.square is None else self.square
-        self.square = config.beta2 * square + (1 - config.beta2) * update.square()
-        return config.lr * self.momentum / (self.square.sqrt() + config.tau)
+
+def step(config: ServerConfig, moments: Moments, update: Tensor) -> tuple[Tensor, Moments]:
+    """What to add to the weights, (d,) float32, for this mean update; and the new moments."""
+    if config.optimizer == "none":
+        return (update if config.lr == 1 else config.lr * update), moments
+    before = torch.zeros_like(update) if moments.momentum is None else moments.momentum
+    if config.optimizer == "momentum":
+        momentum = config.momentum * before + update
+        return config.lr * momentum, Moments(momentum, moments.square)
+    momentum = config.momentum * before + (1 - config.momentum) * update
+    square = torch.zeros_like(update) if moments.square is None else moments.square
+    square = config.beta2 * square + (1 - config.beta2) * update.square()
+    return config.lr * momentum / (square.sqrt() + config.tau), Moments(momentum, square)

@@ -167,7 +167,7 @@ class Picky(Strategy):
     def __init__(self, setting):
         self.setting = setting
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
         return {m.client: Plan("update", Choice(segments, m.client, 3)) for m in cohort}
 
@@ -189,7 +189,7 @@ def test_a_client_that_fails_for_good(hosting):
 class Deadly(Picky):
     """Client 3 ends the actor that it is at; from round 3 on, it stops it."""
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         plans = super().plan(round, cohort, evaluation)
         number = signal.SIGKILL if round < 3 else signal.SIGSTOP
         return {c: Plan("update", Signal(p.segments.segments, number if c == 3 else 0)) for c, p in plans.items()}
@@ -217,7 +217,7 @@ def test_who_ends_its_actor_is_skipped_alone_and_who_is_only_silent_is_never_ski
 class Large(Picky):
     """Finds no room for its plan."""
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         raise OutOfDiskError("local disk is full")
 
 

@@ -343,7 +343,7 @@ def test_an_array_changed_in_place(tmp_path: Path) -> None:
             super().__init__(setting)
             self.counts = np.zeros(1, int)
 
-        def plan(self, round: int, cohort: Any, evaluation: Any = None) -> Any:
+        def plan(self, round: int, cohort: Any) -> Any:
             self.counts[0] += 1
             return {
                 m.client: self.setting.at_levels([int(self.counts[0])] * len(self.setting.quantized)) for m in cohort

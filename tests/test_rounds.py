@@ -125,7 +125,7 @@ class EightBits(Strategy):
     def __init__(self, setting):
         self.setting = setting
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         return {m.client: self.setting.at_levels([8] * len(self.setting.quantized)) for m in cohort}
 
 
@@ -154,7 +154,7 @@ class Signs:
 
 
 class ForAll(EightBits):
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         (plan,) = set(super().plan(round, cohort[:1]).values())
         return dict.fromkeys(range(8), plan)
 

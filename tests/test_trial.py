@@ -316,7 +316,7 @@ class Drawing(Strategy):
     def __init__(self, setting) -> None:
         self.setting = setting
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         level = random.choice([2, 4, 8]) if np.random.random() < 0.5 else 3
         return {m.client: self.setting.at_levels([level] * len(self.setting.quantized)) for m in cohort}
 
@@ -437,7 +437,7 @@ class Held:
     def size(self, count):
         return 4 * count
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         return {}
 
 

@@ -91,6 +91,6 @@ class EliasOneStep:
 class EliasRD(FedLQRD):
     """FedLQ-RD with these codes."""
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         plans = super().plan(round, cohort, evaluation)
         return {client: replace(plan, segments=EliasOneStep(plan.segments)) for client, plan in plans.items()}

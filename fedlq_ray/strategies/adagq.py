@@ -42,7 +42,7 @@ class AdaGQ(Strategy):
         """Levels of a round: s, and in the second of three its half."""
         return max(1.0, self.s // 2) if round % 3 == 1 else self.s
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         bits = equalised(self.setting, cohort, math.log2(self.levels(round) + 1))
         plans = {b: self.setting.at_levels([b] * len(self.setting.quantized)) for b in set(bits)}
         return {member.client: plans[b] for member, b in zip(cohort, bits, strict=True)}

@@ -36,7 +36,7 @@ class AdaQuantFL(Strategy):
         self.first_loss: float | None = None
         self.levels = s0
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         plan = same_for_all(self.setting, QsgdElias(levels=self.levels, bucket=None, norm="l2"))
         return {member.client: plan for member in cohort}
 

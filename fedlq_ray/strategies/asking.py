@@ -32,7 +32,7 @@ def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) ->
     return found
 
 
-def _wrong_plans(plans: Any, round: int, cohort: Any, evaluation: Any) -> str:
+def _wrong_plans(plans: Any, round: int, cohort: Any) -> str:
     if not isinstance(plans, Mapping):
         return f"returned a {type(plans).__name__}, where a dict of plans by client is due"
     kinds = {client: type(plan).__name__ for client, plan in plans.items() if not isinstance(plan, Plan)}

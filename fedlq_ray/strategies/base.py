@@ -155,10 +155,9 @@ class Strategy:
     remembers: tuple[str, ...] = ()
 
     error_feedback: Feedback = False  # what `strategy.error_feedback=null` means
-    needs_evaluation = False  # plans from `evaluation`: the driver then waits for it before each plan
     timeless = False  # uses neither fixed_s nor uplink_bytes_per_s nor round_time_s; your own class says so itself
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         """Each member's plan for a round, by client; who is left out sits the round out, and nobody waits for it."""
         raise TypeError(f"{type(self).__name__} has no plan")
 

@@ -40,7 +40,7 @@ class DAdaQuant(Strategy):
         self.running: float | None = None
         self.since: list[float] = []  # the running loss after each round since q was raised, the last phi of them
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         levels = client_levels(self.q, self.weights(cohort))
         plans = {q: same_for_all(self.setting, QsgdElias(levels=q, bucket=None, norm="l2")) for q in set(levels)}
         return {member.client: plans[q] for member, q in zip(cohort, levels, strict=True)}

@@ -5,7 +5,6 @@ weighs by the samples of a pass, min(shard, `train.max_samples`), where the pape
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedlq_ray.strategies.base import Member, Setting, Strategy
 from fedlq_ray.training import Plan
@@ -19,5 +18,5 @@ class FedAvg(Strategy):
     def __init__(self, setting: Setting) -> None:
         self._plan = setting.at_levels([32] * len(setting.quantized))
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

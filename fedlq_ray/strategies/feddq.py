@@ -11,7 +11,6 @@ out; a layer's bias is in its range, where the code sends no biases.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -55,5 +54,5 @@ class FedDQ(Strategy):
         config = setting.config
         self._plan = Plan(config.payload, ByRange(setting, resolution), setting.error_feedback)
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

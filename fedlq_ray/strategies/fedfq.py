@@ -7,7 +7,6 @@ code.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.strategies.adaquantfl import same_for_all
@@ -27,5 +26,5 @@ class FedFQ(Strategy):
     def __init__(self, setting: Setting, bits: float = 4.0) -> None:
         self._plan = same_for_all(setting, FineGrained(bits))
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

@@ -11,7 +11,6 @@ each level, on the last mean update with the clients' quantizer; before the firs
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,7 @@ class FedHQ(Strategy):
         self.errors: dict[int, float] = {}  # q by level, of the last mean update
         self.chosen: dict[int, int] = {}  # this round's level by client
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         config = self.setting.config
         levels: tuple[int, ...] = config.levels
         limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=float(self.sizes[0]))

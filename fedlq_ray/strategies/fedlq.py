@@ -45,7 +45,7 @@ class FedLQ(Strategy):
         self.drops = Drops(config.probe_decay)
         self.square, self.spread = 0.0, 1.0  # of the last round's update, and News.spread
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         bodies = self.sizes[:, 0] - LAYER_HEADER
         scrap = self.cheapest - int(bodies.sum() - bodies.min())  # one layer, and the headers of all
         limits = taking_part(self.setting.config, cohort, self.budgets(cohort), self.cheapest, scrap)

@@ -50,7 +50,7 @@ class FedLQRD(Strategy):
             if (rate := getattr(setting.config, key)) is not None:
                 require_rate(setting, rate, f"strategy.{key}")
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         setting, config = self.setting, self.setting.config
         least = bytes_at_rate(setting, config.floor_bits or self.scrap)
         limits = taking_part(config, cohort, self.budgets(cohort), least, bytes_at_rate(setting, self.scrap))

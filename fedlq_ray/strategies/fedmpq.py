@@ -13,7 +13,6 @@ update: on one grid for all layers, of 8 planes for the layer of greatest magnit
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +33,7 @@ class FedMPQ(Strategy):
         self.sizes = layer_sizes(setting, BITS)
         self.base: list[int] | None = None  # planes that the last mean update occupied; None: the same for all
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         cheapest = self.setting.fixed_size + int(self.sizes[:, 0].sum())
         limits = budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), cheapest=cheapest)
         plans = {limit: self.setting.at_levels(self.fitted(limit)) for limit in set(limits)}

@@ -13,7 +13,6 @@ solution's: that keeps its table short, and costs at most a thousandth for each 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +75,7 @@ class Kimad(Strategy):
         self.setting, self.round_s = setting, round_s
         self.cheapest = setting.fixed_size + int(layer_sizes(setting, setting.config.levels)[:, 0].sum())
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         config = self.setting.config
         if self.round_s is None:
             limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=self.cheapest)

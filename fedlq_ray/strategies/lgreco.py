@@ -10,7 +10,6 @@ Where no levels within the constraint are smaller than the reference, it is kept
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +44,7 @@ class LGreCo(Strategy):
         self.levels = [bits] * len(setting.quantized)
         self.seen: Tensor | None = None
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         plan = self.setting.at_levels(self.levels)
         return {member.client: plan for member in cohort}
 

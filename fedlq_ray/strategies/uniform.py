@@ -7,7 +7,6 @@ so that over rounds a parameter takes that many bits on average. Who sends which
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.seeding import numpy_rng
@@ -31,7 +30,7 @@ class Uniform(Strategy):
         if setting.config.scope == "model" and bits > 8:
             raise ConfigError("strategy.bits: scope=model needs at most 8 bits")
 
-    def plan(self, round: int, cohort: Sequence[Member], evaluation: Any = None) -> Mapping[int, Plan]:
+    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         span = self.above - self.below
         share = (self.setting.config.bits - self.below) / span if span else 0.0
         # Whole clients so that the count over all rounds so far is within one of share x clients.

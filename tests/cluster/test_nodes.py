@@ -93,7 +93,7 @@ class Waits(Fixed):
         super().__init__(setting, setting.quantizer_at(4))
         self.folder = folder
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         while round in (3, 5) and not (self.folder / str(round)).exists():
             time.sleep(0.05)
         return super().plan(round, cohort, evaluation)
@@ -181,7 +181,7 @@ class Hungers(Strategy):
     def __init__(self, setting, folder):
         self.setting, self.folder = setting, folder
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
         hungry = Hungry(segments, self.folder)
         return {c.client: Plan("update", hungry if c.client == 3 else segments) for c in cohort}

@@ -13,7 +13,7 @@ class Plain(Strategy):
     def __init__(self, setting) -> None:
         self.setting = setting
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, round, cohort):
         return {m.client: self.setting.at_levels([4] * len(self.setting.quantized)) for m in cohort}
 
 
@@ -33,7 +33,7 @@ WRONG = {
         (lambda self, *a: 1 / 0, r"plan failed: ZeroDivisionError: division by zero"),
         (lambda self, *a: None, r"plan returned a NoneType, where a dict of plans by client is due"),
         (
-            lambda self, round, cohort, e: {cohort[0].client: 4},
+            lambda self, round, cohort: {cohort[0].client: 4},
             r"plan returned a int for client \d, where a Plan is due",
         ),
     ],

@@ -1,0 +1,75 @@
+"""What a round came to: a line of rounds.jsonl."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """One round. Lists by client are in the order of `cohort`, dicts are by layer; bytes and seconds are of this round.
+
+    Attributes:
+        cohort: the clients that were drawn.
+        answered: those whose payload arrived, in the order in which they were summed.
+        skipped: those that failed, where `clients.on_failure` lets the round continue without them.
+        train_loss: the mean of the clients' training losses; None where none answered.
+        bits_per_parameter: mean over the clients that answered, headers included.
+        client_samples: that each went through, in all its passes.
+        client_bits_per_parameter: by layer, then by client; None for a client that sent nothing.
+        update_norm: Euclidean norm of the mean update's parameters.
+        quantization_error: root mean square of what quantization adds to the mean update; None where it is not known.
+        sim_time_s: simulated seconds since the start of the run.
+        report: what the strategy reports, by name.
+        accuracy, test_loss: of the model after the round; None where it was not evaluated.
+    """
+
+    round: int
+    cohort: list[int]
+    answered: list[int]
+    skipped: list[int]
+    uplink_bytes: int
+    downlink_bytes: int
+    train_loss: float | None
+    bits_per_parameter: dict[str, float]
+    client_samples: list[int]
+    client_uplink_bytes: list[int]
+    client_downlink_bytes: list[int]
+    client_bits_per_parameter: dict[str, list[float | None]]
+    client_download_s: list[float]
+    client_compute_s: list[float]
+    client_upload_s: list[float]
+    update_norm: float | None
+    quantization_error: float | None
+    sim_time_s: float
+    report: dict[str, Any]
+    accuracy: float | None
+    test_loss: float | None
+
+    def evaluated(self, accuracy: float | None, test_loss: float | None) -> "Record":
+        """The record with its evaluation."""
+        return replace(self, accuracy=accuracy, test_loss=test_loss)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON has it; the strategy's report lies among the rest."""
+        made: dict[str, Any] = {}
+        for name in NAMES:
+            made |= self.report if name == "report" else {name: getattr(self, name)}
+        return made
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> "Record":
+        """A record from JSON, also from journals of earlier versions, which lack some fields."""
+        report = {name: value for name, value in found.items() if name not in NAMES}
+        return Record(**{**_ABSENT, **{name: found[name] for name in NAMES if name in found}, "report": report})
+
+
+NAMES = tuple(field.name for field in fields(Record))
+_ABSENT: dict[str, Any] = {
+    **dict.fromkeys(("train_loss", "update_norm", "quantization_error", "accuracy", "test_loss")),
+    **dict.fromkeys(("cohort", "answered", "skipped"), []),
+    **dict.fromkeys((name for name in NAMES if name.startswith("client_")), []),
+    **dict.fromkeys(("uplink_bytes", "downlink_bytes"), 0),
+    "bits_per_parameter": {},
+    "client_bits_per_parameter": {},
+}
