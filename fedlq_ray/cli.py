@@ -15,7 +15,7 @@ from rich.console import Console
 from fedlq_ray import cli_analysis
 from fedlq_ray import config as configuration
 from fedlq_ray.config import Config
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.job import job
 from fedlq_ray.parts import make_importable
 from fedlq_ray.submit import submit
@@ -283,7 +283,7 @@ def sync(folder: str) -> None:
     try:
         run_id = tracking.sync(where, found.config, found.records, found.status, Path(folder), module)
     except Exception as exc:  # MLflow raises many kinds
-        raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
+        raise FedLQError(f"MLflow at {where.uri} failed: {first_line(exc)}") from exc
     click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
 
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="RUNS...")
 STORE = click.option(
@@ -57,7 +57,7 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     try:
         tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
     except Exception as exc:  # telemetry: the runs are done and kept
-        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {str(exc).splitlines()[0]}", err=True)
+        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {first_line(exc)}", err=True)
 
 
 def _write(file: Path, text: str) -> None:

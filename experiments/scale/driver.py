@@ -24,7 +24,7 @@ from fedlq_ray.config import load
 from fedlq_ray.downlink import Downlink
 from fedlq_ray.fold import Fold
 from fedlq_ray.hosting import RayHost
-from fedlq_ray.simulation import start_ray
+from fedlq_ray.raysession import start_ray
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Job, Workplace, prepare
 

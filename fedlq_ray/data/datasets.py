@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlq_ray import parts
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
 
 Array = NDArray[Any]
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -242,7 +242,7 @@ def _downloaded(name: str, torchvision_name: str, places: list[Path]) -> Any:
     except Exception as exc:  # no network, no torchvision, a changed server
         raise ConfigError(
             f"data.name: {name} was not found in {', '.join(map(str, places))}, and the download failed "
-            f"({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}); give its place as data.path"
+            f"({type(exc).__name__}: {first_line(exc)}); give its place as data.path"
             + (", or install Debian's dataset-fashion-mnist" if name == "fashion-mnist" else "")
         ) from exc
     finally:
