@@ -1,5 +1,8 @@
 """Clients as Ray actors: `dedicated`, an actor each, or `packed`, many in a few actors."""
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
 import asyncio
 import contextlib
 import itertools

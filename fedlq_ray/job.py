@@ -1,5 +1,8 @@
 """`fedlq job`: what a cluster runs for `fedlq submit`."""
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
 import base64
 import io
 import os
@@ -10,10 +13,10 @@ from typing import Any
 
 import click
 import yaml
-from rich.console import Console
 
 from fedlq_ray import config as configuration
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.progress import Console
 
 CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as YAML
 RESULTS = "fedlq-results:"  # goes before the results in the log of a job that prints them

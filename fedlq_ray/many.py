@@ -1,5 +1,8 @@
 """Several runs at a time, each a Ray task on a core of its own; what is shown of them is read from their folders."""
 
+from fedlq_ray.startup import make_importable  # before what a file of the user's could hide
+
+# isort: split
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +12,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
 
 from fedlq_ray import follow, progress, rundir
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.files import is_locked
 from fedlq_ray.interrupts import Interrupts
-from fedlq_ray.parts import make_importable
 from fedlq_ray.raysession import start_ray
 from fedlq_ray.simulation import run_or_resume
 
@@ -67,7 +68,9 @@ def _run(config: Config, parent: str, folder: str) -> list[str]:
     return [str(warning.message) for warning in told if warning.category is UserWarning]
 
 
-def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tuple[Config, FedLQError | None]]:
+def run(
+    configs: Sequence[Config], parent: str, console: progress.Console
+) -> Iterator[tuple[Config, FedLQError | None]]:
     """Run all, as many at a time as this node's cores and memory bear; gives each as it ends, and why it failed.
 
     An interrupt ends all at their next payload, so that they can go on later; a second one at once.
