@@ -188,7 +188,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False, markup=False))
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
-    compare.save(table, file.read_text(), cli_analysis.command(), out / "table.json")
+    compare.save(table, file.read_text(encoding="utf-8"), cli_analysis.command(), out / "table.json")
     pictures = compare.plot(outcome, out / "accuracy.png")
     cli_analysis.show(table, outcome)
     cli_analysis.conclude(table, outcome, out, pictures)

@@ -47,7 +47,8 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     from fedlq_ray.analysis.runs import unlike as differences
 
     unlike = differences(outcome)
-    (out / "report.html").write_text(reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html"))
+    page = reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html")
+    (out / "report.html").write_text(page, encoding="utf-8")
     runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
     where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
     if where is None:
@@ -62,7 +63,7 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"--out: {file}: {exc.strerror}") from exc
     click.echo(f"written: {file}")

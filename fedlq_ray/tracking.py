@@ -287,8 +287,10 @@ def _log_files(
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
     if (folder / "summary.json").exists():
-        _log_summary(client, run_id, tracking, config, json.loads((folder / "summary.json").read_text()))
-    with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="") as table:
+        _log_summary(
+            client, run_id, tracking, config, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        )
+    with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="", encoding="utf-8") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
         plots.labels(counts, Path(made) / "labels.png")
         curves = plots.accuracy({config.strategy.name: [records]}, config.target_accuracy, config.network.bill)

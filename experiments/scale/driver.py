@@ -148,7 +148,7 @@ def main() -> None:
             )
     if given.out:
         about = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), **provenance.made_by()}
-        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
