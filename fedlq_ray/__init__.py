@@ -1,6 +1,7 @@
 """A simulator of communication-efficient federated learning: clients as Ray actors, quantized layer by layer."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from fedlq_ray.errors import CheckpointError, ClientError, ConfigError, DivergedError, FedLQError, PayloadError
@@ -23,6 +24,9 @@ __all__ = [
 ]
 # Imported when they are asked for: client processes need neither, and startup.py comes before all libraries.
 _LATER = {"Config": "config", "Result": "simulation", "resume": "simulation", "simulate": "simulation"}
+
+if os.path.expanduser("~") == "~":  # no HOME, and no entry of the user's: MLflow and others could not be imported
+    os.environ["HOME"] = "/nonexistent"
 
 
 def __getattr__(name: str) -> Any:

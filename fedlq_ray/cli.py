@@ -6,6 +6,7 @@ from fedlq_ray import startup  # noqa: F401  (before what a file of the user's c
 import contextlib
 import io
 import json
+import logging
 import os
 import sys
 import warnings
@@ -325,11 +326,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="replace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says at length that the home cannot be written
     warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        _require_text(sys.argv[1:])
+        _require_sane(sys.argv[1:])
         code: Any = cli(standalone_mode=False) or 0
     except ConfigError as exc:
         _say(f"error: {exc}")
@@ -353,8 +355,12 @@ def main() -> None:
     sys.exit(code)
 
 
-def _require_text(arguments: Sequence[str]) -> None:
-    """Refuse arguments that are not text: no file of a run could hold them."""
+def _require_sane(arguments: Sequence[str]) -> None:
+    """Refuse a folder in which PyTorch cannot be imported, and arguments that no file of a run could hold."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed; call fedlq in a folder that exists") from None
     for argument in arguments:
         if argument != argument.encode(errors="replace").decode():
             raise ConfigError(f"{os.fsencode(argument)!r}: is not text in {sys.getfilesystemencoding()}")
