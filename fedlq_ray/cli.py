@@ -1,6 +1,12 @@
 """The `fedlq` command."""
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
+import contextlib
+import io
 import json
+import logging
 import os
 import sys
 import warnings
@@ -10,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from fedlq_ray import cli_analysis
 from fedlq_ray import config as configuration
 from fedlq_ray.config import Config
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.interrupts import OutputClosed, silence
 from fedlq_ray.job import job
-from fedlq_ray.parts import make_importable
+from fedlq_ray.progress import Console
 from fedlq_ray.submit import submit
 
 ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
@@ -29,7 +35,29 @@ def _config(arguments: tuple[str, ...]) -> Config:
     return configuration.load(path, [a for a in arguments if a is not path])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Commands that let BrokenPipeError through, which click knows by its number and ends the program for."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _unnumbered():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _unnumbered():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _unnumbered() -> Iterator[None]:
+    try:
+        yield
+    except OutputClosed:
+        raise
+    except BrokenPipeError as exc:
+        raise BrokenPipeError from exc
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="fedlq-ray")
 def cli() -> None:
     """Simulate communication-efficient federated learning: clients as Ray actors, quantized layer by layer.
@@ -161,7 +189,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False, markup=False))
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
-    compare.save(table, file.read_text(), cli_analysis.command(), out / "table.json")
+    compare.save(table, file.read_text(encoding="utf-8"), cli_analysis.command(), out / "table.json")
     pictures = compare.plot(outcome, out / "accuracy.png")
     cli_analysis.show(table, outcome)
     cli_analysis.conclude(table, outcome, out, pictures)
@@ -283,7 +311,7 @@ def sync(folder: str) -> None:
     try:
         run_id = tracking.sync(where, found.config, found.records, found.status, Path(folder), module)
     except Exception as exc:  # MLflow raises many kinds
-        raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
+        raise FedLQError(f"MLflow at {where.uri} failed: {first_line(exc)}") from exc
     click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")
 
 
@@ -295,27 +323,55 @@ for command in cli_analysis.COMMANDS:
 
 def main() -> None:
     """Entry point: errors become one message and an exit code."""
-    make_importable(os.getcwd())
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="replace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says at length that the home cannot be written
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    code: Any = 0
     try:
-        code = cli(standalone_mode=False) or 0
+        _require_sane(sys.argv[1:])
+        code: Any = cli(standalone_mode=False) or 0
     except ConfigError as exc:
-        click.echo(f"error: {exc}", err=True)
+        _say(f"error: {exc}")
         code = 2
     except click.ClickException as exc:
-        exc.show()
+        with contextlib.suppress(BrokenPipeError):
+            exc.show()
         code = 2
     except FedLQError as exc:
-        click.echo(f"failed: {exc}", err=True)
+        _say(f"failed: {exc}")
         code = 1
+    except BrokenPipeError as exc:
+        if isinstance(exc, OutputClosed):
+            _say("the output was closed; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
+        code = 141
     except (KeyboardInterrupt, click.Abort) as exc:
-        click.echo("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, goes on", err=True)
+        _say("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
         cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps what it meets
         code = 143 if type(cause).__name__ == "Terminated" else 130
+    silence()
     sys.exit(code)
+
+
+def _require_sane(arguments: Sequence[str]) -> None:
+    """Refuse a folder in which PyTorch cannot be imported, and arguments that no file of a run could hold."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed; call fedlq in a folder that exists") from None
+    for argument in arguments:
+        if argument != argument.encode(errors="replace").decode():
+            raise ConfigError(f"{os.fsencode(argument)!r}: is not text in {sys.getfilesystemencoding()}")
+
+
+def _say(text: str) -> None:
+    """A line on stderr, if anybody reads it."""
+    try:
+        click.echo(text, err=True)
+    except BrokenPipeError:
+        silence()
 
 
 if __name__ == "__main__":

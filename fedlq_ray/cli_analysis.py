@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.progress import Console
 
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="RUNS...")
 STORE = click.option(
@@ -47,7 +47,8 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     from fedlq_ray.analysis.runs import unlike as differences
 
     unlike = differences(outcome)
-    (out / "report.html").write_text(reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html"))
+    page = reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html")
+    (out / "report.html").write_text(page, encoding="utf-8")
     runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
     where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
     if where is None:
@@ -57,12 +58,12 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     try:
         tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
     except Exception as exc:  # telemetry: the runs are done and kept
-        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {str(exc).splitlines()[0]}", err=True)
+        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {first_line(exc)}", err=True)
 
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"--out: {file}: {exc.strerror}") from exc
     click.echo(f"written: {file}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlq_ray import rundir, tracking
 from fedlq_ray.config import Config, load
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.files import is_locked
 
 Event = dict[str, Any]
@@ -55,7 +55,7 @@ def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterato
         with tempfile.TemporaryDirectory() as scratch:
             config = load(client.download_artifacts(run_id, "config.yaml", scratch))
     except Exception as exc:  # MLflow raises many kinds
-        raise ConfigError(f"{run_id}: no run of fedlq in {uri}: {str(exc).splitlines()[0]}") from exc
+        raise ConfigError(f"{run_id}: no run of fedlq in {uri}: {first_line(exc)}") from exc
     return config, _from_mlflow(client, run_id, every_s)
 
 

@@ -1,5 +1,8 @@
 """`fedlq job`: what a cluster runs for `fedlq submit`."""
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
 import base64
 import io
 import os
@@ -10,10 +13,10 @@ from typing import Any
 
 import click
 import yaml
-from rich.console import Console
 
 from fedlq_ray import config as configuration
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.progress import Console
 
 CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as YAML
 RESULTS = "fedlq-results:"  # goes before the results in the log of a job that prints them
@@ -84,7 +87,7 @@ def require_shared(folder: Path) -> None:
     from ray.exceptions import RayError
 
     from fedlq_ray.placement import on
-    from fedlq_ray.simulation import start_ray
+    from fedlq_ray.raysession import start_ray
 
     start_ray()
     marker = folder.parent / f".{uuid.uuid4().hex}"
@@ -102,9 +105,7 @@ def require_shared(folder: Path) -> None:
         ]
         blind = [address for address, answer in asked if not ray.get(answer)]
     except RayError as exc:
-        raise FedLQError(
-            f"out: a node left while it was asked for {marker.parent}: {str(exc).splitlines()[0]}"
-        ) from exc
+        raise FedLQError(f"out: a node left while it was asked for {marker.parent}: {first_line(exc)}") from exc
     finally:
         marker.unlink(missing_ok=True)
     if blind:

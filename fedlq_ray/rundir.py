@@ -186,7 +186,7 @@ class Journal:
         self._sum = hashlib.sha256(lines)
 
     def __enter__(self) -> "Journal":
-        self._stream = self.file.open("a")
+        self._stream = self.file.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -246,7 +246,7 @@ def read(folder: str | Path) -> Run:
     folder, file = Path(folder), settings(folder)
 
     def parsed(name: str) -> Any:
-        return json.loads((folder / name).read_text()) if (folder / name).exists() else None
+        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else None
 
     try:
         summary, tracking, timing = parsed("summary.json"), parsed("tracking.json"), parsed("timing.json")

@@ -107,7 +107,7 @@ def checkpoints(folder: Path, config: Config) -> Folder:
     name = folder / "checkpoints.id"
     if not name.exists():
         write_durably(name, uuid.uuid4().hex)
-    return Folder(config.checkpoint.path, f"{name.read_text()}-")
+    return Folder(config.checkpoint.path, name.read_text(encoding="utf-8") + "-")
 
 
 def clear(folder: Path, config: Config) -> None:

@@ -27,7 +27,7 @@ import click
 import fedlq_ray
 from fedlq_ray import config as configuration
 from fedlq_ray.config import Config
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.job import CONFIG, RESULTS
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -121,17 +121,19 @@ def _told(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as exc:
         raise ConfigError(
-            f"--address {address}: {str(exc).splitlines()[0].lower().rstrip('.')}; set RAY_AUTH_TOKEN to the cluster's "
+            f"--address {address}: {first_line(exc).lower().rstrip('.')}; set RAY_AUTH_TOKEN to the cluster's "
             "token (on its head: ray get-auth-token)"
         ) from exc
+    except BrokenPipeError:  # of the output: the job API's own errors are those below
+        raise
     except (ConnectionError, requests.RequestException) as exc:
-        raise FedLQError(f"{address}: the connection was lost ({str(exc).splitlines()[0]}); the job goes on") from exc
+        raise FedLQError(f"{address}: the connection was lost ({first_line(exc)}); the job goes on") from exc
     except (RuntimeError, ValueError) as exc:
         missing = re.search(r"status code 404: (Job .* does not exist)", str(exc))
         if missing:
             raise ConfigError(f"--address {address}: {missing[1]}") from exc
-        lines = str(exc).strip().splitlines() or [type(exc).__name__]
-        raise FedLQError(f"{address}: {lines[-1] if 'Traceback' in str(exc) else lines[0]}") from exc
+        told = str(exc).strip().splitlines()[-1] if "Traceback" in str(exc) else first_line(exc)
+        raise FedLQError(f"{address}: {told}") from exc
 
 
 def _connect(address: str) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedlq_ray.config import Config, digest, flat, to_yaml
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.files import alone
 
 FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
@@ -216,7 +216,7 @@ class Tracker:
                 log_record(client, run_id, self._tracking, item, totals)
             client.set_terminated(run_id, item)
         except Exception as exc:  # telemetry must never end a training run
-            self.failure = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"[:300]
+            self.failure = f"{type(exc).__name__}: {first_line(exc)}"[:300]
 
 
 def sync(
@@ -253,7 +253,7 @@ def mark(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]
             sync(tracking, config, records, status, None)
             told[0] = ""
         except Exception as exc:  # telemetry: the run's own error is what the user must see
-            told[0] = f"{type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}"[:300]
+            told[0] = f"{type(exc).__name__}: {first_line(exc)}"[:300]
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -287,8 +287,10 @@ def _log_files(
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
     if (folder / "summary.json").exists():
-        _log_summary(client, run_id, tracking, config, json.loads((folder / "summary.json").read_text()))
-    with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="") as table:
+        _log_summary(
+            client, run_id, tracking, config, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        )
+    with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="", encoding="utf-8") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
         plots.labels(counts, Path(made) / "labels.png")
         curves = plots.accuracy({config.strategy.name: [records]}, config.target_accuracy, config.network.bill)
@@ -371,7 +373,7 @@ def fetch(uri: str, source: str, to: Path) -> list[Path]:
             runs = client.search_runs([run.info.experiment_id], children, max_results=5000) or [run]
         return [folder for run in runs if (folder := _files(client, run, to))]
     except Exception as exc:  # MLflow raises many kinds
-        raise ConfigError(f"{source}: no such run or experiment in {uri}: {str(exc).splitlines()[0]}") from exc
+        raise ConfigError(f"{source}: no such run or experiment in {uri}: {first_line(exc)}") from exc
 
 
 def _files(client: Any, run: Any, to: Path) -> Path | None:

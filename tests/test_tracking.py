@@ -15,8 +15,8 @@ from tracked import QUICK, rows, run
 
 from fedlq_ray import ClientError, resume, rundir, simulate, tracking
 from fedlq_ray.config import load
+from fedlq_ray.interrupts import Terminated
 from fedlq_ray.rundir import journal
-from fedlq_ray.simulation import Terminated
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlq_ray import parts
 from fedlq_ray.data.arrays import ARRAYS, Array, Dataset, as_dataset
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
 
 CACHE = Path("~/.cache/fedlq")
 
@@ -107,7 +107,7 @@ def _downloaded(name: str, torchvision_name: str, places: list[Path]) -> Any:
     except Exception as exc:  # no network, no torchvision, a changed server
         raise ConfigError(
             f"data.name: {name} was not found in {', '.join(map(str, places))}, and the download failed "
-            f"({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}); give its place as data.path"
+            f"({type(exc).__name__}: {first_line(exc)}); give its place as data.path"
             + (", or install Debian's dataset-fashion-mnist" if name == "fashion-mnist" else "")
         ) from exc
     finally:
