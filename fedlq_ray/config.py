@@ -122,12 +122,13 @@ def _fault(error: Any) -> str:
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every setting: its dotted path, its pydantic field, and its default."""
+    """Every setting: its dotted path, its pydantic field, and its default, that without environment variables."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field, field.default
+            extra: Any = field.json_schema_extra or {}
+            yield f"{prefix}{name}", field, extra.get("default", field.default)
 
 
 def flat(config: Config) -> dict[str, Any]:

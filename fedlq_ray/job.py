@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from fedlq_ray import config as configuration
+from fedlq_ray.arguments import PATH
 from fedlq_ray.errors import ConfigError, FedLQError
 
 CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as YAML
@@ -21,7 +22,7 @@ LARGEST_BYTES = 256 * 2**20  # of results that are printed
 
 
 @click.command()
-@click.argument("out", metavar="OUT")
+@click.argument("out", type=PATH, metavar="OUT")
 @click.option("--print", "printing", is_flag=True, help="Print the results in OUT instead of running.")
 def job(out: str, printing: bool) -> None:
     """For clusters: run the YAML in the environment's FEDLQ_CONFIG into OUT, or go on with the run that is there.

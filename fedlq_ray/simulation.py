@@ -20,11 +20,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray import forkserver, provenance, rundir, storage, tracking
+from fedlq_ray import forkserver, provenance, rundir, storage, stores, tracking
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
-from fedlq_ray.files import locked, write_durably
+from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.identity import identity, require_same
 from fedlq_ray.models import FlatModel
 from fedlq_ray.strategies import make
@@ -85,13 +85,14 @@ def simulate(
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, or a factory that may take `setting`.
         quantizer: an object with the methods of `Quantizer`.
-        watch: called with each event: {"hosting", ...}, {"record": ...}, {"stopping": True}, {"weights": ...}.
-        parent: a comparison that this run belongs to, for MLflow.
+        watch: called with each event: {"started": [sentences]}, {"hosting", ...}, {"record": ...}, {"weights": ...}.
+        parent: a comparison that this run belongs to, for MLflow: any text; what follows the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
     """
     config = config or Config()
+    rundir.require_trackable(config)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_device(config)
     place = Workplace(task)
@@ -129,17 +130,18 @@ def resume(
         CheckpointError: there are checkpoints, and none can be used.
         FedLQError: the run failed again.
     """
-    folder = Path(folder)
+    folder = Path(expand(str(folder), "folder"))
     found = rundir.read(folder)
     if found.summary:
         with _told(folder):
             storage.clear(folder, found.config)  # if it was killed before it did
         raise ConfigError(f"{folder}: the run is finished, after {found.summary['rounds']} rounds")
-    config = load(folder / "config.yaml", [*overrides, f"out={folder}"])
+    config = load(folder / "config.yaml", overrides).model_copy(update={"out": str(folder)})
     if digest(config, without=["rounds"]) != digest(found.config, without=["rounds"]):
         raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
     if config.rounds < found.config.rounds:
         raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
+    rundir.require_trackable(config, found)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_device(config)
     now = identity(task, make(Workplace(task).setting, strategy))
@@ -150,7 +152,7 @@ def resume(
         write_durably(folder / "config.yaml", to_yaml(config))
         if not (folder / "clients.csv").exists():
             rundir.describe_clients(folder, task)
-        track = found.tracking or rundir.track(folder, task, parent)
+        track = rundir.track_again(folder, task, found, parent)
         return _carry_out(task, strategy, folder, track, watch)
 
 
@@ -162,7 +164,7 @@ def _require_device(config: Config) -> None:
 
 def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Result:
     """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
-    if config.out is not None and (Path(config.out) / "config.yaml").exists():
+    if config.out is not None and (Path(expand(config.out, "out")) / "config.yaml").exists():
         return resume(config.out, watch=watch, parent=parent)
     return simulate(config, watch=watch, parent=parent)
 
@@ -185,6 +187,8 @@ def _carry_out(
 ) -> Result:
     """Run in a folder that is ready, from its last checkpoint where it has one."""
     config = task.config
+    if watch:
+        watch({"started": stores.heard(config.tracking)})
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {"made_by": provenance.made_by()}

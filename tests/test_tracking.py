@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tracked import QUICK, rows, run
 
-from fedlq_ray import ClientError, resume, rundir, simulate, tracking
+from fedlq_ray import ClientError, resume, rundir, simulate, stores, tracking
 from fedlq_ray.config import load
 from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import Terminated
@@ -92,18 +92,18 @@ def test_ui_finds_the_store_of_the_runs():
 
 
 def test_two_processes_may_make_a_store_at_the_same_time():
-    code = "from fedlq_ray import tracking; tracking.connect('sqlite:///mlflow.db').search_experiments()"
+    code = "from fedlq_ray import stores; stores.connect('sqlite:///mlflow.db').search_experiments()"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=200) for process in both] == [0, 0]
-    assert tracking.connect("sqlite:///mlflow.db").search_experiments()
+    assert stores.connect("sqlite:///mlflow.db").search_experiments()
 
 
 def test_runs_that_start_at_once_have_one_parent():
     code = """
 import sys
-from fedlq_ray import tracking
-uri = tracking.absolute("sqlite:///mlflow.db")
-client = tracking.connect(uri)
+from fedlq_ray import stores, tracking
+uri = stores.absolute("sqlite:///mlflow.db")
+client = stores.connect(uri)
 its = tracking.Tracking(uri, "fedlq", "key", 1, parent="here/both")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -124,7 +124,7 @@ def test_the_same_relative_store_in_two_folders_is_two_stores(tmp_path, monkeypa
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         run(f"tracking.experiment={name}")
-        found = tracking.connect("sqlite:///mlflow.db").search_experiments(filter_string="name != 'Default'")
+        found = stores.connect("sqlite:///mlflow.db").search_experiments(filter_string="name != 'Default'")
         assert [experiment.name for experiment in found] == [name]
 
 
