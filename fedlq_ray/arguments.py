@@ -32,14 +32,15 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
         ConfigError: there are two files, or a folder, or a path with `=` that does not exist.
     """
     files, overrides = [], []
-    known = {path for path, _, _ in keys()}
+    sections = {path.partition(".")[0] for path, _, _ in keys()}
     for argument in arguments:
         path, (name, equals, _) = expand(argument, "CONFIG.yaml"), argument.partition("=")
-        if os.path.isdir(path) and name.strip() not in known:
+        setting = equals and name.strip().partition(".")[0] in sections
+        if os.path.isdir(path) and not setting:
             raise ConfigError(f"{argument}: is a folder; {_hint(path)}")
         if os.path.isfile(path) or not equals:
             files.append(path)
-        elif "/" in name:
+        elif "/" in name and not setting:
             raise ConfigError(f"{argument}: no such file, and {name} is no setting")
         else:
             overrides.append(argument)

@@ -1,6 +1,7 @@
 """`fedlq job`: what a cluster runs for `fedlq submit`."""
 
 import base64
+import contextlib
 import io
 import os
 import tarfile
@@ -13,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from fedlq_ray import config as configuration
+from fedlq_ray import stores
 from fedlq_ray.arguments import PATH
 from fedlq_ray.errors import ConfigError, FedLQError
 
@@ -39,6 +41,9 @@ def job(out: str, printing: bool) -> None:
     config = configuration.parse(_settings() | {"out": out}, source=CONFIG)
     if folder.is_absolute():
         require_shared(folder)
+    if config.tracking.uri and (store := stores.sqlite_file(config.tracking.uri)):
+        with contextlib.suppress(OSError):  # a folder of the machine that submitted the job
+            store.parent.mkdir(parents=True, exist_ok=True)
     with watch(config, Console(stderr=True, width=120), False) as report:
         if (folder / "config.yaml").exists():
             before = configuration.load(folder / "config.yaml")

@@ -26,6 +26,7 @@ import click
 
 import fedlq_ray
 from fedlq_ray import config as configuration
+from fedlq_ray import stores
 from fedlq_ray.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError
@@ -72,7 +73,10 @@ def submit(
             job, config = attach, _config_of(client.get_job_info(attach))
             local = _local(config)
         else:
-            local, job = _local(config), _next(client, config, address)
+            local = _local(config)
+            if local and stores.sqlite_file(config.tracking.uri or ""):  # it is here
+                stores.require(config.tracking)
+            job = _next(client, config, address)
             _send(client, job, config, working_dir, where)
             click.echo(f"{job}: submitted to {address}", err=True)
         if no_wait:
@@ -305,7 +309,7 @@ def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | Non
 
 def _track_here(config: Config, local: Path) -> None:
     """Log a fetched run to the MLflow store that is a file here; a server has had it from the cluster."""
-    from fedlq_ray import rundir, stores, tracking
+    from fedlq_ray import rundir, tracking
 
     found, uri = rundir.read(local), config.tracking.uri or ""
     if found.tracking is None or stores.sqlite_file(uri) is None:
