@@ -133,7 +133,8 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
     client.log_text(run_id, to_yaml(config), "config.yaml")
     if tracking.dataset:
         context = [InputTag("mlflow.data.context", "training")]
-        client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**tracking.dataset), context)])
+        with stores.exclusive(tracking.uri):  # MLflow fails where two runs add the same dataset at the same time
+            client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**tracking.dataset), context)])
     return run_id
 
 

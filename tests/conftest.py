@@ -11,11 +11,26 @@ from faults import KINDS, evidence, start
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
-for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
-    os.environ.pop(variable, None)  # defaults of settings
 torch.set_num_threads(1)
 # A shell's background job ignores SIGINT, and so do the programs that it starts: tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_variables_of_mlflow_at_first():
+    """Variables of MLflow's are defaults of settings: modules' fixtures must not see them."""
+    _forget_variables_of_mlflow()
+
+
+@pytest.fixture(autouse=True)
+def no_variables_of_mlflow():
+    """The same for each test: MLflow's server and `mlflow.set_tracking_uri` set them."""
+    _forget_variables_of_mlflow()
+
+
+def _forget_variables_of_mlflow():
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="module")

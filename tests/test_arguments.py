@@ -1,6 +1,8 @@
 """What commands take: files among key=value, folders, and `~` in every path."""
 
+import os
 import pwd
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from fedlq_ray import Config, ConfigError, cli, resume, simulate, stores, submit
 from fedlq_ray.arguments import PATH, split
 from fedlq_ray.config import load
 from fedlq_ray.data import datasets
+from fedlq_ray.simulation import Terminated
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -93,15 +96,13 @@ def test_every_path_of_the_settings_takes_the_home_folder(home):
         "checkpoint.path=~/saved",
         "checkpoint.every_rounds=1",
     ]
-    stopped = []
 
     def stop(event):
-        stopped.append("record" in event)
-        if sum(stopped) == 1:
-            raise KeyboardInterrupt
+        if event.get("record", {}).get("round") == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt):
-        simulate(load(None, [*SERIAL, *places, "rounds=3", "out=~/x"]), watch=stop)
+    with pytest.raises(Terminated):
+        simulate(load(None, [*SERIAL, *places, "rounds=8", "out=~/x"]), watch=stop)
     assert list((home / "saved").glob("*.ckpt"))
     written = (home / "x/config.yaml").read_text(encoding="utf-8")
     assert "~/x.npz" in written and "~/p.csv" in written and "~/saved" in written and str(home) not in written
