@@ -11,28 +11,22 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fedlq_ray import cli_analysis
+from fedlq_ray import cli_analysis, stores
 from fedlq_ray import config as configuration
+from fedlq_ray.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.interrupts import OutputClosed, silence
 from fedlq_ray.job import job
 from fedlq_ray.progress import Console
 from fedlq_ray.submit import submit
-
-ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
-
-
-def _config(arguments: tuple[str, ...]) -> Config:
-    """An optional YAML file, then overrides."""
-    path = next((a for a in arguments if "=" not in a), None)
-    return configuration.load(path, [a for a in arguments if a is not path])
 
 
 class _Commands(click.Group):
@@ -80,14 +74,14 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
     from fedlq_ray.progress import watch
     from fedlq_ray.simulation import simulate
 
-    config = _config(arguments)
+    config = configuration.load(*split(arguments))
     with watch(config, Console(stderr=True), as_json) as report:
         result = simulate(config, watch=report)
     _tell(result, config, as_json)
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(), metavar="RUN_DIR")
+@click.argument("folder", type=PATH, metavar="RUN_DIR")
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, then the summary, a JSON line each.")
 def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -130,13 +124,13 @@ def show_config(arguments: tuple[str, ...], schema: bool) -> None:
     if schema:
         click.echo(json.dumps(Config.model_json_schema(), indent=2))
     else:
-        click.echo(configuration.to_yaml(_config(arguments), commented=True), nl=False)
+        click.echo(configuration.to_yaml(configuration.load(*split(arguments)), commented=True), nl=False)
 
 
 @cli.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-@click.option("--out", default=None, help="Folder of the runs; finished ones in it are not run again.")
+@click.option("--out", default=None, type=PATH, help="Folder of the runs; finished ones in it are not run again.")
 @click.option("--only", default="", help="Runs to do now, by name, with commas between; the table has no others.")
 def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> None:
     """Run several experiments and compare them.
@@ -155,7 +149,9 @@ def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> 
 
 @cli.command()
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-@click.option("--out", default=None, help="Folder of the runs; the default is runs/demo, then -2, -3 where taken.")
+@click.option(
+    "--out", default=None, type=PATH, help="Folder of the runs; the default is runs/demo, then -2, -3 where taken."
+)
 def demo(overrides: tuple[str, ...], out: str | None) -> None:
     """Compare FedAvg, uniform quantization and FedLQ on real data, 50 clients of unequal links: about a minute."""
     folder, number = Path(out or "runs/demo"), 1
@@ -202,7 +198,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
 
 @cli.command()
 @ARGUMENTS
-@click.option("--out", default="layers.png", help="File of the heat map.", show_default=True)
+@click.option("--out", default="layers.png", type=PATH, help="File of the heat map.", show_default=True)
 def layers(arguments: tuple[str, ...], out: str) -> None:
     """Train `rounds` rounds of FedAvg, then tell what each layer saves and costs at each level.
 
@@ -214,7 +210,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
     from fedlq_ray.analysis import plots
     from fedlq_ray.analysis.layers import analyse
 
-    config = _config(arguments)
+    config = configuration.load(*split(arguments))
     plots.require_file(Path(out))
 
     def watch(record: dict[str, Any]) -> None:
@@ -254,7 +250,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
 
 
 @cli.command()
-@click.argument("where", required=False, metavar="[RUN_DIR | STORE]")
+@click.argument("where", required=False, type=PATH, metavar="[RUN_DIR | STORE]")
 @click.option("--port", default=5000, show_default=True)
 def ui(where: str | None, port: int) -> None:
     """Open MLflow's UI on the store that the runs used.
@@ -263,11 +259,12 @@ def ui(where: str | None, port: int) -> None:
     runs/, else mlflow.db in this folder.
     """
     store = _store(where)
-    if store.startswith("http"):
+    if store.startswith(("http://", "https://", "databricks")):
         click.echo(f"the runs are on {store}")
         return
     click.echo(f"MLflow on http://127.0.0.1:{port} with {store} (Ctrl-C ends it)")
-    server = ["server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    options = {"backend-store-uri": stores.for_mlflow(store), "host": "127.0.0.1", "port": str(port), "workers": "1"}
+    server = ["server", *(word for name, value in options.items() for word in (f"--{name}", value))]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server])  # so that signals reach the server itself
 
 
@@ -276,23 +273,26 @@ def _store(where: str | None) -> str:
     from fedlq_ray import rundir
 
     if where and "://" in where:
-        store = where
+        stores.require_usable(where, "", stores.Names("STORE"))
+        store = stores.absolute(where)
     else:
         newest = max(Path("runs").rglob("tracking.json"), key=lambda file: file.stat().st_mtime, default=None)
         folder = Path(where) if where else newest.parent if newest else None
         tracking = rundir.read(folder).tracking if folder else None
         if where and tracking is None:
             raise ConfigError(f"{where}: was run without tracking (tracking.uri=null)")
-        store = tracking.uri if tracking else Config().tracking.uri or ""
-    file = Path(store.removeprefix("sqlite:///"))
-    if store.startswith("sqlite:///") and not file.is_file():
+        store = tracking.uri if tracking else stores.absolute(Config().tracking.uri or "")
+    file = stores.sqlite_file(store)
+    if file and not file.is_file():
         raise ConfigError(f"{file}: no such MLflow store; a run with tracking makes one, or name it: fedlq ui STORE")
     return store
 
 
 @cli.command()
-@click.argument("folder", type=click.Path())
-def sync(folder: str) -> None:
+@click.argument("folder", type=PATH, metavar="RUN_DIR")
+@click.option("--uri", default=None, help="Another store or server than that of the run; later syncs use it as well.")
+@click.option("--experiment", default=None, help="Another experiment of MLflow; later syncs use it as well.")
+def sync(folder: str, uri: str | None, experiment: str | None) -> None:
     """Log a run's folder to MLflow, where its server was down; twice adds nothing."""
     from fedlq_ray import rundir, tracking
     from fedlq_ray.models import build
@@ -301,6 +301,8 @@ def sync(folder: str) -> None:
     where = found.tracking
     if where is None:
         raise ConfigError(f"{folder}: was run without tracking (tracking.uri=null)")
+    where = replace(where, uri=stores.absolute(uri or where.uri), experiment=experiment or where.experiment)
+    stores.require_usable(where.uri, where.experiment, stores.Names("--uri", "--experiment"))
     module = None
     if found.summary and where.dataset:
         profile, model = json.loads(where.dataset["profile"]), found.config.model
@@ -312,6 +314,7 @@ def sync(folder: str) -> None:
         run_id = tracking.sync(where, found.config, found.records, found.status, Path(folder), module)
     except Exception as exc:  # MLflow raises many kinds
         raise FedLQError(f"MLflow at {where.uri} failed: {first_line(exc)}") from exc
+    rundir.redirect(Path(folder), uri, experiment)
     click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from fedlq_ray.arguments import PATH
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.progress import Console
 
-SOURCES = click.argument("sources", nargs=-1, required=True, metavar="RUNS...")
+SOURCES = click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 STORE = click.option(
     "--tracking-uri", default=None, help="MLflow's store, such as sqlite:///mlflow.db, where RUNS are ids in it."
 )
@@ -47,7 +48,8 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     from fedlq_ray.analysis.runs import unlike as differences
 
     unlike = differences(outcome)
-    page = reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html")
+    shown = out.name if out.is_absolute() else out  # the report may travel
+    page = reporting.page(outcome, table, unlike, f"fedlq report {shown} --out report.html")
     (out / "report.html").write_text(page, encoding="utf-8")
     runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
     where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
@@ -74,7 +76,7 @@ def _write(file: Path, text: str) -> None:
 @STORE
 @REFERENCE
 @click.option("--format", "form", type=click.Choice(["text", "csv", "markdown"]), default="text", show_default=True)
-@click.option("--out", default=None, help="File to write; by default the table is printed.")
+@click.option("--out", default=None, type=PATH, help="File to write; by default the table is printed.")
 def compare(
     sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, form: str, out: str | None
 ) -> None:
@@ -98,7 +100,7 @@ def compare(
 @SOURCES
 @STORE
 @REFERENCE
-@click.option("--out", required=True, help="The HTML file to write.")
+@click.option("--out", required=True, type=PATH, help="The HTML file to write.")
 def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, out: str) -> None:
     """Write a report on runs: one HTML file that needs no network.
 
@@ -117,7 +119,7 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
 
 
 @click.command()
-@click.argument("run", metavar="RUN_DIR")
+@click.argument("run", type=PATH, metavar="RUN_DIR")
 @click.option("--tracking-uri", default=None, help="MLflow's store or server, where RUN_DIR is a run's id in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, a JSON line each.")
 def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:

@@ -10,6 +10,23 @@ from pathlib import Path
 from fedlq_ray.errors import ConfigError
 
 
+def expand(path: str, setting: str) -> str:
+    """A path whose first part is `~` or `~USER` with that home folder in its place; any other text as it is.
+
+    Args:
+        setting: that has the path, for messages.
+    Raises:
+        ConfigError: the home folder is not known.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as exc:
+        home = path.partition("/")[0]
+        raise ConfigError(f"{setting}: {path}: there is no home folder {home}; write the whole path") from exc
+
+
 def write_durably(file: Path, data: bytes | str) -> None:
     """A file that is there whole, or as it was before, whatever happens: written beside, synced, renamed, synced."""
     part = file.with_name(f".{file.name}.part")

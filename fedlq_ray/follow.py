@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray import rundir, tracking
+from fedlq_ray import rundir, stores
 from fedlq_ray.config import Config, load
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.files import is_locked
@@ -50,8 +50,9 @@ def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterato
     Raises:
         ConfigError: there is no such run, it is none of ours, or MLflow does not answer.
     """
-    client = tracking.connect(uri)
+    stores.require_readable(uri, "--tracking-uri")
     try:
+        client = stores.connect(uri)
         with tempfile.TemporaryDirectory() as scratch:
             config = load(client.download_artifacts(run_id, "config.yaml", scratch))
     except Exception as exc:  # MLflow raises many kinds

@@ -4,6 +4,7 @@ from fedlq_ray import startup  # noqa: F401  (before what a file of the user's c
 
 # isort: split
 import base64
+import contextlib
 import io
 import os
 import tarfile
@@ -15,6 +16,8 @@ import click
 import yaml
 
 from fedlq_ray import config as configuration
+from fedlq_ray import stores
+from fedlq_ray.arguments import PATH
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.progress import Console
 
@@ -24,7 +27,7 @@ LARGEST_BYTES = 256 * 2**20  # of results that are printed
 
 
 @click.command()
-@click.argument("out", metavar="OUT")
+@click.argument("out", type=PATH, metavar="OUT")
 @click.option("--print", "printing", is_flag=True, help="Print the results in OUT instead of running.")
 def job(out: str, printing: bool) -> None:
     """For clusters: run the YAML in the environment's FEDLQ_CONFIG into OUT, or go on with the run that is there.
@@ -41,6 +44,9 @@ def job(out: str, printing: bool) -> None:
     config = configuration.parse(_settings() | {"out": out}, source=CONFIG)
     if folder.is_absolute():
         require_shared(folder)
+    if config.tracking.uri and (store := stores.sqlite_file(config.tracking.uri)):
+        with contextlib.suppress(OSError):  # a folder of the machine that submitted the job
+            store.parent.mkdir(parents=True, exist_ok=True)
     with watch(config, Console(stderr=True, width=120), False) as report:
         if (folder / "config.yaml").exists():
             before = configuration.load(folder / "config.yaml")

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray import provenance, raysession, rundir, storage, tracking
+from fedlq_ray import provenance, raysession, rundir, storage, stores, tracking
 from fedlq_ray.config import Config, digest, load, parse, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
-from fedlq_ray.files import locked, write_durably
+from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.identity import identity, require_same
 from fedlq_ray.interrupts import Interrupts
 from fedlq_ray.parts import require_picklable
@@ -76,13 +76,14 @@ def simulate(
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
-        watch: called with each event: {"hosting", ...}, {"record": ...}, {"stopping": True}, {"weights": ...}.
-        parent: a comparison that this run belongs to, for MLflow.
+        watch: called with each event: {"started": [sentences]}, {"hosting", ...}, {"record": ...}, {"weights": ...}.
+        parent: a comparison that this run belongs to, for MLflow: any text; what follows the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
     """
     config = config if isinstance(config, Config) else parse({} if config is None else config)
+    rundir.require_trackable(config)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_host(task, strategy)
     place = Workplace(task)
@@ -120,7 +121,7 @@ def resume(
         CheckpointError: there are checkpoints, and none can be used.
         FedLQError: the run failed again.
     """
-    folder = Path(folder)
+    folder = Path(expand(str(folder), "folder"))
     found = rundir.read(folder)
     if found.summary:
         with _told(folder):
@@ -131,6 +132,7 @@ def resume(
         raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
     if config.rounds < found.config.rounds:
         raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
+    rundir.require_trackable(config, found)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_host(task, strategy)
     now = identity(task, make(Workplace(task).setting, strategy))
@@ -141,7 +143,7 @@ def resume(
         write_durably(folder / "config.yaml", to_yaml(config))
         if not (folder / "clients.csv").exists():
             rundir.describe_clients(folder, task)
-        track = found.tracking or rundir.track(folder, task, parent)
+        track = rundir.track_again(folder, task, found, parent)
         return _carry_out(task, strategy, folder, track, watch)
 
 
@@ -159,7 +161,7 @@ def _require_host(task: Task, strategy: Any) -> None:
 
 def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Result:
     """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
-    if config.out is not None and (Path(config.out) / "config.yaml").exists():
+    if config.out is not None and (Path(expand(config.out, "out")) / "config.yaml").exists():
         return resume(config.out, watch=watch, parent=parent)
     return simulate(config, watch=watch, parent=parent)
 
@@ -184,6 +186,8 @@ def _carry_out(
 ) -> Result:
     """Run in a folder that is ready, from its last checkpoint where it has one."""
     config = task.config
+    if watch:
+        watch({"started": [task.data.description, *stores.heard(config.tracking)]})
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {"made_by": provenance.made_by()}
