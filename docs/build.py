@@ -163,17 +163,19 @@ def stage(folder: Path) -> None:
         made[sources[notebook]] = notebook_page(notebook, docs / "notebooks")
     for page, text in made.items():
         page.parent.mkdir(exist_ok=True)
-        page.write_text(text)
+        page.write_text(text, encoding="utf-8")
     for source, page in sources.items():
         if page.suffix == ".md" and page.name != source.name:  # a notebook's
-            page.write_text(formulas(relink(page.read_text(), page, source, sources)))
+            text = page.read_text(encoding="utf-8")
+            page.write_text(formulas(relink(text, page, source, sources)), encoding="utf-8")
         elif page.suffix == ".md":
             page.parent.mkdir(parents=True, exist_ok=True)
-            page.write_text(formulas(relink(source.read_text(), page, source, sources)))
+            text = source.read_text(encoding="utf-8")
+            page.write_text(formulas(relink(text, page, source, sources)), encoding="utf-8")
         elif source.suffix in (".png", ".html"):
             page.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, page)
-    config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     for entry in config["nav"]:
         if "Results" in entry:
             entry["Results"] += sorted(
@@ -185,7 +187,7 @@ def stage(folder: Path) -> None:
         "python"
     ]
     python["paths"], python["options"]["extensions"] = [str(ROOT)], [str(ROOT / "docs/docstrings.py")]
-    (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ MARKS = "os^Dvx"
 
 
 def results(file: str) -> Any:
-    return json.loads((HERE / file).read_text())
+    return json.loads((HERE / file).read_text(encoding="utf-8"))
 
 
 def panels(count: int, width: float = 5.0, height: float = 4.0) -> tuple[Any, list[Any]]:

@@ -56,7 +56,7 @@ def table(rows: list[Row], targets: list[str]) -> list[str]:
 
 
 def main(file: str) -> None:
-    rows: dict[str, Row] = {row["run"]: row for row in json.loads(Path(file).read_text())["rows"]}
+    rows: dict[str, Row] = {row["run"]: row for row in json.loads(Path(file).read_text(encoding="utf-8"))["rows"]}
     populations = dict.fromkeys(name.partition("@")[2] for name in rows)
     targets = list(next(iter(rows.values()))["targets"])
     for population in populations:

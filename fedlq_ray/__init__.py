@@ -1,11 +1,13 @@
 """A simulator of communication-efficient federated learning: clients as Ray actors, quantized layer by layer."""
 
+import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
-from fedlq_ray.config import Config
 from fedlq_ray.errors import CheckpointError, ClientError, ConfigError, DivergedError, FedLQError, PayloadError
 
 if TYPE_CHECKING:
+    from fedlq_ray.config import Config
     from fedlq_ray.simulation import Result, resume, simulate
 
 __all__ = [
@@ -20,12 +22,22 @@ __all__ = [
     "resume",
     "simulate",
 ]
+# Imported when they are asked for: client processes need neither, and startup.py comes before all libraries.
+_LATER = {"Config": "config", "Result": "simulation", "resume": "simulation", "simulate": "simulation"}
+
+if os.path.expanduser("~") == "~":  # no HOME, and no entry of the user's: MLflow and others could not be imported
+    os.environ["HOME"] = "/nonexistent"
 
 
 def __getattr__(name: str) -> Any:
-    # pandas and the rest are for who calls `simulate`: client processes never import them.
-    if name in ("Result", "resume", "simulate"):
-        from fedlq_ray import simulation
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    except Exception as exc:
+        from fedlq_ray.shadows import explain
 
-        return getattr(simulation, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        told = explain()
+        if told is None:
+            raise
+        raise ImportError(told) from exc

@@ -1,35 +1,57 @@
 """The `fedlq` command."""
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
+import contextlib
+import io
 import json
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fedlq_ray import cli_analysis
+from fedlq_ray import cli_analysis, stores
 from fedlq_ray import config as configuration
+from fedlq_ray.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.config import Config
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.interrupts import OutputClosed, silence
 from fedlq_ray.job import job
-from fedlq_ray.parts import make_importable
+from fedlq_ray.progress import Console
 from fedlq_ray.submit import submit
 
-ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+
+class _Commands(click.Group):
+    """Commands that let BrokenPipeError through, which click knows by its number and ends the program for."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _unnumbered():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _unnumbered():
+            return super().invoke(ctx)
 
 
-def _config(arguments: tuple[str, ...]) -> Config:
-    """An optional YAML file, then overrides."""
-    path = next((a for a in arguments if "=" not in a), None)
-    return configuration.load(path, [a for a in arguments if a is not path])
+@contextlib.contextmanager
+def _unnumbered() -> Iterator[None]:
+    try:
+        yield
+    except OutputClosed:
+        raise
+    except BrokenPipeError as exc:
+        raise BrokenPipeError from exc
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="fedlq-ray")
 def cli() -> None:
     """Simulate communication-efficient federated learning: clients as Ray actors, quantized layer by layer.
@@ -52,14 +74,14 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
     from fedlq_ray.progress import watch
     from fedlq_ray.simulation import simulate
 
-    config = _config(arguments)
+    config = configuration.load(*split(arguments))
     with watch(config, Console(stderr=True), as_json) as report:
         result = simulate(config, watch=report)
     _tell(result, config, as_json)
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(), metavar="RUN_DIR")
+@click.argument("folder", type=PATH, metavar="RUN_DIR")
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, then the summary, a JSON line each.")
 def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -102,13 +124,13 @@ def show_config(arguments: tuple[str, ...], schema: bool) -> None:
     if schema:
         click.echo(json.dumps(Config.model_json_schema(), indent=2))
     else:
-        click.echo(configuration.to_yaml(_config(arguments), commented=True), nl=False)
+        click.echo(configuration.to_yaml(configuration.load(*split(arguments)), commented=True), nl=False)
 
 
 @cli.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-@click.option("--out", default=None, help="Folder of the runs; finished ones in it are not run again.")
+@click.option("--out", default=None, type=PATH, help="Folder of the runs; finished ones in it are not run again.")
 @click.option("--only", default="", help="Runs to do now, by name, with commas between; the table has no others.")
 def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> None:
     """Run several experiments and compare them.
@@ -127,7 +149,9 @@ def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> 
 
 @cli.command()
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-@click.option("--out", default=None, help="Folder of the runs; the default is runs/demo, then -2, -3 where taken.")
+@click.option(
+    "--out", default=None, type=PATH, help="Folder of the runs; the default is runs/demo, then -2, -3 where taken."
+)
 def demo(overrides: tuple[str, ...], out: str | None) -> None:
     """Compare FedAvg, uniform quantization and FedLQ on real data, 50 clients of unequal links: about a minute."""
     folder, number = Path(out or "runs/demo"), 1
@@ -161,7 +185,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False, markup=False))
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
-    compare.save(table, file.read_text(), cli_analysis.command(), out / "table.json")
+    compare.save(table, file.read_text(encoding="utf-8"), cli_analysis.command(), out / "table.json")
     pictures = compare.plot(outcome, out / "accuracy.png")
     cli_analysis.show(table, outcome)
     cli_analysis.conclude(table, outcome, out, pictures)
@@ -174,7 +198,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
 
 @cli.command()
 @ARGUMENTS
-@click.option("--out", default="layers.png", help="File of the heat map.", show_default=True)
+@click.option("--out", default="layers.png", type=PATH, help="File of the heat map.", show_default=True)
 def layers(arguments: tuple[str, ...], out: str) -> None:
     """Train `rounds` rounds of FedAvg, then tell what each layer saves and costs at each level.
 
@@ -186,7 +210,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
     from fedlq_ray.analysis import plots
     from fedlq_ray.analysis.layers import analyse
 
-    config = _config(arguments)
+    config = configuration.load(*split(arguments))
     plots.require_file(Path(out))
 
     def watch(record: dict[str, Any]) -> None:
@@ -226,7 +250,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
 
 
 @cli.command()
-@click.argument("where", required=False, metavar="[RUN_DIR | STORE]")
+@click.argument("where", required=False, type=PATH, metavar="[RUN_DIR | STORE]")
 @click.option("--port", default=5000, show_default=True)
 def ui(where: str | None, port: int) -> None:
     """Open MLflow's UI on the store that the runs used.
@@ -235,11 +259,12 @@ def ui(where: str | None, port: int) -> None:
     runs/, else mlflow.db in this folder.
     """
     store = _store(where)
-    if store.startswith("http"):
+    if store.startswith(("http://", "https://", "databricks")):
         click.echo(f"the runs are on {store}")
         return
     click.echo(f"MLflow on http://127.0.0.1:{port} with {store} (Ctrl-C ends it)")
-    server = ["server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    options = {"backend-store-uri": stores.for_mlflow(store), "host": "127.0.0.1", "port": str(port), "workers": "1"}
+    server = ["server", *(word for name, value in options.items() for word in (f"--{name}", value))]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server])  # so that signals reach the server itself
 
 
@@ -248,23 +273,26 @@ def _store(where: str | None) -> str:
     from fedlq_ray import rundir
 
     if where and "://" in where:
-        store = where
+        stores.require_usable(where, "", stores.Names("STORE"))
+        store = stores.absolute(where)
     else:
         newest = max(Path("runs").rglob("tracking.json"), key=lambda file: file.stat().st_mtime, default=None)
         folder = Path(where) if where else newest.parent if newest else None
         tracking = rundir.read(folder).tracking if folder else None
         if where and tracking is None:
             raise ConfigError(f"{where}: was run without tracking (tracking.uri=null)")
-        store = tracking.uri if tracking else Config().tracking.uri or ""
-    file = Path(store.removeprefix("sqlite:///"))
-    if store.startswith("sqlite:///") and not file.is_file():
+        store = tracking.uri if tracking else stores.absolute(Config().tracking.uri or "")
+    file = stores.sqlite_file(store)
+    if file and not file.is_file():
         raise ConfigError(f"{file}: no such MLflow store; a run with tracking makes one, or name it: fedlq ui STORE")
     return store
 
 
 @cli.command()
-@click.argument("folder", type=click.Path())
-def sync(folder: str) -> None:
+@click.argument("folder", type=PATH, metavar="RUN_DIR")
+@click.option("--uri", default=None, help="Another store or server than that of the run; later syncs use it as well.")
+@click.option("--experiment", default=None, help="Another experiment of MLflow; later syncs use it as well.")
+def sync(folder: str, uri: str | None, experiment: str | None) -> None:
     """Log a run's folder to MLflow, where its server was down; twice adds nothing."""
     from fedlq_ray import rundir, tracking
     from fedlq_ray.models import build
@@ -273,6 +301,8 @@ def sync(folder: str) -> None:
     where = found.tracking
     if where is None:
         raise ConfigError(f"{folder}: was run without tracking (tracking.uri=null)")
+    where = replace(where, uri=stores.absolute(uri or where.uri), experiment=experiment or where.experiment)
+    stores.require_usable(where.uri, where.experiment, stores.Names("--uri", "--experiment"))
     module = None
     if found.summary and where.dataset:
         profile, model = json.loads(where.dataset["profile"]), found.config.model
@@ -283,7 +313,8 @@ def sync(folder: str) -> None:
     try:
         run_id = tracking.sync(where, found.config, found.records, found.status, Path(folder), module)
     except Exception as exc:  # MLflow raises many kinds
-        raise FedLQError(f"MLflow at {where.uri} failed: {str(exc).splitlines()[0]}") from exc
+        raise FedLQError(f"MLflow at {where.uri} failed: {first_line(exc)}") from exc
+    rundir.redirect(Path(folder), uri, experiment)
     click.echo(f"{len(found.records)} rounds of {folder} are in {where.uri}, run {run_id}")
 
 
@@ -295,27 +326,55 @@ for command in cli_analysis.COMMANDS:
 
 def main() -> None:
     """Entry point: errors become one message and an exit code."""
-    make_importable(os.getcwd())
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="replace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says at length that the home cannot be written
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    code: Any = 0
     try:
-        code = cli(standalone_mode=False) or 0
+        _require_sane(sys.argv[1:])
+        code: Any = cli(standalone_mode=False) or 0
     except ConfigError as exc:
-        click.echo(f"error: {exc}", err=True)
+        _say(f"error: {exc}")
         code = 2
     except click.ClickException as exc:
-        exc.show()
+        with contextlib.suppress(BrokenPipeError):
+            exc.show()
         code = 2
     except FedLQError as exc:
-        click.echo(f"failed: {exc}", err=True)
+        _say(f"failed: {exc}")
         code = 1
+    except BrokenPipeError as exc:
+        if isinstance(exc, OutputClosed):
+            _say("the output was closed; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
+        code = 141
     except (KeyboardInterrupt, click.Abort) as exc:
-        click.echo("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, goes on", err=True)
+        _say("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
         cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps what it meets
         code = 143 if type(cause).__name__ == "Terminated" else 130
+    silence()
     sys.exit(code)
+
+
+def _require_sane(arguments: Sequence[str]) -> None:
+    """Refuse a folder in which PyTorch cannot be imported, and arguments that no file of a run could hold."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed; call fedlq in a folder that exists") from None
+    for argument in arguments:
+        if argument != argument.encode(errors="replace").decode():
+            raise ConfigError(f"{os.fsencode(argument)!r}: is not text in {sys.getfilesystemencoding()}")
+
+
+def _say(text: str) -> None:
+    """A line on stderr, if anybody reads it."""
+    try:
+        click.echo(text, err=True)
+    except BrokenPipeError:
+        silence()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.arguments import PATH
+from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.progress import Console
 
-SOURCES = click.argument("sources", nargs=-1, required=True, metavar="RUNS...")
+SOURCES = click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 STORE = click.option(
     "--tracking-uri", default=None, help="MLflow's store, such as sqlite:///mlflow.db, where RUNS are ids in it."
 )
@@ -47,7 +48,9 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     from fedlq_ray.analysis.runs import unlike as differences
 
     unlike = differences(outcome)
-    (out / "report.html").write_text(reporting.page(outcome, table, unlike, f"fedlq report {out} --out report.html"))
+    shown = out.name if out.is_absolute() else out  # the report may travel
+    page = reporting.page(outcome, table, unlike, f"fedlq report {shown} --out report.html")
+    (out / "report.html").write_text(page, encoding="utf-8")
     runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
     where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
     if where is None:
@@ -57,12 +60,12 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     try:
         tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
     except Exception as exc:  # telemetry: the runs are done and kept
-        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {str(exc).splitlines()[0]}", err=True)
+        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {first_line(exc)}", err=True)
 
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"--out: {file}: {exc.strerror}") from exc
     click.echo(f"written: {file}")
@@ -73,7 +76,7 @@ def _write(file: Path, text: str) -> None:
 @STORE
 @REFERENCE
 @click.option("--format", "form", type=click.Choice(["text", "csv", "markdown"]), default="text", show_default=True)
-@click.option("--out", default=None, help="File to write; by default the table is printed.")
+@click.option("--out", default=None, type=PATH, help="File to write; by default the table is printed.")
 def compare(
     sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, form: str, out: str | None
 ) -> None:
@@ -97,7 +100,7 @@ def compare(
 @SOURCES
 @STORE
 @REFERENCE
-@click.option("--out", required=True, help="The HTML file to write.")
+@click.option("--out", required=True, type=PATH, help="The HTML file to write.")
 def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, out: str) -> None:
     """Write a report on runs: one HTML file that needs no network.
 
@@ -116,7 +119,7 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
 
 
 @click.command()
-@click.argument("run", metavar="RUN_DIR")
+@click.argument("run", type=PATH, metavar="RUN_DIR")
 @click.option("--tracking-uri", default=None, help="MLflow's store or server, where RUN_DIR is a run's id in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, a JSON line each.")
 def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:

@@ -1,5 +1,8 @@
 """The driver: an actor that runs the rounds, tracks them, and streams their records to who started it."""
 
+from fedlq_ray.startup import make_importable  # before what a file of the user's could hide
+
+# isort: split
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,6 @@ from fedlq_ray import rundir
 from fedlq_ray.checkpoint import Snapshot
 from fedlq_ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
 from fedlq_ray.identity import identity
-from fedlq_ray.parts import make_importable
 from fedlq_ray.rounds import Outcome, run
 from fedlq_ray.serial import SerialHost
 from fedlq_ray.storage import Saver, checkpoints, latest

@@ -43,3 +43,17 @@ def _client_error(kind: type[ClientError], message: str, round: int, client: int
 
 class DivergedError(ClientError):
     """A client's training left the finite numbers: its settings are to blame, not the machine."""
+
+
+def first_line(exc: BaseException) -> str:
+    """The first line of an exception's message, with the next one where it ends in a colon; else the type's name."""
+    try:
+        lines = [line.strip() for line in str(exc).splitlines()]
+    except Exception:  # a broken __str__
+        lines = []
+    told = ""
+    for line in filter(None, lines):
+        told = f"{told} {line}".strip()
+        if not told.endswith(":"):
+            break
+    return told.rstrip(": ") or type(exc).__name__

@@ -10,6 +10,23 @@ from pathlib import Path
 from fedlq_ray.errors import ConfigError
 
 
+def expand(path: str, setting: str) -> str:
+    """A path whose first part is `~` or `~USER` with that home folder in its place; any other text as it is.
+
+    Args:
+        setting: that has the path, for messages.
+    Raises:
+        ConfigError: the home folder is not known.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as exc:
+        home = path.partition("/")[0]
+        raise ConfigError(f"{setting}: {path}: there is no home folder {home}; write the whole path") from exc
+
+
 def write_durably(file: Path, data: bytes | str) -> None:
     """A file that is there whole, or as it was before, whatever happens: written beside, synced, renamed, synced."""
     part = file.with_name(f".{file.name}.part")
@@ -49,7 +66,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process has it.
     """
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
         for left in reversed(range(5)):  # who only looks (`is_locked`) holds it for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Whether a process has the folder to itself."""
     try:
-        with (folder / ".lock").open() as lock:
+        with (folder / ".lock").open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray import rundir, tracking
+from fedlq_ray import rundir, stores
 from fedlq_ray.config import Config, load
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.files import is_locked
 
 Event = dict[str, Any]
@@ -50,12 +50,13 @@ def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterato
     Raises:
         ConfigError: there is no such run, it is none of ours, or MLflow does not answer.
     """
-    client = tracking.connect(uri)
+    stores.require_readable(uri, "--tracking-uri")
     try:
+        client = stores.connect(uri)
         with tempfile.TemporaryDirectory() as scratch:
             config = load(client.download_artifacts(run_id, "config.yaml", scratch))
     except Exception as exc:  # MLflow raises many kinds
-        raise ConfigError(f"{run_id}: no run of fedlq in {uri}: {str(exc).splitlines()[0]}") from exc
+        raise ConfigError(f"{run_id}: no run of fedlq in {uri}: {first_line(exc)}") from exc
     return config, _from_mlflow(client, run_id, every_s)
 
 

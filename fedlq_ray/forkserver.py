@@ -93,7 +93,7 @@ def _connect(address: Path) -> socket.socket | None:
 
 def _start(address: Path, raylet: str) -> socket.socket:
     """Start the server, unless another stub does; a connection to it."""
-    with address.with_suffix(".lock").open("w") as lock:
+    with address.with_suffix(".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         link = _connect(address)
         if link is not None:

@@ -1,5 +1,8 @@
 """Clients as Ray actors: `dedicated`, an actor each, or `packed`, many in a few actors."""
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
 import asyncio
 import contextlib
 import itertools
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from fedlq_ray import forkserver
 from fedlq_ray.device import reproducible
-from fedlq_ray.errors import ClientError, DivergedError, FedLQError
+from fedlq_ray.errors import ClientError, DivergedError, FedLQError, first_line
 from fedlq_ray.models import saved_bytes
 from fedlq_ray.placement import Nodes, asks, deal, fitting, on
 from fedlq_ray.settings import ClientsConfig
@@ -99,8 +102,10 @@ class Bell:
 
 def _why(exc: Exception) -> str:
     """What happened to an actor, in a line; what its own constructor raised is the last of Ray's lines."""
-    first, *_, last = str(exc).splitlines() * 2
-    return last if "creation task" in first else f"{type(exc).__name__}: {first.rstrip('.:')}"
+    first = first_line(exc)
+    return (
+        str(exc).strip().splitlines()[-1] if "creation task" in first else f"{type(exc).__name__}: {first.rstrip('.')}"
+    )
 
 
 def _get(ref: Any, timeout: float | None = None) -> Any:

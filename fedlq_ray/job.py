@@ -1,6 +1,10 @@
 """`fedlq job`: what a cluster runs for `fedlq submit`."""
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
 import base64
+import contextlib
 import io
 import os
 import tarfile
@@ -10,10 +14,12 @@ from typing import Any
 
 import click
 import yaml
-from rich.console import Console
 
 from fedlq_ray import config as configuration
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray import stores
+from fedlq_ray.arguments import PATH
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.progress import Console
 
 CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as YAML
 RESULTS = "fedlq-results:"  # goes before the results in the log of a job that prints them
@@ -21,7 +27,7 @@ LARGEST_BYTES = 256 * 2**20  # of results that are printed
 
 
 @click.command()
-@click.argument("out", metavar="OUT")
+@click.argument("out", type=PATH, metavar="OUT")
 @click.option("--print", "printing", is_flag=True, help="Print the results in OUT instead of running.")
 def job(out: str, printing: bool) -> None:
     """For clusters: run the YAML in the environment's FEDLQ_CONFIG into OUT, or go on with the run that is there.
@@ -38,6 +44,9 @@ def job(out: str, printing: bool) -> None:
     config = configuration.parse(_settings() | {"out": out}, source=CONFIG)
     if folder.is_absolute():
         require_shared(folder)
+    if config.tracking.uri and (store := stores.sqlite_file(config.tracking.uri)):
+        with contextlib.suppress(OSError):  # a folder of the machine that submitted the job
+            store.parent.mkdir(parents=True, exist_ok=True)
     with watch(config, Console(stderr=True, width=120), False) as report:
         if (folder / "config.yaml").exists():
             before = configuration.load(folder / "config.yaml")
@@ -84,7 +93,7 @@ def require_shared(folder: Path) -> None:
     from ray.exceptions import RayError
 
     from fedlq_ray.placement import on
-    from fedlq_ray.simulation import start_ray
+    from fedlq_ray.raysession import start_ray
 
     start_ray()
     marker = folder.parent / f".{uuid.uuid4().hex}"
@@ -102,9 +111,7 @@ def require_shared(folder: Path) -> None:
         ]
         blind = [address for address, answer in asked if not ray.get(answer)]
     except RayError as exc:
-        raise FedLQError(
-            f"out: a node left while it was asked for {marker.parent}: {str(exc).splitlines()[0]}"
-        ) from exc
+        raise FedLQError(f"out: a node left while it was asked for {marker.parent}: {first_line(exc)}") from exc
     finally:
         marker.unlink(missing_ok=True)
     if blind:

@@ -1,5 +1,8 @@
 """Several runs at a time, each a Ray task on a core of its own; what is shown of them is read from their folders."""
 
+from fedlq_ray.startup import make_importable  # before what a file of the user's could hide
+
+# isort: split
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +12,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
 
 from fedlq_ray import follow, progress, rundir
 from fedlq_ray.config import Config
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.files import is_locked
-from fedlq_ray.parts import make_importable
-from fedlq_ray.simulation import Interrupts, run_or_resume, start_ray
+from fedlq_ray.interrupts import Interrupts
+from fedlq_ray.raysession import start_ray
+from fedlq_ray.simulation import run_or_resume
 
 # What a run may take, asked of Ray for each: 0.7 GB measured with Fashion-MNIST, 1.0 GB with CIFAR-10.
 RUN_BYTES = 2e9
@@ -65,7 +68,9 @@ def _run(config: Config, parent: str, folder: str) -> list[str]:
     return [str(warning.message) for warning in told if warning.category is UserWarning]
 
 
-def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tuple[Config, FedLQError | None]]:
+def run(
+    configs: Sequence[Config], parent: str, console: progress.Console
+) -> Iterator[tuple[Config, FedLQError | None]]:
     """Run all, as many at a time as this node's cores and memory bear; gives each as it ends, and why it failed.
 
     An interrupt ends all at their next payload, so that they can go on later; a second one at once.
@@ -81,17 +86,22 @@ def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tu
         try:
             while running:
                 done, _ = ray.wait(list(running), timeout=1)
-                for one in watched.values():
-                    one.look()
+                with interrupts.showing():
+                    for one in watched.values():
+                        one.look()
                 for ref in done:
                     config = running.pop(ref)
-                    failure = _outcome(ref, config, console)
-                    watched.pop(str(config.out)).close()
+                    warned, failure = _outcome(ref)
+                    with interrupts.showing():
+                        for warning in warned:
+                            console.print(f"{config.out}: {warning}", highlight=False, markup=False)
+                        watched.pop(str(config.out)).close()
                     if interrupts.received is None:
                         yield config, failure
                 if interrupts.received is not None and not stopping:
                     stopping = True
-                    console.print("stopping; interrupt again to end at once", highlight=False, markup=False)
+                    with interrupts.showing():
+                        console.print("stopping; interrupt again to end at once", highlight=False, markup=False)
                     for ref in running:
                         ray.cancel(ref)
         finally:
@@ -100,18 +110,16 @@ def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tu
     interrupts.pass_on()
 
 
-def _outcome(ref: Any, config: Config, console: Console) -> FedLQError | None:
-    """Why a run failed, None where it did not; what it warned of is told."""
+def _outcome(ref: Any) -> tuple[list[str], FedLQError | None]:
+    """What a run warned of, and why it failed: None where it did not."""
     try:
-        for warning in ray.get(ref):
-            console.print(f"{config.out}: {warning}", highlight=False, markup=False)
+        return ray.get(ref), None
     except RayTaskError as exc:
         if isinstance(exc.cause, ConfigError):
             raise exc.cause from None
-        return exc.cause if isinstance(exc.cause, FedLQError) else FedLQError(repr(exc.cause))
+        return [], exc.cause if isinstance(exc.cause, FedLQError) else FedLQError(repr(exc.cause))
     except RayError as exc:
-        return FedLQError(next(iter(str(exc).splitlines()), type(exc).__name__))
-    return None
+        return [], FedLQError(first_line(exc))
 
 
 class _Watched:

@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray.errors import ConfigError
-
-
-def make_importable(folder: str | Path) -> None:
-    """Let `module:attribute` paths find modules in `folder` (the user's working directory)."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+from fedlq_ray.errors import ConfigError, first_line
 
 
 def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
@@ -39,7 +33,7 @@ def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{kind}: cannot import {module_name!r} ({type(exc).__name__}: {exc})") from exc
     for step in attribute.split("."):
         if not hasattr(part, step):
-            raise ConfigError(f"{kind}: module {module_name!r} has no {attribute!r}")
+            raise ConfigError(f"{kind}: module {module_name!r} has no {attribute!r}{_hidden(module_name)}")
         part = getattr(part, step)
     return part
 
@@ -58,11 +52,21 @@ def require_picklable(given: Mapping[str, Any]) -> None:
         try:
             cloudpickle.dumps(part)
         except Exception as exc:  # a user's part may hold anything
-            why = f"{type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}"
+            why = f"{type(exc).__name__}: {first_line(exc)}"
             raise ConfigError(
                 f"{kind}: cannot be sent to Ray's actors ({why}); keep locks, files and connections out of it, or use "
                 "clients.hosting=serial"
             ) from exc
+
+
+def _hidden(module_name: str) -> str:
+    """What to add where the user has a module of this name, and another of the same name was found."""
+    found = getattr(sys.modules[module_name], "__file__", None)
+    own = Path(*module_name.split("."))
+    for file in (own.with_name(f"{own.name}.py"), own / "__init__.py"):
+        if file.is_file() and not (found and file.samefile(found)):
+            return f"; it is {found or 'a part of Python'}, which comes before your {file}: rename yours"
+    return ""
 
 
 def takes(factory: Callable[..., Any], name: str) -> bool:

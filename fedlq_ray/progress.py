@@ -5,10 +5,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from fedlq_ray.config import Config
+
+
+class Console(rich.console.Console):
+    """A terminal, or a file. Where nobody reads it any more, printing raises BrokenPipeError."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the program
 
 
 def bars(console: Console, hidden: bool = False) -> Progress:
@@ -49,6 +56,8 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
             if "record" in event:
                 print(json.dumps(event["record"]), flush=True)
             return
+        if event.get("started"):
+            console.print(f"{name}: {'; '.join(event['started'])}", highlight=False, markup=False)
         if "hosting" in event:
             actors = f", {event['actors']} actors" if event["actors"] else ""
             console.print(f"{name}: hosting {event['hosting']}{actors} ({event['why']})", highlight=False, markup=False)

@@ -29,24 +29,32 @@ def commit() -> str | None:
     """The commit of the checkout that the working directory lies in, `-dirty` behind it where files differ."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+        done = subprocess.run(command, capture_output=True, check=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
-        return None  # not in a checkout
-    return done.stdout.strip()
+        return None  # not in a checkout, or git is missing, slow, or refuses a folder of another user
+    return done.stdout.decode(errors="replace").strip()
 
 
 def machine() -> str:
     """The processor's name, how many cores this process may use, and the NVIDIA GPUs."""
-    name = platform.processor() or platform.machine()
+    names = _values(Path("/proc/cpuinfo"), "model name")  # none: not Linux, or a processor that tells no name
+    name = names[0] if names else platform.processor() or platform.machine()
+    gpus = Path("/proc/driver/nvidia/gpus")
+    models = [model for file in gpus.glob("*/information") for model in _values(file, "Model")]
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor that tells no name
-    gpus = [file.read_text() for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-    models = [line.split(":", 1)[1].strip() for told in gpus for line in told.splitlines() if line.startswith("Model")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores: int | None = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not Linux
+        cores = os.cpu_count()
     return ", ".join([name, f"{cores} cores", *models])
+
+
+def _values(file: Path, key: str) -> list[str]:
+    """What a file of /proc has for a key, a value per line; nothing where it cannot be read."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def made_by() -> dict[str, Any]:
@@ -57,6 +65,13 @@ def made_by() -> dict[str, Any]:
 def tags() -> dict[str, str]:
     """What made a result, for MLflow."""
     made_by = {f"version.{name}": number for name, number in versions().items()}
-    made_by |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
+    made_by |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
     found = commit()
     return made_by | ({"mlflow.source.git.commit": found} if found else {})
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a number that has no name, as in many containers
+        return str(os.getuid())

@@ -7,7 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-from fedlq_ray import provenance
+from fedlq_ray import provenance, stores
 from fedlq_ray.config import Config, digest, load, to_yaml
 from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.files import locked, make_folder, write_durably
+from fedlq_ray.files import expand, locked, make_folder, write_durably
 from fedlq_ray.models import FlatModel
 from fedlq_ray.profiles import Profile
 from fedlq_ray.task import Task
-from fedlq_ray.tracking import Tracking, absolute, now_ms
+from fedlq_ray.tracking import Tracking, now_ms
 
 Record = dict[str, Any]
 PROFILE_COLUMNS = [field.name for field in fields(Profile)]
@@ -38,7 +38,7 @@ def create(config: Config) -> Path:
     settings = to_yaml(config)
     try:
         if config.out is not None:
-            folder = Path(config.out)
+            folder = Path(expand(config.out, "out"))
             if (folder / "summary.json").exists():
                 raise ConfigError(f"out: {folder} holds a finished run; name another, or remove it")
             if folder.exists() and not (folder / "config.yaml").exists() and not _is_empty(folder):
@@ -79,16 +79,62 @@ def describe_clients(folder: Path, task: Task) -> None:
     write_durably(folder / "clients.csv", file.getvalue())
 
 
+def require_trackable(config: Config, before: "Run | None" = None) -> None:
+    """
+    Args:
+        before: the run that resumes: with the same settings it is tracked where it was.
+    Raises:
+        ConfigError: the run cannot be tracked as its settings say.
+    """
+    if before and before.tracking and before.config.tracking == config.tracking:
+        stores.require_usable(before.tracking.uri, before.tracking.experiment)
+    else:
+        stores.require(config.tracking)
+
+
 def track(folder: Path, task: Task, parent: str | None, tags: Mapping[str, str] | None = None) -> Tracking | None:
     """Where this run is tracked, kept in tracking.json; None where tracking is off."""
     settings = task.config.tracking
     if settings.uri is None:
         return None
     made_by = {**provenance.tags(), **(tags or {})}
-    uri = absolute(settings.uri)
-    tracking = Tracking(uri, settings.experiment, uuid.uuid4().hex, now_ms(), parent, made_by, _dataset(task))
-    write_durably(folder / "tracking.json", json.dumps(asdict(tracking), indent=1))
-    return tracking
+    key, started_ms = uuid.uuid4().hex, now_ms()
+    tracking = Tracking(settings.uri, settings.experiment, key, started_ms, parent, made_by, _dataset(task))
+    return note(folder, tracking)
+
+
+def track_again(folder: Path, task: Task, before: "Run", parent: str | None) -> Tracking | None:
+    """The same for a run that resumes: where it was tracked, or where its settings now say, as the same run."""
+    settings = task.config.tracking
+    if before.tracking is None or settings.uri is None:
+        return track(folder, task, parent)
+    if settings == before.config.tracking:
+        return before.tracking
+    return note(folder, replace(before.tracking, uri=settings.uri, experiment=settings.experiment))
+
+
+def note(folder: Path, tracking: Tracking) -> Tracking:
+    """Keep in tracking.json where a run is tracked, by an address as a user writes it; gives the absolute one."""
+    noted = asdict(tracking) | {"uri": stores.kept(tracking.uri, folder)}
+    write_durably(folder / "tracking.json", json.dumps(noted, indent=1))
+    return replace(tracking, uri=stores.absolute(tracking.uri))
+
+
+def move(folder: Path, to: Path) -> None:
+    """Rename a run's folder, so that it still finds its store."""
+    folder.rename(to)
+    if (file := to / "tracking.json").exists():
+        noted = json.loads(file.read_text(encoding="utf-8"))
+        noted["uri"] = stores.kept(noted["uri"], to, folder)
+        write_durably(file, json.dumps(noted, indent=1))
+
+
+def redirect(folder: Path, uri: str | None, experiment: str | None) -> None:
+    """Keep another store or experiment in a run's tracking.json; None leaves what is there."""
+    changed = {"uri": stores.kept(uri, folder) if uri else None, "experiment": experiment}
+    noted = json.loads((folder / "tracking.json").read_text(encoding="utf-8"))
+    noted |= {name: value for name, value in changed.items() if value}
+    write_durably(folder / "tracking.json", json.dumps(noted, indent=1))
 
 
 def _dataset(task: Task) -> dict[str, str]:
@@ -186,7 +232,7 @@ class Journal:
         self._sum = hashlib.sha256(lines)
 
     def __enter__(self) -> "Journal":
-        self._stream = self.file.open("a")
+        self._stream = self.file.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -246,7 +292,7 @@ def read(folder: str | Path) -> Run:
     folder, file = Path(folder), settings(folder)
 
     def parsed(name: str) -> Any:
-        return json.loads((folder / name).read_text()) if (folder / name).exists() else None
+        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else None
 
     try:
         summary, tracking, timing = parsed("summary.json"), parsed("tracking.json"), parsed("timing.json")
@@ -257,7 +303,7 @@ def read(folder: str | Path) -> Run:
             load(file),
             records,
             summary,
-            Tracking(**tracking) if tracking else None,
+            Tracking(**tracking | {"uri": stores.absolute(tracking["uri"], folder)}) if tracking else None,
             # A run that was killed outright had no time to write how it ended.
             "FINISHED" if summary else (timing or {}).get("status", "FAILED"),
         )

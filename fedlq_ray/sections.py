@@ -111,12 +111,13 @@ class Section(BaseModel):
 
 
 def keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every setting: its dotted path, its pydantic field, and its default."""
+    """Every setting: its dotted path, its pydantic field, and its default, that without environment variables."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field, field.default
+            extra: Any = field.json_schema_extra or {}
+            yield f"{prefix}{name}", field, extra.get("default", field.default)
 
 
 def is_text(field: Any) -> bool:

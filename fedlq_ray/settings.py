@@ -1,10 +1,15 @@
 """Every setting, typed, with its unit, bounds and meaning."""
 
-from typing import Annotated, Literal
+import os
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.sections import Args, Section, Text, key
+
+VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}  # defaults of TrackingConfig
+
 
 Positive = Annotated[float, Field(gt=0)]
 Level = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
@@ -187,9 +192,24 @@ class CheckpointConfig(Section):
     path: Text | None = key(None, "their folder, or an address such as s3://bucket/run; null: in the run's folder")
 
 
+def variable(name: str, default: str, meaning: str, **bounds: Any) -> Any:
+    """A setting whose default is an environment variable, where that is set and not empty."""
+
+    def value() -> str:
+        found = os.environ.get(name) or default
+        if len(found) > 500:
+            raise ConfigError(f"{name}: must have at most 500 characters, and has {len(found)}")
+        return found
+
+    meaning = f"{meaning}; the default is {name}, where that is set"
+    return Field(default_factory=value, description=meaning, json_schema_extra={"default": default}, **bounds)
+
+
 class TrackingConfig(Section):
-    uri: Text | None = key("sqlite:///mlflow.db", "MLflow's tracking store or server; null: none")
-    experiment: Text = key("fedlq", "MLflow's experiment", min_length=1, max_length=500)
+    uri: Text | None = variable(
+        VARIABLES["uri"], "sqlite:///mlflow.db", "MLflow's tracking store or server; null: none"
+    )
+    experiment: Text = variable(VARIABLES["experiment"], "fedlq", "MLflow's experiment", min_length=1, max_length=500)
 
 
 class Config(Section):
@@ -213,7 +233,7 @@ class Config(Section):
     strategy: StrategyConfig = StrategyConfig()
     network: NetworkConfig = NetworkConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":

@@ -3,11 +3,6 @@
 import contextlib
 import copy
 import json
-import logging
-import os
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +15,19 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray import forkserver, provenance, rundir, storage, tracking
+from fedlq_ray import provenance, raysession, rundir, storage, stores, tracking
 from fedlq_ray.config import Config, digest, load, parse, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
-from fedlq_ray.files import locked, write_durably
+from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.identity import identity, require_same
+from fedlq_ray.interrupts import Interrupts
 from fedlq_ray.parts import require_picklable
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
 
 Event = dict[str, Any]
-_RESTARTS = 3  # of a driver that dies, without a round more than before
 
 
 @dataclass(frozen=True)
@@ -63,10 +58,6 @@ class Result:
         return notebook.html(self.path)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: as an interrupt, with another exit code."""
-
-
 def simulate(
     config: Config | Mapping[str, Any] | None = None,
     *,
@@ -85,13 +76,14 @@ def simulate(
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
-        watch: called with each event: {"hosting", ...}, {"record": ...}, {"stopping": True}, {"weights": ...}.
-        parent: a comparison that this run belongs to, for MLflow.
+        watch: called with each event: {"started": [sentences]}, {"hosting", ...}, {"record": ...}, {"weights": ...}.
+        parent: a comparison that this run belongs to, for MLflow: any text; what follows the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
     """
     config = config if isinstance(config, Config) else parse({} if config is None else config)
+    rundir.require_trackable(config)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_host(task, strategy)
     place = Workplace(task)
@@ -129,7 +121,7 @@ def resume(
         CheckpointError: there are checkpoints, and none can be used.
         FedLQError: the run failed again.
     """
-    folder = Path(folder)
+    folder = Path(expand(str(folder), "folder"))
     found = rundir.read(folder)
     if found.summary:
         with _told(folder):
@@ -140,6 +132,7 @@ def resume(
         raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
     if config.rounds < found.config.rounds:
         raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
+    rundir.require_trackable(config, found)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_host(task, strategy)
     now = identity(task, make(Workplace(task).setting, strategy))
@@ -150,16 +143,17 @@ def resume(
         write_durably(folder / "config.yaml", to_yaml(config))
         if not (folder / "clients.csv").exists():
             rundir.describe_clients(folder, task)
-        track = found.tracking or rundir.track(folder, task, parent)
+        track = rundir.track_again(folder, task, found, parent)
         return _carry_out(task, strategy, folder, track, watch)
 
 
 def _require_host(task: Task, strategy: Any) -> None:
-    """Refuse a run in this process on a GPU that it does not have, and one on Ray whose parts cannot travel.
+    """Refuse a run on a Ray that cannot be joined, with parts that cannot travel, or on a GPU that is not here.
 
     Ray's actors look for their GPUs when they start.
     """
     if task.config.clients.hosting != "serial":
+        raysession.require_address()
         require_picklable({"model.name": task.module, "strategy.quantizer": task.quantizer, "strategy.name": strategy})
     elif task.config.train.device == "cuda":
         require_gpu()
@@ -167,7 +161,7 @@ def _require_host(task: Task, strategy: Any) -> None:
 
 def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Result:
     """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
-    if config.out is not None and (Path(config.out) / "config.yaml").exists():
+    if config.out is not None and (Path(expand(config.out, "out")) / "config.yaml").exists():
         return resume(config.out, watch=watch, parent=parent)
     return simulate(config, watch=watch, parent=parent)
 
@@ -177,6 +171,8 @@ def _told(folder: Path) -> Iterator[None]:
     """A full disk and its like as one message: what was written before is whole."""
     try:
         yield
+    except BrokenPipeError:  # of the output, not of a file
+        raise
     except OSError as exc:
         raise FedLQError(f"{exc.filename or folder}: {exc.strerror or exc}; go on with: fedlq resume {folder}") from exc
 
@@ -190,12 +186,14 @@ def _carry_out(
 ) -> Result:
     """Run in a folder that is ready, from its last checkpoint where it has one."""
     config = task.config
+    if watch:
+        watch({"started": [task.data.description, *stores.heard(config.tracking)]})
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {"made_by": provenance.made_by()}
     status, hurry = "FAILED", False
     interrupts = Interrupts()
-    host = _serial if config.clients.hosting == "serial" else _on_ray
+    host = _serial if config.clients.hosting == "serial" else raysession.events
     try:
         for event in host(task, strategy, track, interrupts, folder.resolve()):
             if "record" in event:
@@ -213,7 +211,8 @@ def _carry_out(
             elif "hosting" in event:
                 timing |= event
             if watch:
-                watch(event)
+                with interrupts.showing():
+                    watch(event)
         status = "FINISHED" if last.get("completed") else "KILLED"
     except KeyboardInterrupt:
         status, hurry = "KILLED", True
@@ -251,149 +250,8 @@ def _attach(folder: Path, track: tracking.Tracking, config: Config, records: lis
         warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
 
 
-class Interrupts:
-    """SIGINT and SIGTERM as a wish: the first is only noted, and the run ends at the next payload; a second ends all.
-
-    To be entered after ray.init, which sets handlers of its own; without effect outside of the main thread.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def pass_on(self) -> None:
-        """What was noted, as an exception."""
-        if self.received is not None:
-            raise Terminated if self.received == signal.SIGTERM else KeyboardInterrupt
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
     from fedlq_ray.driver import drive_serially
 
     with reproducible(task.config.train.device), interrupts:
         yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None, folder)
-
-
-def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine; twice is once.
-
-    Raises:
-        FedLQError: neither is possible.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
-    try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except Exception as exc:  # ValueError, ConnectionError, RuntimeError, and what else a system raises
-        where = os.environ.get("RAY_ADDRESS")
-        hint = f"is there a cluster at RAY_ADDRESS={where}?" if where else "is there room in /dev/shm and in /tmp?"
-        raise FedLQError(f"Ray did not start: {next(iter(str(exc).splitlines()), repr(exc))}; {hint}") from exc
-
-
-def _on_ray(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
-    """The driver actor's events; a driver that dies, or loses what it needs, is started again from the checkpoint."""
-    import ray
-    from ray.exceptions import (
-        ObjectStoreFullError,
-        OutOfDiskError,
-        OutOfMemoryError,
-        RayActorError,
-        RayError,
-        RayTaskError,
-    )
-
-    start_ray()
-    with interrupts:
-        left, furthest, shared = _RESTARTS, -1, None
-        while True:
-            try:
-                shared = shared or ray.put(task)
-                for event in _driven(shared, strategy, track, interrupts, folder, task.config.clients.timeout_s):
-                    if "record" in event and event["record"]["round"] > furthest:
-                        left, furthest = _RESTARTS, event["record"]["round"]
-                    yield event
-                return
-            except RayTaskError as exc:
-                cause = exc.cause
-                if isinstance(cause, FedLQError | OSError):
-                    raise cause from None
-                if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
-                    raise _full(cause, folder) from None
-                fault = f"the driver failed: {cause!r}"
-                if not isinstance(cause, RayError) or not left:
-                    raise FedLQError(fault) from None
-            except (RayActorError, OutOfMemoryError) as exc:
-                fault = f"the driver actor died: {str(exc).splitlines()[0]}"
-                if not left:
-                    raise FedLQError(fault) from None
-            except (ObjectStoreFullError, OutOfDiskError) as exc:
-                raise _full(exc, folder) from exc
-            except RayError as exc:
-                raise FedLQError(f"Ray: {str(exc).splitlines()[0]}") from exc
-            left -= 1
-            yield {"restarted": fault}
-
-
-def _full(exc: Exception, folder: Path) -> FedLQError:
-    """What to do where Ray has no room for an object; to begin again at once would not help."""
-    return FedLQError(
-        f"Ray's object store has no room ({type(exc).__name__}: {str(exc).splitlines()[0]}): free /dev/shm, and disk "
-        f"in Ray's temporary folder, or take a smaller model or cohort; go on with: fedlq resume {folder}"
-    )
-
-
-def _driven(
-    task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path, timeout_s: float
-) -> Iterator[Event]:
-    """One driver actor's events. It is forked, as clients' are, and lives on this node: the run's folder is here.
-
-    Where it does not answer for `timeout_s`, it is ended for good: one that woke up later would write to the folder.
-    """
-    import ray
-    from ray.exceptions import RayActorError
-
-    from fedlq_ray.driver import Driver
-    from fedlq_ray.placement import options
-
-    here = options(ray.get_runtime_context().get_node_id(), forkserver.command())
-    driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]
-    stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
-    told, pid, asked = False, None, time.monotonic()
-    alive = driver.alive.remote()
-    try:
-        while True:
-            if interrupts.received is not None and not told:
-                told = True
-                driver.stop.remote()
-                yield {"stopping": True}
-            if ray.wait([stream], timeout=0.2)[0]:
-                try:
-                    yield ray.get(next(stream))
-                except StopIteration:
-                    return
-            elif ray.wait([alive], timeout=0)[0]:
-                if time.monotonic() - asked > timeout_s / 4 or pid is None:
-                    pid, asked, alive = ray.get(alive), time.monotonic(), driver.alive.remote()
-            elif pid and time.monotonic() - asked > timeout_s:
-                with contextlib.suppress(OSError):  # it is gone
-                    os.kill(pid, signal.SIGKILL)
-                raise RayActorError(error_msg=f"it said nothing for {timeout_s:g} s")
-    finally:
-        ray.kill(driver)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlq_ray.checkpoint import STATE, Snapshot, pack, unpack
 from fedlq_ray.config import Config
 from fedlq_ray.errors import CheckpointError
-from fedlq_ray.files import make_folder, write_durably
+from fedlq_ray.files import expand, make_folder, write_durably
 from fedlq_ray.settings import CheckpointConfig
 
 SUFFIX = ".ckpt"
@@ -107,7 +107,7 @@ def checkpoints(folder: Path, config: Config) -> Folder:
     name = folder / "checkpoints.id"
     if not name.exists():
         write_durably(name, uuid.uuid4().hex)
-    return Folder(config.checkpoint.path, f"{name.read_text()}-")
+    return Folder(expand(config.checkpoint.path, "checkpoint.path"), name.read_text(encoding="utf-8") + "-")
 
 
 def clear(folder: Path, config: Config) -> None:

@@ -17,7 +17,7 @@ import socket
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,8 +26,11 @@ import click
 
 import fedlq_ray
 from fedlq_ray import config as configuration
+from fedlq_ray import stores
+from fedlq_ray.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.config import Config
-from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.files import expand
 from fedlq_ray.job import CONFIG, RESULTS
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -36,11 +39,13 @@ EXCLUDES = ["runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "build/", "dist/"]
 
 
 @click.command()
-@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+@ARGUMENTS
 @click.option("--address", default=ADDRESS, show_default=True, help="The cluster's dashboard.")
 @click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
 @click.option("--attach", metavar="ID", help="Submit nothing; wait for this job, and fetch its results.")
-@click.option("--working-dir", default=".", show_default=True, help="Folder of the files that the run needs; uploaded.")
+@click.option(
+    "--working-dir", default=".", type=PATH, show_default=True, help="Folder of the files that the run needs; uploaded."
+)
 @click.option("--driver", multiple=True, metavar="NAME=AMOUNT", help="Resources of the driver's node; none: the head.")
 def submit(
     arguments: tuple[str, ...],
@@ -60,8 +65,7 @@ def submit(
     """
     if attach and arguments:
         raise ConfigError(f"--attach {attach}: takes no configuration, that job has its own")
-    path = next((a for a in arguments if "=" not in a), None)
-    config = configuration.load(path, [a for a in arguments if a is not path])
+    config = configuration.load(*split(arguments))
     where = _resources(driver)
     with _told(address):
         client = _connect(address)
@@ -69,7 +73,10 @@ def submit(
             job, config = attach, _config_of(client.get_job_info(attach))
             local = _local(config)
         else:
-            local, job = _local(config), _next(client, config, address)
+            local = _local(config)
+            if local and stores.sqlite_file(config.tracking.uri or ""):  # it is here
+                stores.require(config.tracking)
+            job = _next(client, config, address)
             _send(client, job, config, working_dir, where)
             click.echo(f"{job}: submitted to {address}", err=True)
         if no_wait:
@@ -95,16 +102,19 @@ def _resources(given: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _stays(config: Config) -> bool:
-    """Whether the results stay where the cluster writes them."""
+    """Whether the results stay where the cluster writes them; `~/x` is a folder here."""
     return config.out is not None and Path(config.out).is_absolute()
 
 
 def _local(config: Config) -> Path | None:
     """Where fetched results go: `out`, or the first runs/NAME-SEED that is free."""
+    if _stays(config):
+        return None
     if config.out is not None:
-        if not _stays(config) and Path(config.out).exists():
-            raise ConfigError(f"out: {config.out} is there already; name another, or remove it")
-        return None if _stays(config) else Path(config.out)
+        local = Path(expand(config.out, "out"))
+        if local.exists():
+            raise ConfigError(f"out: {local} is there already; name another, or remove it")
+        return local
     stem, number = f"runs/{config.name}-{config.seed}", 1
     while Path(stem if number == 1 else f"{stem}-{number}").exists():
         number += 1
@@ -121,17 +131,19 @@ def _told(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as exc:
         raise ConfigError(
-            f"--address {address}: {str(exc).splitlines()[0].lower().rstrip('.')}; set RAY_AUTH_TOKEN to the cluster's "
+            f"--address {address}: {first_line(exc).lower().rstrip('.')}; set RAY_AUTH_TOKEN to the cluster's "
             "token (on its head: ray get-auth-token)"
         ) from exc
+    except BrokenPipeError:  # of the output: the job API's own errors are those below
+        raise
     except (ConnectionError, requests.RequestException) as exc:
-        raise FedLQError(f"{address}: the connection was lost ({str(exc).splitlines()[0]}); the job goes on") from exc
+        raise FedLQError(f"{address}: the connection was lost ({first_line(exc)}); the job goes on") from exc
     except (RuntimeError, ValueError) as exc:
         missing = re.search(r"status code 404: (Job .* does not exist)", str(exc))
         if missing:
             raise ConfigError(f"--address {address}: {missing[1]}") from exc
-        lines = str(exc).strip().splitlines() or [type(exc).__name__]
-        raise FedLQError(f"{address}: {lines[-1] if 'Traceback' in str(exc) else lines[0]}") from exc
+        told = str(exc).strip().splitlines()[-1] if "Traceback" in str(exc) else first_line(exc)
+        raise FedLQError(f"{address}: {told}") from exc
 
 
 def _connect(address: str) -> Any:
@@ -150,9 +162,8 @@ def _connect(address: str) -> Any:
         raise ConfigError(f"--address {address}: no Ray cluster answers ({why}); cluster/README.md starts one") from exc
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray lets them go before an address that is given
         os.environ.pop(name, None)
-    if (
-        any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")))
-        or Path("~/.ray/auth_token").expanduser().exists()
+    if any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) or os.path.exists(
+        os.path.expanduser("~/.ray/auth_token")  # stays as it is where there is no home folder
     ):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
@@ -301,13 +312,11 @@ def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | Non
 def _track_here(config: Config, local: Path) -> None:
     """Log a fetched run to the MLflow store that is a file here; a server has had it from the cluster."""
     from fedlq_ray import rundir, tracking
-    from fedlq_ray.files import write_durably
 
     found, uri = rundir.read(local), config.tracking.uri or ""
-    if found.tracking is None or not uri.startswith("sqlite:///"):
+    if found.tracking is None or stores.sqlite_file(uri) is None:
         return
-    where = replace(found.tracking, uri=tracking.absolute(uri))
-    write_durably(local / "tracking.json", json.dumps(asdict(where), indent=1))
+    where = rundir.note(local, replace(found.tracking, uri=uri))
     try:
         tracking.sync(where, found.config, found.records, found.status, local)
     except Exception as exc:  # telemetry: the results are here

@@ -12,7 +12,9 @@ are accuracies that the table tells the time to, beside `target_accuracy`.
 
 import itertools
 import json
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +22,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from fedlq_ray import reclock, rundir, storage
+from fedlq_ray import reclock, rundir, storage, stores
 from fedlq_ray.config import UNREADABLE, Config, change, digest, parse, plain, read, unreadable
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
+from fedlq_ray.files import expand
 from fedlq_ray.tracking import now_ms
 
 KEYS = ("base", "tune", "tuning", "runs", "populations", "seeds", "targets")
@@ -170,9 +173,18 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
     Args:
         start: called with configurations and the name of the MLflow parent; runs each, with nothing but what it says,
             or goes on with it where its folder holds an unfinished run; gives each as it ends, and why it failed.
-        tell: called with a line about what failed, and about what tuning chose.
+        tell: called with a line about what failed, about what tuning chose, and about variables of MLflow's.
+    Raises:
+        ConfigError: a run cannot be tracked as its settings say.
     """
-    parent = f"{out.resolve()}/{comparison.name}"
+    out = Path(expand(str(out), "out"))
+    configs = [config for configs in comparison.runs.values() for config in configs]
+    configs += [config for tries in comparison.tuning.values() for config in tries.values()]
+    for config in {repr(config.tracking): config for config in configs}.values():
+        stores.require(config.tracking)
+        for line in stores.heard(config.tracking):
+            tell(line)
+    parent = _parent(comparison, out)
 
     def finish(wanted: Mapping[Path, Config]) -> dict[Path, Finished]:
         return _finish(wanted, out, start, parent, tell)
@@ -212,8 +224,20 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
             aside.mkdir(parents=True)
             for folder in own:
                 if folder.exists():
-                    folder.rename(aside / folder.name)
+                    rundir.move(folder, aside / folder.name)
     return Outcome({label: results[label] for label in comparison.runs}, tuned, comparison.targets)
+
+
+def _parent(comparison: Comparison, out: Path) -> str:
+    """What its runs have in MLflow as their parent: that of the runs that are in `out` already, else a new one."""
+    folders = [out / f"{label}-{config.seed}" for label, configs in comparison.runs.items() for config in configs]
+    folders += [out / "tune" / label / tried for label, tries in comparison.tuning.items() for tried in tries]
+    for file in (folder / "tracking.json" for folder in folders):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
+            found = json.loads(file.read_text(encoding="utf-8"))["parent"]
+            if isinstance(found, str):
+                return found
+    return f"{uuid.uuid4().hex}/{comparison.name}"
 
 
 def _best_first(tried: Mapping[str, Finished]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedlq_ray.config import Config
 from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
 from fedlq_ray.errors import FedLQError
+from fedlq_ray.files import expand
 from fedlq_ray.models import MODELS, FlatModel, Layer, build, training_flops
 from fedlq_ray.profiles import Profile, load_profiles
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
@@ -76,6 +77,7 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
     Raises:
         ConfigError: something of the user's input is wrong.
     """
+    expand(config.checkpoint.path or "", "checkpoint.path")
     how = config.data
     with seeded(config.seed, "data"):  # a user's function may draw from global generators
         if data is not None:

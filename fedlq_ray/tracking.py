@@ -5,8 +5,8 @@ and logging the same record again adds nothing. A run is found again by its tag 
 """
 
 import csv
+import hashlib
 import json
-import os
 import queue
 import re
 import tempfile
@@ -14,16 +14,15 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedlq_ray import stores
 from fedlq_ray.config import Config, digest, flat, to_yaml
-from fedlq_ray.errors import ConfigError
-from fedlq_ray.files import alone
+from fedlq_ray.errors import ConfigError, first_line
 
 FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
 _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
@@ -35,7 +34,8 @@ class Tracking:
     """Where a run is tracked, and as what: all that `fedlq sync` needs to go on.
 
     Attributes:
-        parent: the comparison that the run belongs to.
+        uri: the store; a SQLite file by its absolute path, but by one that begins at the run's folder in tracking.json.
+        parent: the comparison that the run belongs to: what identifies it, and after the last / its name.
         dataset: the fields of MLflow's dataset: name, digest, source_type, source, profile.
     """
 
@@ -48,50 +48,35 @@ class Tracking:
     dataset: dict[str, str] = field(default_factory=dict)
 
 
-def absolute(uri: str) -> str:
-    """The same store, also from another working directory: MLflow keeps a store by its address as it is written."""
-    path = uri.removeprefix("sqlite:///")
-    return uri if path == uri else f"sqlite:///{Path(path).resolve()}"
-
-
-def connect(uri: str) -> Any:
-    """A client of an MLflow store or server."""
-    # A server that is down must cost seconds, not the twenty minutes of MLflow's defaults.
-    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    os.environ.pop("MLFLOW_RUN_ID", None)  # else an enclosing run would be taken for ours
-    import logging
-
-    import mlflow
-
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    uri = absolute(uri)
-    with _alone(uri):  # two that make a file's tables at the same time spoil it
-        return mlflow.MlflowClient(tracking_uri=uri)
-
-
-def _alone(uri: str) -> AbstractContextManager[None]:
-    """No other process of this machine in here with the same store, if it is a file; with no server, if it is one."""
-    folder = Path(uri.removeprefix("sqlite:///")).parent
-    return alone(folder if uri.startswith("sqlite:///") and folder.is_dir() else Path(tempfile.gettempdir()))
+def _plain(key: str) -> str:
+    """A key as MLflow's filters take it without quoting: itself where it is short and plain, else a digest of it."""
+    if re.fullmatch(r"[\w./ -]{1,250}", key):
+        return key
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
 def find_or_create(
     client: Any, tracking: Tracking, key: str, name: str, tags: Mapping[str, str], started_ms: int
 ) -> str:
-    """The id of the run with this key: made where there is none, so that logging twice makes one run."""
+    """The id of the run with this key: made where there is none, so that logging twice makes one run.
+
+    Raises:
+        ConfigError: the experiment is deleted.
+    """
+    key = _plain(key)
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
-        where = tracking.uri.removeprefix("sqlite:///")
+        file = stores.sqlite_file(tracking.uri)
         # Else MLflow would put artifacts under the working directory of whatever process makes the experiment.
-        artifacts = None if where == tracking.uri else (Path(where).parent / "mlruns").as_uri()
+        artifacts = file and (file.parent / "mlruns").as_uri()
         try:
             # The kind makes MLflow's UI open on runs and their charts, not on traces of language models.
             kind = {"mlflow.experimentKind": "custom_model_development"}
             experiment_id = client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
         except Exception:  # another run made it in the meantime, or the store is down: then the next line tells
             experiment_id = client.get_experiment_by_name(tracking.experiment).experiment_id
+    elif experiment.lifecycle_stage == "deleted":
+        raise ConfigError(stores.deleted_experiment(tracking.experiment, tracking.uri))
     else:
         experiment_id = experiment.experiment_id
     found = client.search_runs([experiment_id], f"tags.`fedlq.run_key` = '{key}'", max_results=1)
@@ -104,9 +89,10 @@ def find_or_create(
 def _parent(client: Any, tracking: Tracking) -> str:
     """The id of the comparison that a run belongs to."""
     assert tracking.parent is not None
-    name = tracking.parent.rsplit("/", 1)[-1]
+    shown = "".join(c if c.isprintable() else "?" for c in tracking.parent.rsplit("/", 1)[-1])
+    name = shown[:250] or "comparison"
     kind = {"fedlq.kind": "comparison"}
-    with _alone(tracking.uri):  # its runs may all start now, and one is to make it
+    with stores.exclusive(tracking.uri):  # its runs may all start now, and one is to make it
         run_id = find_or_create(client, tracking, tracking.parent, name, kind, tracking.started_ms)
     client.set_terminated(run_id)  # it only holds its children together
     return run_id
@@ -114,7 +100,7 @@ def _parent(client: Any, tracking: Tracking) -> str:
 
 def conclude(tracking: Tracking, note: str, files: Sequence[Path]) -> None:
     """Give the comparison that a run belongs to its result: a note in markdown, and files as artifacts."""
-    client = connect(tracking.uri)
+    client = stores.connect(tracking.uri)
     run_id = _parent(client, tracking)
     for file in files:
         client.log_artifact(run_id, str(file))
@@ -147,7 +133,8 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
     client.log_text(run_id, to_yaml(config), "config.yaml")
     if tracking.dataset:
         context = [InputTag("mlflow.data.context", "training")]
-        client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**tracking.dataset), context)])
+        with stores.exclusive(tracking.uri):  # MLflow fails where two runs add the same dataset at the same time
+            client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**tracking.dataset), context)])
     return run_id
 
 
@@ -208,7 +195,7 @@ class Tracker:
 
     def _work(self) -> None:
         try:
-            client = connect(self._tracking.uri)
+            client = stores.connect(self._tracking.uri)
             run_id = open_run(client, self._tracking, self._config)
             client.update_run(run_id, status="RUNNING")  # a run that goes on was KILLED or FAILED
             totals: dict[str, int] = {}
@@ -216,7 +203,7 @@ class Tracker:
                 log_record(client, run_id, self._tracking, item, totals)
             client.set_terminated(run_id, item)
         except Exception as exc:  # telemetry must never end a training run
-            self.failure = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"[:300]
+            self.failure = f"{type(exc).__name__}: {first_line(exc)}"[:300]
 
 
 def sync(
@@ -232,7 +219,7 @@ def sync(
     Args:
         module: the model that model.safetensors belongs to; without it MLflow gets that file, and no model of its own.
     """
-    client = connect(tracking.uri)
+    client = stores.connect(tracking.uri)
     run_id = open_run(client, tracking, config)
     totals: dict[str, int] = {}
     for record in records:
@@ -253,7 +240,7 @@ def mark(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]
             sync(tracking, config, records, status, None)
             told[0] = ""
         except Exception as exc:  # telemetry: the run's own error is what the user must see
-            told[0] = f"{type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}"[:300]
+            told[0] = f"{type(exc).__name__}: {first_line(exc)}"[:300]
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -265,7 +252,7 @@ def attach(
     tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], folder: Path, module: Any = None
 ) -> None:
     """Add a finished run's files, pictures and model to what its driver has logged."""
-    client = connect(tracking.uri)
+    client = stores.connect(tracking.uri)
     run_id = open_run(client, tracking, config)
     _log_files(client, run_id, tracking, config, records, folder, module)
     client.set_terminated(run_id, "FINISHED")
@@ -287,8 +274,10 @@ def _log_files(
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
     if (folder / "summary.json").exists():
-        _log_summary(client, run_id, tracking, config, json.loads((folder / "summary.json").read_text()))
-    with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="") as table:
+        _log_summary(
+            client, run_id, tracking, config, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        )
+    with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="", encoding="utf-8") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
         plots.labels(counts, Path(made) / "labels.png")
         curves = plots.accuracy({config.strategy.name: [records]}, config.target_accuracy, config.network.bill)
@@ -360,8 +349,9 @@ def fetch(uri: str, source: str, to: Path) -> list[Path]:
     Raises:
         ConfigError: there is none, it holds no finished run, or MLflow does not answer.
     """
+    stores.require_readable(uri, "--tracking-uri")
     try:
-        client = connect(uri)
+        client = stores.connect(uri)
         experiment = client.get_experiment_by_name(source)
         if experiment:
             runs = client.search_runs([experiment.experiment_id], "params.evaluate_on = 'test'", max_results=5000)
@@ -371,7 +361,7 @@ def fetch(uri: str, source: str, to: Path) -> list[Path]:
             runs = client.search_runs([run.info.experiment_id], children, max_results=5000) or [run]
         return [folder for run in runs if (folder := _files(client, run, to))]
     except Exception as exc:  # MLflow raises many kinds
-        raise ConfigError(f"{source}: no such run or experiment in {uri}: {str(exc).splitlines()[0]}") from exc
+        raise ConfigError(f"{source}: no such run or experiment in {uri}: {first_line(exc)}") from exc
 
 
 def _files(client: Any, run: Any, to: Path) -> Path | None:

@@ -16,6 +16,23 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_variables_of_mlflow_at_first():
+    """Variables of MLflow's are defaults of settings: modules' fixtures must not see them."""
+    _forget_variables_of_mlflow()
+
+
+@pytest.fixture(autouse=True)
+def no_variables_of_mlflow():
+    """The same for each test: MLflow's server and `mlflow.set_tracking_uri` set them."""
+    _forget_variables_of_mlflow()
+
+
+def _forget_variables_of_mlflow():
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        os.environ.pop(variable, None)
+
+
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory):
     """A Ray of two cores for a module's tests, which are in a folder of their own."""

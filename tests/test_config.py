@@ -74,3 +74,16 @@ def test_what_cannot_be_is_told_before_a_round(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         simulate(load(None, [*settings, f"out={tmp_path}/run", "tracking.uri=null", "clients.hosting=serial"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_documented_defaults_do_not_depend_on_the_environment(monkeypatch):
+    def documented():
+        return {path: default for path, _, default in keys()}, Config.model_json_schema()
+
+    before = documented()
+    assert before[0]["tracking.uri"] == "sqlite:///mlflow.db" and before[0]["tracking.experiment"] == "fedlq"
+    assert before[1]["$defs"]["TrackingConfig"]["properties"]["uri"]["default"] == "sqlite:///mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    assert documented() == before
+    assert "uri: http://elsewhere" in to_yaml(Config(), commented=True)  # what a run would have

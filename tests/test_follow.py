@@ -73,11 +73,11 @@ def test_a_failed_run_is_told_as_such(tmp_path):
 
 
 def test_mlflow_tells_the_same_as_the_folder(tmp_path):
-    from fedlq_ray import tracking
+    from fedlq_ray import stores
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     result = simulate(load(None, [*QUICK, "evaluate_every=2"]))
-    client = tracking.connect(uri)
+    client = stores.connect(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("fedlq").experiment_id])
     config, events = follow.mlflow(uri, run.info.run_id)
     *records, last = list(events)

@@ -12,7 +12,7 @@ import pytest
 from faults import MARK, left
 
 import fedlq_ray
-from fedlq_ray import tracking
+from fedlq_ray import stores
 from fedlq_ray.config import load
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
@@ -54,7 +54,7 @@ def test_hosting_changes_no_byte_of_adaptive_work_coded_downlinks_ef21_or_probes
 
 def test_mlflow_has_the_run_and_syncing_twice_adds_nothing():
     result = run("clients.hosting=packed", "clients.actors=1", "tracking.experiment=seen")
-    client = tracking.connect("sqlite:///mlflow.db")
+    client = stores.connect("sqlite:///mlflow.db")
     experiment = client.get_experiment_by_name("seen").experiment_id
 
     def history():
@@ -117,7 +117,7 @@ def test_an_interrupt_keeps_what_was_done(number, code):
 
 
 def status_in_mlflow(experiment):
-    client = tracking.connect("sqlite:///mlflow.db")
+    client = stores.connect("sqlite:///mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     return found.info.status
 

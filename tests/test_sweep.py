@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -291,3 +292,34 @@ def test_the_table_carries_what_made_it_and_a_failure_is_exit_code_1(tmp_path):
     table = json.loads((tmp_path / "runs/s/table.json").read_text())
     assert table["sweep"].startswith("base:") and table["command"] == "fedlq sweep s.yaml"
     assert {"commit", "machine", "versions"} < set(table) and [r["failed"] for r in table["rows"]] == [1, 0]
+
+
+def test_a_sweep_in_any_folder_finds_its_parent_in_mlflow_again(tmp_path, monkeypatch):
+    folder = tmp_path / "o'brien?"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    tracked = BASE.replace("{uri: null}", "{experiment: e}")
+
+    def runs(names):
+        (folder / "s.yaml").write_text(tracked + f"runs: {names}\n", encoding="utf-8")
+        start = in_turn(lambda config, parent: run_or_resume(config, parent=parent))
+        return run(load("s.yaml"), Path("out"), start, [].append)
+
+    runs("{a: []}")
+    rest = runs("{b: [], a: []}")
+    database = sqlite3.connect("mlflow.db")
+    parents = database.execute(
+        "select value, count(*) from tags where key = 'mlflow.parentRunId' group by value"
+    ).fetchall()
+    assert [count for _, count in parents] == [2]
+    assert database.execute("select name from runs where run_uuid = ?", (parents[0][0],)).fetchall() == [("s",)]
+    for finished in rest.runs.values():
+        assert str(tmp_path) not in (finished[0].folder / "tracking.json").read_text(encoding="utf-8")
+
+
+def test_a_sweep_is_refused_where_one_of_its_runs_could_not_be_tracked(tmp_path):
+    started = []
+    (tmp_path / "s.yaml").write_text(BASE + "runs: {a: [], b: [tracking.uri=mlruns]}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="^tracking.uri: 'mlruns': MLflow has no stores in folders"):
+        run(load("s.yaml"), Path("out"), lambda configs, parent: started.extend(configs) or [], [].append)
+    assert not started and not Path("out").exists()

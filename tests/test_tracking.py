@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tracked import QUICK, rows, run
 
-from fedlq_ray import ClientError, resume, rundir, simulate, tracking
+from fedlq_ray import ClientError, ConfigError, cli, resume, rundir, simulate, stores, tracking
 from fedlq_ray.config import load
+from fedlq_ray.interrupts import Terminated
 from fedlq_ray.rundir import journal
-from fedlq_ray.simulation import Terminated
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -92,18 +93,18 @@ def test_ui_finds_the_store_of_the_runs():
 
 
 def test_two_processes_may_make_a_store_at_the_same_time():
-    code = "from fedlq_ray import tracking; tracking.connect('sqlite:///mlflow.db').search_experiments()"
+    code = "from fedlq_ray import stores; stores.connect('sqlite:///mlflow.db').search_experiments()"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=200) for process in both] == [0, 0]
-    assert tracking.connect("sqlite:///mlflow.db").search_experiments()
+    assert stores.connect("sqlite:///mlflow.db").search_experiments()
 
 
 def test_runs_that_start_at_once_have_one_parent():
     code = """
 import sys
-from fedlq_ray import tracking
-uri = tracking.absolute("sqlite:///mlflow.db")
-client = tracking.connect(uri)
+from fedlq_ray import stores, tracking
+uri = stores.absolute("sqlite:///mlflow.db")
+client = stores.connect(uri)
 its = tracking.Tracking(uri, "fedlq", "key", 1, parent="here/both")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -124,7 +125,7 @@ def test_the_same_relative_store_in_two_folders_is_two_stores(tmp_path, monkeypa
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         run(f"tracking.experiment={name}")
-        found = tracking.connect("sqlite:///mlflow.db").search_experiments(filter_string="name != 'Default'")
+        found = stores.connect("sqlite:///mlflow.db").search_experiments(filter_string="name != 'Default'")
         assert [experiment.name for experiment in found] == [name]
 
 
@@ -153,3 +154,50 @@ def test_the_list_reads_well_and_the_model_loads(tmp_path):
     model = pytorch.load_model(f"runs:/{run_id}/model")
     weights = load_file(result.path / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_in_a_folder_of_any_name_is_found_compared_and_synced_also_when_it_is_moved(tmp_path, monkeypatch):
+    folder, moved = tmp_path / "o'brien a?b#c%20[é]", tmp_path / "it's moved"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    simulate(load(None, QUICK), parent="it's \"any\" text; /it's `one`\n")
+    for file in Path("runs/demo-0").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+    noted = json.loads(Path("runs/demo-0/tracking.json").read_text(encoding="utf-8"))
+    assert noted["uri"] == "sqlite:///../../mlflow.db"
+    assert cli._store(None) == f"sqlite:///{folder}/mlflow.db"
+    assert rows("select name from runs order by name") == [("demo-0",), ("it's `one`?",)]
+    ((run_id,),) = rows("select run_uuid from runs where name = 'demo-0'")
+    compared = CliRunner().invoke(cli.cli, ["compare", run_id, "--tracking-uri", "sqlite:///mlflow.db"])
+    assert compared.exit_code == 0 and " demo " in compared.output
+    folder.rename(moved)
+    monkeypatch.chdir("/")
+    for more in ([], ["--experiment", "it's another"], []):
+        done = CliRunner().invoke(cli.cli, ["sync", str(moved / "runs/demo-0"), *more], catch_exceptions=False)
+        assert done.exit_code == 0 and f"are in sqlite:///{moved}/mlflow.db" in done.output
+    monkeypatch.chdir(moved)
+    assert rows("select e.name, count(*) from runs r join experiments e using (experiment_id) group by e.name") == [
+        ("fedlq", 2),
+        ("it's another", 2),
+    ]
+    now = json.loads(Path("runs/demo-0/tracking.json").read_text(encoding="utf-8"))
+    assert now == noted | {"experiment": "it's another"}
+    wrong = CliRunner().invoke(cli.cli, ["sync", "runs/demo-0", "--uri", "mlruns"]).exception
+    assert isinstance(wrong, ConfigError) and str(wrong).startswith("--uri: 'mlruns'")
+    for command in (["compare", run_id], ["watch", run_id]):
+        wrong = CliRunner().invoke(cli.cli, [*command, "--tracking-uri", "sqlite:///none.db"]).exception
+        assert isinstance(wrong, ConfigError) and "none.db: no such MLflow store" in str(wrong)
+    assert not Path("none.db").exists()
+
+
+def test_a_run_that_another_version_began_is_read_with_its_absolute_store_and_parent(tmp_path):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("rounds: 3\n", encoding="utf-8")
+    noted = {"uri": "sqlite:////srv/x.db", "experiment": "e", "run_key": "k", "started_ms": 1, "parent": "/srv/out/cmp"}
+    Path("run/tracking.json").write_text(json.dumps(noted), encoding="utf-8")
+    found = rundir.read("run").tracking
+    assert (found.uri, found.parent, tracking._plain(found.parent)) == ("sqlite:////srv/x.db", *["/srv/out/cmp"] * 2)
+    Path("run/tracking.json").write_text(json.dumps(noted | {"uri": "sqlite:///../x.db"}), encoding="utf-8")
+    Path("aside/deep").mkdir(parents=True)
+    rundir.move(Path("run"), Path("aside/deep/run"))
+    assert rundir.read("aside/deep/run").tracking.uri == f"sqlite:///{tmp_path}/x.db"

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from faults import in_child
 from tracked import QUICK, rows, run
 
-from fedlq_ray import FedLQError, cli, resume, rundir, simulate, tracking
+from fedlq_ray import FedLQError, cli, resume, rundir, simulate, stores, tracking
 from fedlq_ray.config import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -50,7 +50,7 @@ def test_a_server_that_does_not_answer_costs_seconds_and_no_result(hangs):
         counts.append([rows(f"select count(*) from {table}") for table in ("runs", "metrics", "inputs", "params")])
     assert counts[0] == counts[1] and counts[0][0] == [(1,)] and counts[0][1][0][0] > 20
     assert rows("select status from runs") == [("FINISHED",)]
-    client = tracking.connect(f"sqlite:///{Path.cwd()}/mlflow.db")
+    client = stores.connect(f"sqlite:///{Path.cwd()}/mlflow.db")
     (run_id,) = rows("select run_uuid from runs")[0]
     assert "model/MLmodel" in {file.path for file in client.list_artifacts(run_id, "model")}
 
@@ -142,7 +142,7 @@ def mlflow_server(monkeypatch):
     from mlflow.server import app, handlers
     from werkzeug.serving import make_server
 
-    tracking.connect("sqlite:///mlflow.db").search_experiments()  # makes the store
+    stores.connect("sqlite:///mlflow.db").search_experiments()  # makes the store
     monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{Path.cwd()}/mlflow.db")
     monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", f"{Path.cwd()}/mlruns")
     monkeypatch.setattr(handlers, "_tracking_store", None)

@@ -53,7 +53,7 @@ def work(model: str, device: str, steps: str) -> None:
 def rate(model: str, device: str, steps: str, processes: int) -> float:
     """Clients a second of so many processes together."""
     command = [sys.executable, __file__, "--work", model, device, steps]
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
     started = [subprocess.Popen(command, **pipe) for _ in range(processes)]
     for one in started:
         if one.stdout.readline() != "ready\n":

@@ -67,7 +67,7 @@ def measure(command: Sequence[str | Path], cwd: Path, timeout_s: float = 3600) -
     """
     mark = uuid.uuid4().hex
     look = Path(tempfile.gettempdir()) / f"look-{mark}"
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
         started = time.time()
         own = os.environ | {_MARK: mark, _LOOK: str(look)}
         process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=out, stderr=err, env=own)
@@ -143,7 +143,7 @@ class _Watcher(threading.Thread):
         found = {}
         for entry in _processes(self.mark):
             with contextlib.suppress(OSError, IndexError):
-                user, system = (entry / "stat").read_text().rpartition(")")[2].split()[11:13]
+                user, system = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
                 found[entry.name] = _kind(entry), (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
         return found
 
@@ -163,7 +163,7 @@ class _Watcher(threading.Thread):
         total = 0
         for entry in _processes(self.mark):
             with contextlib.suppress(OSError):
-                lines = (entry / "smaps_rollup").read_text().splitlines()
+                lines = (entry / "smaps_rollup").read_text(encoding="utf-8").splitlines()
                 total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         return total / 1024
 
@@ -198,7 +198,7 @@ def keep(out: Path | None, found: dict[str, Any]) -> None:
         "load_before": _LOAD,
         "versions": provenance.versions(),
     }
-    out.write_text(json.dumps(about | found, indent=1) + "\n")
+    out.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
 
 
 _LOAD = os.getloadavg()[0]

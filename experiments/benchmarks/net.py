@@ -59,7 +59,7 @@ class Work:
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        self.settings = json.loads((folder / "settings.json").read_text())
+        self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         self.x = np.load(folder / "x.npy", mmap_mode="r")  # one copy for all processes
         arrays = np.load(folder / "rest.npz")
         self.y, self.mean, self.std, self.cohorts = (arrays[name] for name in ("y", "mean", "std", "cohorts"))

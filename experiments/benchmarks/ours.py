@@ -21,7 +21,7 @@ def main(settings: list[str]) -> None:
 
     config = load(None, settings)
     result = simulate(config, watch=watch)
-    timing = json.loads((result.path / "timing.json").read_text())
+    timing = json.loads((result.path / "timing.json").read_text(encoding="utf-8"))
     parts = {name: timing[name] for name in ("round_s", "encode_s", "decode_s", "probe_s", "startup_s", "actors")}
     accuracy = result.summary["final_accuracy"]
     sent = result.summary["uplink_bytes"] / result.summary["rounds"]

@@ -42,4 +42,4 @@ def export(chosen: list[str], cores: int, folder: Path) -> None:
     )
     told = {"model": config.model.name, "lr": config.train.lr, "batch_size": config.train.batch_size}
     told |= {"rounds": config.rounds, "cores": cores, "cohort": config.clients.cohort}
-    (folder / "settings.json").write_text(json.dumps(told))
+    (folder / "settings.json").write_text(json.dumps(told), encoding="utf-8")

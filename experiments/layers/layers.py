@@ -179,7 +179,7 @@ def main() -> None:
     if unknown := set(options.models) - set(MODELS):
         parser.error(f"no such model: {', '.join(unknown)}")
     file = options.out / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in options.models:
         path = " --cifar cifar.npz" if options.cifar and name != "cnn" else ""
         made = {
@@ -189,7 +189,7 @@ def main() -> None:
             "versions": provenance.versions(),
         }
         results[name] = {"provenance": made, **rounded(measured(name, options.cifar))}
-        file.write_text(json.dumps(results, separators=(",", ":")) + "\n")
+        file.write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
     for name in results if options.draw else options.models:
         draw(name, results[name], options.out / f"{name}.png")
         tell(name, results[name])

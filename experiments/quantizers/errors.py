@@ -191,7 +191,7 @@ def main() -> None:
         made_by = {"commit": provenance.commit(), "machine": provenance.machine(), "versions": provenance.versions()}
         command = f"python experiments/quantizers/errors.py --draws {options.draws} --out {options.out}"
         result = {"command": command} | made_by | {"draws": options.draws, "elements": COUNT, "rows": rows}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fedlq_ray.config import load
 from fedlq_ray.downlink import Downlink
 from fedlq_ray.fold import Fold
 from fedlq_ray.hosting import RayHost
-from fedlq_ray.simulation import start_ray
+from fedlq_ray.raysession import start_ray
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Job, Workplace, prepare
 
@@ -148,7 +148,7 @@ def main() -> None:
             )
     if given.out:
         about = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), **provenance.made_by()}
-        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def measure(nodes: int, rounds: int) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             out = [f"out={folder}/run", f"rounds={rounds + 1}", f"evaluate_every={rounds + 1}"]
             result = simulate(load(None, [*SETTINGS, *cohort, *out, "data.partition=iid"]))
-            timing = json.loads((result.path / "timing.json").read_text())
+            timing = json.loads((result.path / "timing.json").read_text(encoding="utf-8"))
         return {"nodes": nodes, "cohort": COHORT * nodes, "round_s": statistics.median(timing["round_s"][1:])}
     finally:
         ray.shutdown()
@@ -55,7 +55,7 @@ def main() -> None:
         print(f"{nodes} nodes  cohort {rows[-1]['cohort']}  {rows[-1]['round_s']:.3f} s a round", flush=True)
     if given.out:
         about = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), **provenance.made_by()}
-        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

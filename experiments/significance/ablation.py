@@ -176,7 +176,7 @@ def main() -> None:
         "spearman": rows,
         "tables": results,
     }
-    options.out.write_text(json.dumps(rounded(given)) + "\n")
+    options.out.write_text(json.dumps(rounded(given)) + "\n", encoding="utf-8")
     print("| metric | update: all pairs | update: by level | model: all pairs | model: by level | ms |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, row in rows.items():

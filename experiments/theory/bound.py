@@ -365,7 +365,7 @@ def main() -> None:
         },
         "results": results,
     }  # fmt: skip
-    (options.out / "results.json").write_text(json.dumps(rounded(given)) + "\n")
+    (options.out / "results.json").write_text(json.dumps(rounded(given)) + "\n", encoding="utf-8")
     for result in results:
         print(result["problem"], result["quantizer"], result["holds"], result["holds_for_every_seed"])
         for row in result["plans"]:

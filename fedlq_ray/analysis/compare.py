@@ -186,4 +186,4 @@ def plot(outcome: Outcome, file: Path) -> list[Path]:
 def save(table: Sequence[Row], source: str, command: str, file: Path) -> None:
     """The rows as JSON, with what made them: the sweep's own text, the command, the commit, versions and machine."""
     made_by = {"command": command, **provenance.made_by(), "sweep": source}
-    file.write_text(json.dumps(made_by | {"rows": list(table)}, indent=1) + "\n")
+    file.write_text(json.dumps(made_by | {"rows": list(table)}, indent=1) + "\n", encoding="utf-8")

@@ -92,7 +92,7 @@ def clients_of(run: Finished) -> list[dict[str, float]]:
     file = run.folder / "clients.csv"
     if not file.exists():
         return []
-    with file.open(newline="") as table:
+    with file.open(newline="", encoding="utf-8") as table:
         return [{key: float(value) for key, value in row.items() if _number(value)} for row in csv.DictReader(table)]
 
 

@@ -1,6 +1,7 @@
 """Pictures of runs, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito)."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,8 @@ def require_file(file: Path) -> None:
         raise ConfigError(f"--out: {file}: must end in .png, .svg or .pdf")
     if not file.parent.is_dir():
         raise ConfigError(f"--out: {file.parent}: no such folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"--out: {file}: cannot be written")
 
 
 def save(figure: Figure, file: Path, dpi: int = 120) -> None:

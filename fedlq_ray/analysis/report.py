@@ -43,7 +43,7 @@ def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[s
     if shown:
         parts += ["<h2>Who has which data</h2>", _grid([shown], "labels")]
     parts += _origin(outcome, command)
-    style = (files("fedlq_ray.analysis") / "report.css").read_text()
+    style = (files("fedlq_ray.analysis") / "report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -187,7 +187,7 @@ def _again(outcome: Outcome) -> list[str]:
     for folder in dict.fromkeys(run.folder.parent for run in runs):
         file = folder / "table.json"
         if file.exists():
-            made = json.loads(file.read_text())
+            made = json.loads(file.read_text(encoding="utf-8"))
             lines += [made["command"], "", *made["sweep"].splitlines(), ""]
         else:
             lines += [repeat(run.config) for run in runs if run.folder.parent == folder]
@@ -206,7 +206,7 @@ def _made_by(outcome: Outcome) -> list[str]:
 
 def _maker(run: Finished) -> str | None:
     file: Path = run.folder / "timing.json"
-    made = json.loads(file.read_text()).get("made_by") if file.exists() else None
+    made = json.loads(file.read_text(encoding="utf-8")).get("made_by") if file.exists() else None
     if made is None:
         return None
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())

@@ -13,9 +13,10 @@ import numpy as np
 
 from fedlq_ray import parts
 from fedlq_ray.data.arrays import ARRAYS, Array, Dataset, as_dataset
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.files import expand
 
-CACHE = Path("~/.cache/fedlq")
+CACHE = "~/.cache/fedlq"
 
 
 def _digits(path: str | None) -> tuple[Any, ...]:
@@ -62,15 +63,22 @@ def _idx_folder(folder: Path) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
+def _cache() -> list[Path]:
+    """Where downloads are kept, or nothing where there is no home folder."""
+    try:
+        return [Path(CACHE).expanduser()]
+    except RuntimeError:
+        return []
+
+
 def _mnist_like(name: str, torchvision_name: str) -> Callable[[str | None], Any]:
     def read(path: str | None) -> Any:
         usual = [
             Path("/usr/share/datasets") / name,  # Debian's package
-            CACHE / name,
-            CACHE / torchvision_name / "raw",  # torchvision's own download
-            Path("data") / torchvision_name / "raw",
+            *(folder for cache in _cache() for folder in (cache / name, cache / torchvision_name / "raw")),
+            Path("data") / torchvision_name / "raw",  # torchvision's own download, as in the cache
         ]
-        places = [Path(path)] if path else [p.expanduser() for p in usual]
+        places = [Path(path)] if path else usual
         for folder in places:
             arrays = _idx_folder(folder)
             if arrays is not None:
@@ -85,7 +93,7 @@ def _mnist_like(name: str, torchvision_name: str) -> Callable[[str | None], Any]
 def _cifar10(path: str | None) -> Any:
     if path and Path(path).suffix == ".npz":
         return _npz(path)
-    places = [Path(path)] if path else [CACHE.expanduser(), Path("data")]
+    places = [Path(path)] if path else [*_cache(), Path("data")]
     for folder in places:
         if (folder / "cifar-10-batches-py").is_dir():
             try:
@@ -100,14 +108,20 @@ def _cifar10(path: str | None) -> Any:
 
 
 def _downloaded(name: str, torchvision_name: str, places: list[Path]) -> Any:
+    if not _cache():
+        looked = ", ".join(map(str, places))
+        raise ConfigError(
+            f"data.name: {name} was not found in {looked}, and there is no home folder to download it to; give its "
+            "place as data.path"
+        )
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
-        return _torchvision_arrays(torchvision_name, CACHE.expanduser(), download=True)
+        return _torchvision_arrays(torchvision_name, _cache()[0], download=True)
     except Exception as exc:  # no network, no torchvision, a changed server
         raise ConfigError(
             f"data.name: {name} was not found in {', '.join(map(str, places))}, and the download failed "
-            f"({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}); give its place as data.path"
+            f"({type(exc).__name__}: {first_line(exc)}); give its place as data.path"
             + (", or install Debian's dataset-fashion-mnist" if name == "fashion-mnist" else "")
         ) from exc
     finally:
@@ -166,6 +180,7 @@ def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = No
     Raises:
         ConfigError: it cannot be had, or its arrays are wrong.
     """
+    path = path and expand(path, "data.path")
     factory = parts.find("data.name", name, DATASETS)
     if path is not None and not (parts.takes(factory, "path") or parts.takes_all(factory)):
         raise ConfigError(f"data.path: {name} has no parameter path, so that {path} would be ignored")

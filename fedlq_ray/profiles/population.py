@@ -7,15 +7,16 @@ FLOP count, so a figure here is a device's order of magnitude for common convolu
 import csv
 import difflib
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib import resources
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.files import expand
 from fedlq_ray.seeding import numpy_rng
 
 if TYPE_CHECKING:
@@ -71,8 +72,9 @@ def load_profiles(spec: str, *, count: int, seed: int, variation: float) -> list
     known = populations()
     if spec in known:
         return [_draw(known[spec], seed=seed, client=client, variation=variation) for client in range(count)]
-    if spec.endswith(".csv") or "/" in spec or Path(spec).is_file():
-        return _read(spec, count=count, variation=variation)
+    path = expand(spec, _KEY)
+    if spec.endswith(".csv") or "/" in spec or os.path.isfile(path):
+        return _read(path, count=count, variation=variation)
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"{_KEY}: no population {spec!r}; known: {', '.join(known)}, or a path of your own .csv{hint}")

@@ -198,7 +198,7 @@ def test_a_run_is_submitted_shown_and_fetched_and_its_name_is_then_taken(cluster
     project = cluster.folder / "project"
     assert "small-0 round 3/3" in done.stderr and "small-1: results in runs/small-0" in done.stdout
     assert sha256(project / "runs/small-0") == expected[3]
-    assert json.loads((project / "runs/small-0/tracking.json").read_text())["uri"] == f"sqlite:///{project}/mlflow.db"
+    assert json.loads((project / "runs/small-0/tracking.json").read_text())["uri"] == "sqlite:///../../mlflow.db"
     assert (project / "mlflow.db").exists()
     again = cluster.submit("small.yaml")
     assert again.returncode == 2 and "small-1 has succeeded, and its results lie on one node alone" in again.stderr

@@ -250,7 +250,7 @@ def test_without_files_and_network_one_error_says_the_places_and_the_remedy(name
         raise OSError("no route to host")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "_torchvision_arrays", no_network)
     before = socket.getdefaulttimeout()
     with pytest.raises(ConfigError, match=rf"{name} was not found in .*cache.*no route to host.*data\.path"):
