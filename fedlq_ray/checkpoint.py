@@ -25,11 +25,6 @@ VERSION = 1
 _HEAD = struct.Struct("<6sH32s")
 
 Snapshot = dict[str, Any]
-# What `rounds.run` goes on from, beside the round.
-STATE = (
-    "weights", "update", "test_loss", "sim_time_s", "payload_bytes",
-    "server", "held", "tracked", "strategy", "memories",
-)  # fmt: skip
 
 
 class _Arrays:
@@ -151,7 +146,7 @@ def _copied(value: Any, made: dict[int, tuple[Any, Any]]) -> Any:
     return {key: _copied(item, made) for key, item in value.items()} if type(value) is dict else value
 
 
-def remind(strategy: Any, state: Snapshot) -> None:
+def remind(strategy: Any, state: Mapping[str, Any]) -> None:
     """Give a new strategy what `remembered` took from another."""
     for name, value in state.items():
         holder = getattr(strategy, name, None)

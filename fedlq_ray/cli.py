@@ -26,6 +26,7 @@ from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.interrupts import OutputClosed, silence
 from fedlq_ray.job import job
 from fedlq_ray.progress import Console
+from fedlq_ray.record import Record
 from fedlq_ray.submit import submit
 
 
@@ -213,9 +214,9 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
     config = configuration.load(*split(arguments))
     plots.require_file(Path(out))
 
-    def watch(record: dict[str, Any]) -> None:
-        done = record["round"] + 1
-        click.echo(f"round {done}/{config.rounds}  train loss {record['train_loss'] or 0:.4f}", err=True)
+    def watch(record: Record) -> None:
+        done = record.round + 1
+        click.echo(f"round {done}/{config.rounds}  train loss {record.train_loss or 0:.4f}", err=True)
         if done == config.rounds:
             click.echo("quantizing each layer at each level", err=True)
 

@@ -10,6 +10,7 @@ import click
 
 from fedlq_ray.arguments import PATH
 from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.events import Closed
 from fedlq_ray.progress import Console
 
 SOURCES = click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUNS...")
@@ -134,7 +135,7 @@ def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:
         with progress.watch(config, Console(stderr=as_json), as_json) as show:
             for event in events:
                 show(event)
-                status = event.get("ended", status)
+                status = event.status if isinstance(event, Closed) else status
     except KeyboardInterrupt:
         click.echo("the run goes on", err=True)
         return

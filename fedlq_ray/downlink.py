@@ -30,7 +30,7 @@ class Offer(NamedTuple):
 
 
 class Downlink:
-    """How the model is sent down. The state has what each client holds: clients x parameters x 4 bytes where it is coded."""
+    """How the model is sent down. Where that is coded, the state has what each client holds: d x 4 bytes per client."""
 
     def __init__(
         self, setting: Setting, bits: float | None, cap_bits: float, weights: Tensor, whole_bytes: int

@@ -14,77 +14,78 @@ import ray
 import torch
 
 from fedlq_ray import rundir
-from fedlq_ray.checkpoint import Snapshot
+from fedlq_ray.events import Ended, Event, Hosting, Resumed, RoundDone, Warned
+from fedlq_ray.host import Host
 from fedlq_ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
 from fedlq_ray.identity import identity
-from fedlq_ray.rounds import Outcome, run
+from fedlq_ray.record import Record
+from fedlq_ray.rounds import Timing, begin, run
 from fedlq_ray.serial import SerialHost
+from fedlq_ray.state import ServerState
 from fedlq_ray.storage import Saver, checkpoints, latest
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Task, Workplace
 from fedlq_ray.tracking import Tracker, Tracking
 
-Event = dict[str, Any]
-
 
 def drive(
-    task: Task, given: Any, host: Any, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
+    task: Task, given: Any, host: Host, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
 ) -> Iterator[Event]:
     """Run the rounds on a host, from the last checkpoint where there is one; keep the journal, and track.
 
     Yields:
-        {"resumed": round, "records": [...], "faults": [...]} first where it goes on from a checkpoint, {"record": ...}
-        for each round, {"warning": ...} for each client that is skipped, once, and for a checkpoint that could not be
-        written, and at last {"weights", "completed", "timing", "tracked"}.
+        Resumed first where it continues from a checkpoint, RoundDone for each round, Warned once for each client that
+        is skipped and for checkpoints that could not be written, and Ended at last.
     """
     place, config = Workplace(task), task.config
     strategy = make(place.setting, given)
     whose = identity(task, strategy)
-    outcome = Outcome(place.initial_weights())
     where = checkpoints(folder, config)
     written = rundir.journal(folder)
     before, faults = latest(where, len(written), partial(rundir.checksum, folder))
-    records = written[: before["round"] if before else 0]
+    state = begin(place.initial_weights(), strategy) if before is None else ServerState.from_snapshot(before)
+    records, timing = written[: state.round], Timing()
     if before or faults:
-        yield {"resumed": len(records), "records": records, "faults": faults}
+        yield Resumed(records, faults)
     tracker = Tracker(tracking, config, records) if tracking else None
-    status, told, heard = "FAILED", set[int](), True
+    status, told, heard, reached = "FAILED", set[int](), True, False
     try:
-        with rundir.Journal(folder, records) as journal:
+        with rundir.Journal(folder, len(records)) as journal:
             saver = Saver(where, config.checkpoint, host.recall, journal.sync)
-
-            def keep(snapshot: Snapshot) -> None:
-                saver.offer(snapshot | {"identity": whose, "journal": journal.checksum()})
-
             try:
-                for record in run(task, strategy, host, outcome, stopped, before, keep):
+                for step in run(task, strategy, host, state, timing, stopped):
+                    state, record = step.state, step.record
                     journal.write(record)
                     if tracker:
                         tracker.log(record)
-                    yield {"record": record}
-                    for client in record["skipped"]:
+                    yield RoundDone(record)
+                    for client, why in step.faults.items():
                         if client not in told:
                             told.add(client)
-                            yield {"warning": f"skipped, as clients.on_failure has it: {outcome.skipped[client]}"}
+                            yield Warned(f"skipped, as clients.on_failure has it: {why}")
                     if saver.failure:
-                        yield {"warning": saver.failure}
+                        yield Warned(saver.failure)
                         saver.failure = None
+                    if reached := config.stop_at_target and _reaches(record, config.target_accuracy):
+                        break  # and nothing is kept: a resume would train past the target
+                    if step.resumable:
+                        saver.offer(state.snapshot() | {"identity": whose, "journal": journal.checksum()})
             finally:
-                saver.finish(outcome.completed)
+                completed = reached or state.round >= config.rounds
+                saver.finish(completed)
             if saver.failure:
-                yield {"warning": saver.failure}
-        status = "FINISHED" if outcome.completed else "KILLED"
-    except (KeyboardInterrupt, GeneratorExit):  # a second interrupt, here or in who listens
+                yield Warned(saver.failure)
+        status = "FINISHED" if completed else "KILLED"
+    except (KeyboardInterrupt, GeneratorExit):  # a second interrupt, here or in the caller
         status, heard = "KILLED", False
         raise
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
-    yield {
-        "weights": outcome.weights.numpy(),
-        "completed": outcome.completed,
-        "timing": outcome.timing,
-        "tracked": tracked,
-    }
+    yield Ended(state.weights.numpy(), completed, vars(timing), tracked)
+
+
+def _reaches(record: Record, target: float | None) -> bool:
+    return target is not None and record.accuracy is not None and record.accuracy >= target
 
 
 @ray.remote(num_cpus=0)
@@ -102,7 +103,7 @@ class Driver:
         host = RayHost(task, kind)
         if host.not_forked:
             why += f"; {host.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
-        yield {"hosting": kind, "why": why, "actors": host.count, "startup_s": time.perf_counter() - started}
+        yield Hosting(kind, why, host.count, time.perf_counter() - started)
         yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
 
     def alive(self) -> int:
@@ -117,5 +118,5 @@ def drive_serially(
     task: Task, given: Any, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
 ) -> Iterator[Event]:
     """The same without Ray."""
-    yield {"hosting": "serial", "why": "as configured", "actors": 0, "startup_s": 0.0}
+    yield Hosting("serial", "as configured", 0, 0.0)
     yield from drive(task, given, SerialHost(task), tracking, stopped, folder)

@@ -9,6 +9,13 @@ from fedlq_ray.record import Record
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """All is checked; `notes` are sentences on how data and settings were read."""
+
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Hosting:
     """Where clients live, and why; `actors` is 0 without Ray, `startup_s` wall seconds."""
 
@@ -76,4 +83,4 @@ class Closed:
     status: str
 
 
-Event = Hosting | Resumed | RoundDone | Warned | Restarted | Stopping | Ended | Closed
+Event = Prepared | Hosting | Resumed | RoundDone | Warned | Restarted | Stopping | Ended | Closed

@@ -21,7 +21,7 @@ class Fold:
     Args:
         offers: what each client started from.
         shares: of each job's update in the sum.
-        tracked: what the server has of each client by EF21, with which this round's are begun; `self.tracked` has the new ones.
+        tracked: what the server has of each client by EF21; `self.tracked` has it after the round.
     """
 
     def __init__(

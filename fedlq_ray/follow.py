@@ -9,13 +9,13 @@ from typing import Any
 from fedlq_ray import rundir, stores
 from fedlq_ray.config import Config, load
 from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.events import Closed, Event, Restarted, RoundDone
 from fedlq_ray.files import is_locked
-
-Event = dict[str, Any]
+from fedlq_ray.record import Record
 
 
 def folder(path: Path, every_s: float = 1.0) -> tuple[Config, Iterator[Event]]:
-    """The settings of a run, and its events until it ends: {"record": ...}, and at last {"ended": MLflow's word}.
+    """The settings of a run, and its events until it ends: RoundDone, and at last Closed.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -30,7 +30,7 @@ def _from_folder(path: Path, every_s: float) -> Iterator[Event]:
         told, events = news(path, told)
         yield from events
         if not running:
-            yield {"ended": rundir.read(path).status}
+            yield Closed(rundir.read(path).status)
             return
         time.sleep(every_s)
 
@@ -39,9 +39,9 @@ def news(path: Path, told: int) -> tuple[int, list[Event]]:
     """How many rounds a run's folder has, and what is new since it had `told`."""
     back: list[Event] = []
     if (rounds := rundir.rounds(path)) < told:
-        back, told = [{"restarted": f"the run went back to round {rounds}"}], 0
+        back, told = [Restarted(f"the run went back to round {rounds}")], 0
     records = rundir.journal(path, told)
-    return told + len(records), [*back, *({"record": record} for record in records)]
+    return told + len(records), [*back, *(RoundDone(record) for record in records)]
 
 
 def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterator[Event]]:
@@ -71,16 +71,18 @@ def _from_mlflow(client: Any, run_id: str, every_s: float) -> Iterator[Event]:
         # A round's metrics come in one batch: a step that has the first has all that there will be.
         for step in sorted(step for step in found["sim_time_s"] if step > told):
             uplink = found["uplink_mb"].get(step, sent)
-            yield {
-                "record": {
-                    "round": step,
-                    "sim_time_s": found["sim_time_s"][step],
-                    "uplink_bytes": round((uplink - sent) * 1e6),
-                    "accuracy": found["accuracy"].get(step),
-                }
-            }
+            yield RoundDone(
+                Record.from_json(
+                    {
+                        "round": step,
+                        "sim_time_s": found["sim_time_s"][step],
+                        "uplink_bytes": round((uplink - sent) * 1e6),
+                        "accuracy": found["accuracy"].get(step),
+                    }
+                )
+            )
             told, sent = step, uplink
         if status != "RUNNING":
-            yield {"ended": status}
+            yield Closed(status)
             return
         time.sleep(every_s)

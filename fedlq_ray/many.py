@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fedlq_ray import follow, progress, rundir
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.events import Closed, Resumed
 from fedlq_ray.files import is_locked
 from fedlq_ray.interrupts import Interrupts
 from fedlq_ray.raysession import start_ray
@@ -135,7 +136,7 @@ class _Watched:
         if self.show is None and is_locked(self.folder):
             self.show = progress.line(self.config, self.shown)
             if self.before:
-                self.show({"resumed": self.told, "records": self.before})
+                self.show(Resumed(self.before, []))
         if self.show:
             self.told, events = follow.news(self.folder, self.told)
             for event in events:
@@ -144,4 +145,4 @@ class _Watched:
     def close(self) -> None:
         self.look()
         if self.show:
-            self.show({"closed": True})
+            self.show(Closed("FINISHED"))

@@ -9,6 +9,7 @@ import rich.console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from fedlq_ray.config import Config
+from fedlq_ray.events import Closed, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Stopping
 
 
 class Console(rich.console.Console):
@@ -33,9 +34,7 @@ def bars(console: Console, hidden: bool = False) -> Progress:
 
 
 @contextmanager
-def watch(
-    config: Config, console: Console | None = None, as_json: bool = False
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+def watch(config: Config, console: Console | None = None, as_json: bool = False) -> Iterator[Callable[[Event], None]]:
     """A function that takes a run's events and shows them, on a terminal of 80 columns or in a notebook.
 
     `with watch(config) as show: simulate(config, watch=show)`
@@ -44,45 +43,48 @@ def watch(
         yield line(config, progress, as_json)
 
 
-def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[[dict[str, Any]], None]:
+def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[[Event], None]:
     """The same for one run of several that are shown at a time."""
     sent, figures = 0, ""
     console, name = progress.console, f"{config.name}-{config.seed}"
     bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
 
-    def show(event: dict[str, Any]) -> None:
+    def say(text: str, **options: Any) -> None:
+        console.print(f"{name}: {text}", highlight=False, markup=False, **options)
+
+    def show(event: Event) -> None:
         nonlocal sent, figures
         if as_json:
-            if "record" in event:
-                print(json.dumps(event["record"]), flush=True)
+            if isinstance(event, RoundDone):
+                print(json.dumps(event.record.to_json()), flush=True)
             return
-        if event.get("started"):
-            console.print(f"{name}: {'; '.join(event['started'])}", highlight=False, markup=False)
-        if "hosting" in event:
-            actors = f", {event['actors']} actors" if event["actors"] else ""
-            console.print(f"{name}: hosting {event['hosting']}{actors} ({event['why']})", highlight=False, markup=False)
-        if "stopping" in event:
-            console.print(f"{name}: stopping; interrupt again to end at once", highlight=False, markup=False)
-        if "resumed" in event:
-            console.print(f"{name}: goes on after round {event['resumed']}", highlight=False, markup=False)
-            sent = sum(record["uplink_bytes"] for record in event["records"])
-        if "restarted" in event:
-            console.print(f"{name}: {event['restarted']}; starting it again", highlight=False, markup=False)
-            sent = 0
-        if "closed" in event:
-            progress.remove_task(bar)
-            if not progress.disable:
-                console.print(f"{name}: {figures}", highlight=False, markup=False)
-        if "record" not in event:
-            return
-        record = event["record"]
-        sent += record["uplink_bytes"]
-        seen = "–" if record["accuracy"] is None else f"{record['accuracy']:.4f}"
-        figures = f"acc. {seen}  {_short(record['sim_time_s'])} sim. s  {_short(sent / 1e6)} MB"
-        progress.update(bar, completed=record["round"] + 1, figures=figures)
-        if progress.disable:
-            told = f"accuracy {seen}  {record['sim_time_s']:.1f} simulated s  {sent / 1e6:.2f} MB"
-            console.print(f"{name} round {record['round'] + 1}/{config.rounds}  {told}", highlight=False, markup=False)
+        match event:
+            case Prepared(notes):
+                say("; ".join(notes), soft_wrap=True)
+            case Hosting(kind, why, actors):
+                say(f"hosting {kind}{f', {actors} actors' if actors else ''} ({why})")
+            case Stopping():
+                say("stopping; interrupt again to end at once")
+            case Resumed(records):
+                say(f"resumes after round {len(records)}")
+                sent = sum(record.uplink_bytes for record in records)
+            case Restarted(fault):
+                say(f"{fault}; starting it again")
+                sent = 0
+            case Closed():
+                progress.remove_task(bar)
+                if not progress.disable:
+                    say(figures)
+            case RoundDone(record):
+                sent += record.uplink_bytes
+                seen = "–" if record.accuracy is None else f"{record.accuracy:.4f}"
+                figures = f"acc. {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent / 1e6)} MB"
+                progress.update(bar, completed=record.round + 1, figures=figures)
+                if progress.disable:
+                    told = f"accuracy {seen}  {record.sim_time_s:.1f} simulated s  {sent / 1e6:.2f} MB"
+                    console.print(
+                        f"{name} round {record.round + 1}/{config.rounds}  {told}", highlight=False, markup=False
+                    )
 
     return show
 

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 from fedlq_ray import forkserver
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.events import Event, Restarted, RoundDone, Stopping
 from fedlq_ray.interrupts import Interrupts
 from fedlq_ray.task import Task
 
-Event = dict[str, Any]
 _RESTARTS = 3  # of a driver that dies, without a round more than before
 # Ray puts sockets into BASE/ray/session_DATE_TIME_PID/sockets/; the system allows 107 bytes in all (macOS: 103).
 _LONGEST_BASE = 35
@@ -165,8 +165,8 @@ def events(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder
             try:
                 shared = shared or ray.put(task)
                 for event in _driven(shared, strategy, track, interrupts, folder, task.config.clients.timeout_s):
-                    if "record" in event and event["record"]["round"] > furthest:
-                        left, furthest = _RESTARTS, event["record"]["round"]
+                    if isinstance(event, RoundDone) and event.record.round > furthest:
+                        left, furthest = _RESTARTS, event.record.round
                     yield event
                 return
             except RayTaskError as exc:
@@ -187,7 +187,7 @@ def events(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder
             except RayError as exc:
                 raise FedLQError(f"Ray: {first_line(exc)}") from exc
             left -= 1
-            yield {"restarted": fault}
+            yield Restarted(fault)
 
 
 def _full(exc: Exception, folder: Path) -> FedLQError:
@@ -221,7 +221,7 @@ def _driven(
             if interrupts.received is not None and not told:
                 told = True
                 driver.stop.remote()
-                yield {"stopping": True}
+                yield Stopping()
             if ray.wait([stream], timeout=0.2)[0]:
                 try:
                     yield ray.get(next(stream))

@@ -5,14 +5,16 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlq_ray import parts, rundir, tracking
+from fedlq_ray.accounting import clock
 from fedlq_ray.clock import round_time
 from fedlq_ray.config import Config, digest
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.files import write_durably
-from fedlq_ray.rounds import Record, clock
+from fedlq_ray.record import Record
 from fedlq_ray.strategies import STRATEGIES
 from fedlq_ray.task import Task, prepare
 
@@ -47,7 +49,7 @@ def sources(out: Path) -> dict[str, Path]:
             run = rundir.read(summary.parent)
         except ConfigError:  # not of this sweep, or it will be told when its turn comes
             continue
-        if run.records and "client_samples" in run.records[0]:  # older versions did not record it
+        if run.records and run.records[0].client_samples:  # older versions did not record it
             found.setdefault(key(run.config), summary.parent)
     return found
 
@@ -58,21 +60,21 @@ def clocked(task: Task, records: Sequence[Record]) -> list[Record]:
     for record in records:
         times = clock(
             task,
-            record["round"],
-            record["cohort"],
-            record["client_samples"],
-            record["client_uplink_bytes"],
-            record["client_downlink_bytes"],
+            record.round,
+            record.cohort,
+            record.client_samples,
+            record.client_uplink_bytes,
+            record.client_downlink_bytes,
         )
         sim_time_s += round_time(times)
         made.append(
-            record
-            | {
-                "client_download_s": [t.download_s for t in times],
-                "client_compute_s": [t.compute_s for t in times],
-                "client_upload_s": [t.upload_s for t in times],
-                "sim_time_s": sim_time_s,
-            }
+            replace(
+                record,
+                client_download_s=[t.download_s for t in times],
+                client_compute_s=[t.compute_s for t in times],
+                client_upload_s=[t.upload_s for t in times],
+                sim_time_s=sim_time_s,
+            )
         )
     return made
 
@@ -87,7 +89,7 @@ def write(config: Config, source: Path, parent: str | None) -> None:
     origin = os.path.relpath(source, folder)
     track = rundir.track(folder, task, parent, {"fedlq.reclocked_from": origin})
     records = clocked(task, trained.records)
-    write_durably(folder / "rounds.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
+    write_durably(folder / "rounds.jsonl", "".join(json.dumps(r.to_json(), allow_nan=False) + "\n" for r in records))
     shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
     write_durably(folder / "timing.json", json.dumps({"reclocked_from": origin, "status": "FINISHED"}, indent=1))
     summary = rundir.summarise(config, records, trained.summary["weights_sha256"])

@@ -6,60 +6,27 @@ which replies arrive.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlq_ray import cohorts, server
-from fedlq_ray.checkpoint import fingerprints, remembered, remind, require_unchanged
-from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
-from fedlq_ray.downlink import Downlink, Offer
-from fedlq_ray.errors import ClientError, FedLQError
+from fedlq_ray import server
+from fedlq_ray.accounting import record_of, times_of
+from fedlq_ray.checkpoint import remembered, remind, require_unchanged
+from fedlq_ray.clock import round_time
+from fedlq_ray.errors import FedLQError
 from fedlq_ray.fold import Fold
-from fedlq_ray.models import Layer
-from fedlq_ray.quantization.wire import Sent
+from fedlq_ray.host import Future, Host
+from fedlq_ray.planning import Planned, Rules, plan
 from fedlq_ray.record import Record
 from fedlq_ray.server import Moments
 from fedlq_ray.significance import Measurement
 from fedlq_ray.state import ServerState
-from fedlq_ray.strategies import Member, News, Probe, Strategy
-from fedlq_ray.strategies.asking import asked
-from fedlq_ray.task import Job, Task, Workplace
-from fedlq_ray.training import Plan, Reply
-
-
-class Future(Protocol):
-    """Something under way elsewhere."""
-
-    def ready(self) -> bool: ...
-
-    def result(self) -> Any: ...
-
-
-class Host(Protocol):
-    """Where clients live. `publish` makes weights known to all; the others take what it gave.
-
-    `train` gives each job's reply, in any order, or why a client failed where the round may go on without it.
-    The futures of `evaluate` and `probe` give a `Timed`. `memories` has what clients keep for error feedback, in the
-    host's own form; `recall` gives it as tensors, and `remember` puts such tensors in its place.
-    """
-
-    memories: dict[int, Any]
-
-    def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]: ...
-
-    def remember(self, memories: Mapping[int, Tensor]) -> None: ...
-
-    def publish(self, weights: Tensor) -> Any: ...
-
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | ClientError]]: ...
-
-    def evaluate(self, weights: Any) -> Future: ...
-
-    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Future: ...
+from fedlq_ray.strategies import News, Strategy
+from fedlq_ray.task import Task
 
 
 @dataclass
@@ -80,28 +47,6 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A round before it trains.
-
-    Attributes:
-        members: the cohort, in order.
-        offers: what each may fetch of the model.
-        plans: what each is to send; clients without a plan skip the round and do not delay it.
-        jobs: of the members that have a plan and do not drop out, in order.
-        shares: of each job's update in the sum.
-        probe: what the strategy wants measured while the round trains.
-    """
-
-    round: int
-    members: Sequence[Member]
-    offers: Mapping[int, Offer]
-    plans: Mapping[int, Plan]
-    jobs: Sequence[Job]
-    shares: Sequence[float]
-    probe: Probe | None
-
-
-@dataclass(frozen=True)
 class Step:
     """A round that is over.
 
@@ -116,29 +61,6 @@ class Step:
     state: ServerState
     faults: Mapping[int, str]
     resumable: bool
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What stays the same over rounds: the task, the strategy, and how the model is sent down."""
-
-    task: Task
-    strategy: Strategy
-    downlink: Downlink
-    constant: Mapping[str, bytes]  # digests of what the strategy must not change
-
-    @staticmethod
-    def of(task: Task, strategy: Strategy) -> "Rules":
-        place, network = Workplace(task), task.config.network
-        initial = place.initial_weights() if network.downlink_bits is not None else torch.empty(0)
-        down = Downlink(
-            place.setting, network.downlink_bits, network.downlink_cap_bits, initial, place.broadcast_size()
-        )
-        return Rules(task, strategy, down, fingerprints(strategy))
-
-    def ask(self, method: str, round: int, *arguments: Any) -> Any:
-        """What a method of the strategy returns."""
-        return asked(self.strategy, self.task.config.seed, method, round, *arguments)
 
 
 def begin(weights: Tensor, strategy: Strategy) -> ServerState:
@@ -198,7 +120,7 @@ def run(
         timing.decode_s.append(fold.decode_s)
         if pending:
             yield pending.step(timing)
-        measurement = probing and _timed(probing, timing.probe_s)
+        measurement = None if probing is None else _timed(probing, timing.probe_s)
         state, record = commit(rules, state, planned, fold, measurement, host.memories)
         published = host.publish(state.weights)
         regular = state.round % task.config.evaluate_every == 0
@@ -207,27 +129,6 @@ def run(
         pending = Pending(record, state, faults, host.evaluate(published) if due else None, regular or not due)
     if pending:
         yield pending.step(timing)
-
-
-def plan(rules: Rules, state: ServerState) -> Planned:
-    """Draw a cohort, and ask the strategy what each member is to send."""
-    task, round = rules.task, state.round
-    drawn = cohorts.draw(task, round)
-    rates = {client: cohorts.downlink(task, client) for client in drawn}
-    offers = rules.downlink.offer(state.held, state.weights, rates, round)
-    members = [cohorts.member(task, client, offers[client].num_bytes) for client in drawn]
-    if task.config.train.adaptive_work > 1:
-        known = state.payload_bytes and [state.payload_bytes] * len(members)
-        expected = rules.ask("expected_bytes", round, members) or known
-        members = cohorts.with_own_work(task, members, expected) if expected else members
-    plans = rules.ask("plan", round, round, members)
-    answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
-    jobs = [Job(round, m.client, plans[m.client], _samples(task, m)) for m in answering]
-    probe = rules.ask("probe", round, round)
-    if probe and task.config.strategy.probe_on == "clients":
-        probe = replace(probe, clients=tuple(drawn))
-    shares = rules.ask("weights", round, answering) if answering else []
-    return Planned(round, members, offers, plans, jobs, shares, probe)
 
 
 def begin_probe(rules: Rules, host: Host, planned: Planned, state: ServerState) -> Future | None:
@@ -259,13 +160,13 @@ def commit(
     if not bool(torch.isfinite(weights).all()):
         raise FedLQError(f"round {round}: the average of the clients is not finite; lower train.lr")
     fetched = {m.client: planned.offers[m.client].model for m in planned.members if m.client in planned.plans}
-    times = _times(task, planned, fold)
+    times = times_of(task, planned, fold)
     round_time_s, answered = round_time(times), len(fold.replies)
     sent = sum(len(reply.payload) for reply in fold.replies.values())
     sim_time_s = state.sim_time_s + round_time_s
     norm = float(update[:parameters].double().norm())
     error = work * fold.mean_error if update is mean else None
-    record = _record(task, planned, fold, times, norm, error, sim_time_s)
+    record = record_of(task, planned, fold, times, norm, error, sim_time_s)
     rules.ask("learn", round, round, News(measurement, update, record.train_loss, round_time_s, fold.spread))
     record = replace(record, report=dict(rules.ask("report", round)))
     require_unchanged(rules.strategy, rules.constant)
@@ -324,105 +225,3 @@ def _timed(future: Future, spent: list[float]) -> Any:
     value, wall_s = future.result()
     spent.append(wall_s)
     return value
-
-
-def _samples(task: Task, member: Member) -> int:
-    """Samples that a member goes through in a round."""
-    return int(0.5 + member.work * cohorts.base_work(task, member.samples))
-
-
-def clock(
-    task: Task,
-    round: int,
-    clients: Sequence[int],
-    samples: Sequence[int],
-    uplink_bytes: Sequence[int],
-    downlink_bytes: Sequence[int],
-) -> list[ClientTime]:
-    """How long each client's part of a round took, under the round's own conditions."""
-    config = task.config
-    return [
-        client_time(
-            conditions(task.profiles[client], seed=config.seed, round=round, client=client),
-            flops=task.flops * done,
-            uplink_bytes=up,
-            downlink_bytes=down,
-            bill=config.network.bill,
-            uplink_free=config.network.uplink_free,
-        )
-        for client, done, up, down in zip(clients, samples, uplink_bytes, downlink_bytes, strict=True)
-    ]
-
-
-def _times(task: Task, planned: Planned, fold: Fold) -> list[ClientTime]:
-    """How long each member's part took. Clients without a plan fetch nothing, and do not delay the round."""
-    clients, samples = [m.client for m in planned.members], _client_samples(task, planned)
-    return clock(task, planned.round, clients, samples, _sent(planned, fold), _received(planned))
-
-
-def _client_samples(task: Task, planned: Planned) -> list[int]:
-    return [_samples(task, m) if m.client in planned.plans else 0 for m in planned.members]
-
-
-def _sent(planned: Planned, fold: Fold) -> list[int]:
-    return [len(fold.replies[m.client].payload) if m.client in fold.replies else 0 for m in planned.members]
-
-
-def _received(planned: Planned) -> list[int]:
-    return [planned.offers[m.client].num_bytes if m.client in planned.plans else 0 for m in planned.members]
-
-
-def _record(
-    task: Task,
-    planned: Planned,
-    fold: Fold,
-    times: Sequence[ClientTime],
-    update_norm: float,
-    quantization_error: float | None,
-    sim_time_s: float,
-) -> Record:
-    replies = fold.replies
-    clients = [m.client for m in planned.members]
-    sent, received = _sent(planned, fold), _received(planned)
-    spent = {
-        client: {layer.name: _bits(layer, sent) for layer in task.layers}
-        for client, sent in zip(replies, fold.sent, strict=True)
-    }
-    names = [layer.name for layer in task.layers]
-    bits = {name: sum(own[name] for own in spent.values()) / max(1, len(spent)) for name in names}
-    by_client = {name: [float(f"{spent[c][name]:.3g}") if c in spent else None for c in clients] for name in names}
-    shares = {job.client: share for job, share in zip(fold.jobs, fold.shares, strict=True)}
-    losses = [shares[client] * reply.train_loss for client, reply in replies.items()]
-    return Record(
-        round=planned.round,
-        cohort=clients,
-        answered=list(replies),
-        skipped=fold.lost,
-        uplink_bytes=sum(sent),
-        downlink_bytes=sum(received),
-        train_loss=sum(losses) * (sum(fold.shares) / fold.answered if fold.lost else 1) if losses else None,
-        bits_per_parameter=bits,
-        client_samples=_client_samples(task, planned),
-        client_uplink_bytes=sent,
-        client_downlink_bytes=received,
-        client_bits_per_parameter=by_client,
-        client_download_s=[t.download_s for t in times],
-        client_compute_s=[t.compute_s for t in times],
-        client_upload_s=[t.upload_s for t in times],
-        update_norm=update_norm,
-        quantization_error=quantization_error,
-        sim_time_s=sim_time_s,
-        report={},
-        accuracy=None,
-        test_loss=None,
-    )
-
-
-def _bits(layer: Layer, sent: Sequence[Sent]) -> float:
-    """Bits a parameter that a payload spent on a layer, headers included; a piece's elements share its bytes evenly."""
-    total = 0.0
-    for start, stop, num_bytes in sent:
-        shared = min(stop, layer.stop) - max(start, layer.start)
-        if shared > 0:
-            total += 8 * num_bytes * shared / (stop - start)
-    return total / layer.size

@@ -22,10 +22,10 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.files import expand, locked, make_folder, write_durably
 from fedlq_ray.models import FlatModel
 from fedlq_ray.profiles import Profile
+from fedlq_ray.record import Record
 from fedlq_ray.task import Task
 from fedlq_ray.tracking import Tracking, now_ms
 
-Record = dict[str, Any]
 PROFILE_COLUMNS = [field.name for field in fields(Profile)]
 
 
@@ -163,19 +163,17 @@ def sha256(weights: NDArray[np.float32]) -> str:
 
 def summarise(config: Config, records: list[Record], weights_sha256: str) -> dict[str, Any]:
     """What a completed run comes to; bytes and times are those from the first round on."""
-    evaluated = [r for r in records if r["accuracy"] is not None]
+    accuracies = [r.accuracy for r in records if r.accuracy is not None]
     target = config.target_accuracy
-    reached = next((r for r in evaluated if target is not None and r["accuracy"] >= target), None)
+    reached = next((r for r in records if None not in (target, r.accuracy) and r.accuracy >= target), None)  # type: ignore[operator]
     return {
-        "final_accuracy": evaluated[-1]["accuracy"] if evaluated else None,
-        "best_accuracy": max((r["accuracy"] for r in evaluated), default=None),
-        "sim_time_s": records[-1]["sim_time_s"],
-        "uplink_bytes": sum(r["uplink_bytes"] for r in records),
-        "downlink_bytes": sum(r["downlink_bytes"] for r in records),
-        "time_to_target_s": reached["sim_time_s"] if reached else None,
-        "uplink_bytes_to_target": sum(r["uplink_bytes"] for r in records if r["round"] <= reached["round"])
-        if reached
-        else None,
+        "final_accuracy": accuracies[-1] if accuracies else None,
+        "best_accuracy": max(accuracies, default=None),
+        "sim_time_s": records[-1].sim_time_s,
+        "uplink_bytes": sum(r.uplink_bytes for r in records),
+        "downlink_bytes": sum(r.downlink_bytes for r in records),
+        "time_to_target_s": reached.sim_time_s if reached else None,
+        "uplink_bytes_to_target": sum(r.uplink_bytes for r in records if r.round <= reached.round) if reached else None,
         "rounds": len(records),
         "weights_sha256": weights_sha256,
         "config_sha256": digest(config),
@@ -217,17 +215,17 @@ def journal(folder: Path, start: int = 0) -> list[Record]:
             break
         if not isinstance(record, dict) or record.get("round") != number:
             break
-        records.append(record)
+        records.append(Record.from_json(record))
     return records
 
 
 class Journal:
     """rounds.jsonl as it is written: a line a round."""
 
-    def __init__(self, folder: Path, records: list[Record]) -> None:
-        """Begins with these records, whatever else was in the file."""
+    def __init__(self, folder: Path, rounds: int) -> None:
+        """Keeps the first lines, as they are, and drops the others."""
         self.file = folder / "rounds.jsonl"
-        lines = "".join(map(_line, records)).encode()
+        lines = b"".join(line + b"\n" for line in _lines(folder)[:rounds])
         write_durably(self.file, lines)
         self._sum = hashlib.sha256(lines)
 
@@ -258,7 +256,7 @@ class Journal:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+    return json.dumps(record.to_json(), allow_nan=False) + "\n"
 
 
 class Run(NamedTuple):

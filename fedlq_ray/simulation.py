@@ -19,15 +19,15 @@ from fedlq_ray import provenance, raysession, rundir, storage, stores, tracking
 from fedlq_ray.config import Config, digest, load, parse, to_yaml
 from fedlq_ray.device import reproducible, require_gpu
 from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
 from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.identity import identity, require_same
 from fedlq_ray.interrupts import Interrupts
 from fedlq_ray.parts import require_picklable
+from fedlq_ray.record import Record
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.task import Task, Workplace, prepare
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def simulate(
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
-        watch: called with each event: {"started": [sentences]}, {"hosting", ...}, {"record": ...}, {"weights": ...}.
+        watch: called with each event (fedlq_ray.events).
         parent: a comparison that this run belongs to, for MLflow: any text; what follows the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
@@ -114,7 +114,7 @@ def resume(
         folder: the run's.
         overrides: key=value settings: more `rounds`, or what cannot change a result, such as clients.hosting.
         model, data, strategy, quantizer: as they were given to `simulate`.
-        watch: as for `simulate`; hears of {"resumed": round, ...} too.
+        watch: as for `simulate`.
         parent: as it was given to `simulate`, for a run that was killed before it was noted.
     Raises:
         ConfigError: no such run, or it is finished, or running, or what it is of has changed (nothing was written).
@@ -187,49 +187,51 @@ def _carry_out(
     """Run in a folder that is ready, from its last checkpoint where it has one."""
     config = task.config
     if watch:
-        watch({"started": [task.data.description, *stores.heard(config.tracking)]})
-    records: list[dict[str, Any]] = []
-    last: Event = {}
-    timing: Event = {"made_by": provenance.made_by()}
+        watch(Prepared([task.data.description, *stores.heard(config.tracking)]))
+    records: list[Record] = []
+    last: Ended | None = None
+    timing: dict[str, Any] = {"made_by": provenance.made_by()}
     status, hurry = "FAILED", False
     interrupts = Interrupts()
     host = _serial if config.clients.hosting == "serial" else raysession.events
     try:
         for event in host(task, strategy, track, interrupts, folder.resolve()):
-            if "record" in event:
-                records.append(event["record"])
-            elif "resumed" in event:
-                records[:] = event["records"]
-                for fault in event["faults"]:
-                    warnings.warn(f"{fault}; going on from the one before", stacklevel=3)
-            elif "restarted" in event:
-                records.clear()
-            elif "warning" in event:
-                warnings.warn(event["warning"], stacklevel=3)
-            elif "weights" in event:
-                last = event
-            elif "hosting" in event:
-                timing |= event
+            match event:
+                case RoundDone(record):
+                    records.append(record)
+                case Resumed(before, faults):
+                    records[:] = before
+                    for fault in faults:
+                        warnings.warn(f"{fault}; resuming from the one before", stacklevel=3)
+                case Restarted():
+                    records.clear()
+                case Warned(message):
+                    warnings.warn(message, stacklevel=3)
+                case Ended():
+                    last = event
+                case Hosting(kind, why, actors, startup_s):
+                    timing |= {"hosting": kind, "why": why, "actors": actors, "startup_s": startup_s}
             if watch:
                 with interrupts.showing():
                     watch(event)
-        status = "FINISHED" if last.get("completed") else "KILLED"
+        status = "FINISHED" if last and last.completed else "KILLED"
     except KeyboardInterrupt:
         status, hurry = "KILLED", True
         raise
     finally:
-        if not last and track and (fault := tracking.mark(track, config, records, status, hurry)):
+        if last is None and track and (fault := tracking.mark(track, config, records, status, hurry)):
             warnings.warn(f"MLflow has no status of this run ({fault}); fedlq sync {folder} sets it", stacklevel=3)
-        timing |= last.get("timing", {}) | {"status": status}
+        timing |= (last.timing if last else {}) | {"status": status}
         with contextlib.suppress(OSError):  # what else went wrong is told
             write_durably(folder / "timing.json", json.dumps(timing, indent=1))
-    weights = np.array(last["weights"])
+    assert last is not None  # a host that does not end raises
+    weights = np.array(last.weights)
     flat = task.flat_model()
     flat.load(torch.from_numpy(weights))
     rundir.save_model(folder, flat)
-    if track and last["tracked"]:
+    if track and last.tracked:
         warnings.warn(
-            f"MLflow at {track.uri} failed ({last['tracked']}); log the run later: fedlq sync {folder}",
+            f"MLflow at {track.uri} failed ({last.tracked}); log the run later: fedlq sync {folder}",
             stacklevel=3,
         )
     if status == "KILLED":
@@ -237,9 +239,9 @@ def _carry_out(
     summary = rundir.summarise(config, records, rundir.sha256(weights))
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     storage.clear(folder, config)
-    if track and not last["tracked"]:
+    if track and not last.tracked:
         _attach(folder, track, config, records, copy.deepcopy(task.module))
-    return Result(pd.DataFrame(records), summary, weights, folder)
+    return Result(pd.DataFrame([record.to_json() for record in records]), summary, weights, folder)
 
 
 def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any], module: Any) -> None:

@@ -1,7 +1,7 @@
 """All that a round takes from the rounds before it, as one value."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -36,3 +36,15 @@ class ServerState:
     tracked: Mapping[int, Tensor]
     strategy: Mapping[str, Any]
     memories: Mapping[int, Any]
+
+    def snapshot(self) -> dict[str, Any]:
+        """The fields by name, as checkpoints hold them."""
+        return dict(vars(self))
+
+    @staticmethod
+    def from_snapshot(saved: Mapping[str, Any]) -> "ServerState":
+        """A state from a checkpoint, which may hold more."""
+        return ServerState(**{name: saved[name] for name in FIELDS} | {"server": Moments(*saved["server"])})
+
+
+FIELDS = tuple(field.name for field in fields(ServerState))

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlq_ray.checkpoint import STATE, Snapshot, pack, unpack
+from fedlq_ray.checkpoint import Snapshot, pack, unpack
 from fedlq_ray.config import Config
 from fedlq_ray.errors import CheckpointError
 from fedlq_ray.files import expand, make_folder, write_durably
 from fedlq_ray.settings import CheckpointConfig
+from fedlq_ray.state import FIELDS
 
 SUFFIX = ".ckpt"
 _FIRST_S = 10.0  # before the first checkpoint: a shorter run is as soon run again
@@ -135,7 +136,7 @@ def latest(
             snapshot = unpack(folder.read(name))
             if type(snapshot.get("round")) is not int or snapshot["round"] < 0:
                 raise CheckpointError("does not say of which round it is")
-            if missing := [name for name in STATE if name not in snapshot]:
+            if missing := [name for name in FIELDS if name not in snapshot]:
                 raise CheckpointError(f"lacks {', '.join(missing)}")
             if snapshot["round"] > rounds:
                 raise CheckpointError(f"is of round {snapshot['round']}, and rounds.jsonl has {rounds} whole rounds")

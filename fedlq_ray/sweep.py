@@ -26,6 +26,7 @@ from fedlq_ray import reclock, rundir, storage, stores
 from fedlq_ray.config import UNREADABLE, Config, change, digest, parse, plain, read, unreadable
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.files import expand
+from fedlq_ray.record import Record
 from fedlq_ray.tracking import now_ms
 
 KEYS = ("base", "tune", "tuning", "runs", "populations", "seeds", "targets")
@@ -51,7 +52,7 @@ class Finished(NamedTuple):
     """One run: its settings, its records, its summary, None where it failed, and its folder."""
 
     config: Config
-    records: list[dict[str, Any]]
+    records: list[Record]
     summary: dict[str, Any] | None
     folder: Path
     diverged: bool = False
@@ -312,6 +313,6 @@ def _merit(run: Finished) -> tuple[float, ...]:
     """
     if run.summary is None:
         return (-1.0,)
-    accuracy = fmean([r["accuracy"] for r in run.records if r["accuracy"] is not None][-5:])
+    accuracy = fmean([r.accuracy for r in run.records if r.accuracy is not None][-5:])
     reached = run.summary["time_to_target_s"]
     return (1.0, -reached, accuracy) if reached is not None else (0.0, 0.0, accuracy)

@@ -23,6 +23,7 @@ import numpy as np
 from fedlq_ray import stores
 from fedlq_ray.config import Config, digest, flat, to_yaml
 from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.record import Record
 
 FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
 _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
@@ -143,35 +144,35 @@ def _metric(what: str, layer: str) -> str:
     return f"{what}/{re.sub(r'[^A-Za-z0-9_. :/-]', '_', layer)}"
 
 
-def log_record(client: Any, run_id: str, tracking: Tracking, record: Mapping[str, Any], totals: dict[str, int]) -> None:
+def log_record(client: Any, run_id: str, tracking: Tracking, record: Record, totals: dict[str, int]) -> None:
     """One round's metrics; `totals` keeps the bytes so far."""
     from mlflow.entities import Metric
 
     for name in ("uplink_bytes", "downlink_bytes"):
-        totals[name] = totals.get(name, 0) + record[name]
-    bits = record["bits_per_parameter"]
+        totals[name] = totals.get(name, 0) + getattr(record, name)
+    bits = record.bits_per_parameter
     values: dict[str, Any] = {
-        "accuracy": record["accuracy"],
-        "test_loss": record["test_loss"],
-        "train_loss": record["train_loss"],
-        "update_norm": record.get("update_norm"),  # journals of versions before have none
-        "quantization_error": record.get("quantization_error"),
-        "sim_time_s": record["sim_time_s"],
+        "accuracy": record.accuracy,
+        "test_loss": record.test_loss,
+        "train_loss": record.train_loss,
+        "update_norm": record.update_norm,
+        "quantization_error": record.quantization_error,
+        "sim_time_s": record.sim_time_s,
         "uplink_mb": totals["uplink_bytes"] / 1e6,
         "downlink_mb": totals["downlink_bytes"] / 1e6,
-        "round_uplink_mb": record["uplink_bytes"] / 1e6,
+        "round_uplink_mb": record.uplink_bytes / 1e6,
         **{_metric("bits_per_parameter", layer): value for layer, value in bits.items()},
-        **{_metric("significance", layer): value for layer, value in record.get("significance", {}).items()},
+        **{_metric("significance", layer): value for layer, value in record.report.get("significance", {}).items()},
     }
-    at = tracking.started_ms + round(record["sim_time_s"] * 1e3)
-    metrics = [Metric(k, float(v), at, record["round"]) for k, v in values.items() if v is not None]
+    at = tracking.started_ms + round(record.sim_time_s * 1e3)
+    metrics = [Metric(k, float(v), at, record.round) for k, v in values.items() if v is not None]
     client.log_batch(run_id, metrics=metrics)
 
 
 class Tracker:
     """Logs in a thread of its own. The first failure ends it: the records are kept, and `fedlq sync` logs them."""
 
-    def __init__(self, tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, tracking: Tracking, config: Config, records: Sequence[Record] = ()) -> None:
         """`records` are those of a run that goes on: what MLflow has of them already is not logged twice."""
         self.failure: str | None = None
         self._tracking, self._config = tracking, config
@@ -181,9 +182,9 @@ class Tracker:
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Takes no time."""
-        self._queue.put(dict(record))
+        self._queue.put(record)
 
     def finish(self, status: str, wait: bool = True) -> str | None:
         """Wait, a bounded time, until all is logged. What went wrong, or None."""
@@ -209,7 +210,7 @@ class Tracker:
 def sync(
     tracking: Tracking,
     config: Config,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     status: str,
     folder: Path | None,
     module: Any = None,
@@ -230,7 +231,7 @@ def sync(
     return run_id
 
 
-def mark(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], status: str, hurry: bool) -> str:
+def mark(tracking: Tracking, config: Config, records: Sequence[Record], status: str, hurry: bool) -> str:
     """`sync` without files, in a bounded time. What went wrong, or nothing."""
     wait_s = _HURRY_S if hurry else _WAIT_S
     told = [f"did not answer for {wait_s:.0f} s"]
@@ -248,9 +249,7 @@ def mark(tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]
     return told[0]
 
 
-def attach(
-    tracking: Tracking, config: Config, records: Sequence[Mapping[str, Any]], folder: Path, module: Any = None
-) -> None:
+def attach(tracking: Tracking, config: Config, records: Sequence[Record], folder: Path, module: Any = None) -> None:
     """Add a finished run's files, pictures and model to what its driver has logged."""
     client = stores.connect(tracking.uri)
     run_id = open_run(client, tracking, config)
@@ -263,7 +262,7 @@ def _log_files(
     run_id: str,
     tracking: Tracking,
     config: Config,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     folder: Path,
     module: Any,
 ) -> None:

@@ -17,6 +17,7 @@ from unittest import mock
 from fedlq_ray import config as configuration
 from fedlq_ray import files, rundir
 from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.events import Event, RoundDone
 from fedlq_ray.rundir import Journal
 from fedlq_ray.simulation import resume, simulate
 
@@ -30,6 +31,11 @@ KINDS = {
     "rd": ["strategy.name=fedlq_rd", "network.downlink_bits=1", "strategy.floor_bits=null", "train.adaptive_work=4"],
     "ef21": ["strategy.name=ecsq", "strategy.error_feedback=ef21", "strategy.bits=1", "server.optimizer=adam"],
 }
+
+
+def round_of(event: Event) -> int | None:
+    """The round that an event ends."""
+    return event.record.round if isinstance(event, RoundDone) else None
 
 
 def in_child(work: Callable[[], Any]) -> int:
@@ -80,8 +86,8 @@ def cut(out: Path, *settings: str, after: int = 3, **given: Any) -> None:
     def run() -> None:
         rounds = []
 
-        def watch(event: dict[str, object]) -> None:
-            rounds.append("record" in event)
+        def watch(event: Event) -> None:
+            rounds.append(isinstance(event, RoundDone))
             if sum(rounds) == after:
                 die()
 

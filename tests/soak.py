@@ -16,6 +16,7 @@ from faults import KINDS, workers
 
 import fedlq_ray
 from fedlq_ray.config import load
+from fedlq_ray.events import Event, RoundDone
 
 SETTINGS = (
     "clients.count=40", "clients.cohort=10", "clients.hosting=packed", "strategy.name=fedlq_rd",
@@ -39,12 +40,16 @@ def main() -> None:
     os.environ["RAY_ADDRESS"] = "local"
     seen: list[tuple[int, float, float, float]] = []
 
-    def watch(event: dict[str, object]) -> None:
-        record = event.get("record")
-        if isinstance(record, dict) and record["round"] % 10 == 9:
+    def watch(event: Event) -> None:
+        if isinstance(event, RoundDone) and event.record.round % 10 == 9:
             here = os.getpid()
             seen.append(
-                (record["round"], pss_mb([here]), pss_mb(workers("Driver", here)), pss_mb(workers("ClientActor", here)))
+                (
+                    event.record.round,
+                    pss_mb([here]),
+                    pss_mb(workers("Driver", here)),
+                    pss_mb(workers("ClientActor", here)),
+                )
             )
 
     started = time.perf_counter()

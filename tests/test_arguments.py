@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from faults import round_of
 
 from fedlq_ray import Config, ConfigError, cli, resume, simulate, stores, submit
 from fedlq_ray.arguments import PATH, split
@@ -98,7 +99,7 @@ def test_every_path_of_the_settings_takes_the_home_folder(home):
     ]
 
     def stop(event):
-        if event.get("record", {}).get("round") == 2:
+        if round_of(event) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Terminated):

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from faults import round_of
 
 import fedlq_ray
 from fedlq_ray.config import load
@@ -141,7 +142,7 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(tmp_path):
     whole = simulated(tmp_path / "whole", *settings)
 
     def cut(event):
-        if event.get("record", {}).get("round") == 1:
+        if round_of(event) == 1:
             raise RuntimeError("cut")
 
     with pytest.raises(RuntimeError, match="cut"):

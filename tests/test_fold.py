@@ -17,8 +17,9 @@ from fedlq_ray.downlink import Offer
 from fedlq_ray.errors import ClientError
 from fedlq_ray.fold import Fold
 from fedlq_ray.quantization import Float32, Segment, Sign, decode, encode
-from fedlq_ray.rounds import Outcome, run
+from fedlq_ray.rounds import Timing, begin, run
 from fedlq_ray.serial import SerialHost
+from fedlq_ray.state import ServerState
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Job, Workplace, prepare
 from fedlq_ray.training import Plan, Reply
@@ -88,43 +89,44 @@ class Federation(RuleBasedStateMachine):
         self.host, self.snapshot = Disorderly(self.fates, self.replies), None
         saved = unpack(self.checkpoint) if self.checkpoint else None
         self.journal = self.journal[: saved["round"] if saved else 0]
-        self.rounds = self.run(self.host, saved=saved, keep=self.keep)
-        self.before = saved["weights"] if saved else self.outcome.weights
+        self.rounds = self.run(self.host, saved)
+        self.before = self.start.weights
 
-    def run(self, host, **more):
+    def run(self, host, saved=None):
         place = Workplace(TASK)
-        strategy, self.outcome = make(place.setting), Outcome(place.model.storage.clone())
+        strategy = make(place.setting)
+        self.start = ServerState.from_snapshot(saved) if saved else begin(place.model.storage.clone(), strategy)
         plan = strategy.plan
 
         def of_who_joined(round, *arguments):
             return {c: p for c, p in plan(round, *arguments).items() if self.joined.get(c, ROUNDS) <= round}
 
         strategy.plan = of_who_joined
-        return run(TASK, strategy, host, self.outcome, **more)
-
-    def keep(self, snapshot):
-        self.snapshot = snapshot | {"memories": self.host.recall(snapshot["memories"])}
+        return run(TASK, strategy, host, self.start, Timing())
 
     @rule(data=st.data())
     def a_round(self, data):
         if len(self.journal) == ROUNDS:
             return
         self.host.data = data
-        record = next(self.rounds)
+        step = next(self.rounds)
+        record, weights = step.record, step.state.weights
+        if step.resumable:
+            self.snapshot = step.state.snapshot() | {"memories": self.host.recall(step.state.memories)}
         self.journal.append(record)
-        self.fresh = max(self.fresh, record["round"] + 2)  # the next one is under way
-        jobs = {client: self.replies[record["round"], client].payload for client in record["answered"]}
-        assert record["uplink_bytes"] == sum(map(len, jobs.values()))
-        sizes = dict(zip(record["cohort"], record["client_uplink_bytes"], strict=True))
+        self.fresh = max(self.fresh, record.round + 2)  # the next one is under way
+        jobs = {client: self.replies[record.round, client].payload for client in record.answered}
+        assert record.uplink_bytes == sum(map(len, jobs.values()))
+        sizes = dict(zip(record.cohort, record.client_uplink_bytes, strict=True))
         assert all(sizes[client] == len(payload) for client, payload in jobs.items())
-        where = {"kind": "update", "round": record["round"]}
+        where = {"kind": "update", "round": record.round}
         samples = {client: min(16, len(TASK.shards[client])) for client in jobs}
-        mean = torch.zeros(len(self.outcome.weights), dtype=torch.float64)
+        mean = torch.zeros(len(weights), dtype=torch.float64)
         for client, payload in jobs.items():
             value = decode(payload, len(mean), client=client, **where).vector.double()
             mean += samples[client] / sum(samples.values()) * value
-        torch.testing.assert_close(self.outcome.weights - self.before, mean.float(), atol=1e-6, rtol=1e-5)
-        self.before = self.outcome.weights
+        torch.testing.assert_close(weights - self.before, mean.float(), atol=1e-6, rtol=1e-5)
+        self.before = weights
 
     @rule(client=CLIENTS, data=st.data())
     def join(self, client, data):
@@ -144,19 +146,20 @@ class Federation(RuleBasedStateMachine):
 
     @invariant()
     def the_journal_is_sound(self):
-        times = [record["sim_time_s"] for record in getattr(self, "journal", ())]
+        times = [record.sim_time_s for record in getattr(self, "journal", ())]
         assert times == sorted(times)
         for number, record in enumerate(getattr(self, "journal", ())):
-            assert record["round"] == number
-            counted = Counter(record["answered"]) + Counter(record["skipped"])
-            assert set(counted) <= set(record["cohort"]) and set(counted.values()) <= {1}
+            assert record.round == number
+            counted = Counter(record.answered) + Counter(record.skipped)
+            assert set(counted) <= set(record.cohort) and set(counted.values()) <= {1}
             assert all(self.joined[client] <= number for client in counted)
-            assert not any(self.fates[number, client] for client in record["skipped"])
-            assert all(self.fates[number, client] for client in record["answered"])
+            assert not any(self.fates[number, client] for client in record.skipped)
+            assert all(self.fates[number, client] for client in record.answered)
 
     def teardown(self):
         if getattr(self, "journal", None):
-            assert self.journal == list(islice(self.run(Fated(self.fates)), len(self.journal)))  # in order, no crash
+            again = islice(self.run(Fated(self.fates)), len(self.journal))
+            assert self.journal == [step.record for step in again]  # in order, no crash
 
 
 def four():
@@ -197,14 +200,15 @@ class Damaging(SerialHost):
 def test_a_refused_payload_is_named_or_its_client_is_skipped(policy):
     task = prepare(load(None, [*SETTINGS, f"clients.on_failure={policy}", "rounds=1", "clients.dropout=0"]))
     place = Workplace(task)
-    rounds = run(task, make(place.setting), Damaging(task), Outcome(place.model.storage.clone()))
+    strategy = make(place.setting)
+    rounds = run(task, strategy, Damaging(task), begin(place.model.storage.clone(), strategy), Timing())
     cohort = cohorts.draw(task, 0)
     if policy == "fail":
         with pytest.raises(ClientError, match=rf"^round 0, client {cohort[1]}: its payload is refused: the checksum"):
             next(rounds)
     else:
-        record = next(rounds)
-        assert record["skipped"] == [cohort[1]] and record["answered"] == [cohort[0], *cohort[2:]]
+        record = next(rounds).record
+        assert record.skipped == [cohort[1]] and record.answered == [cohort[0], *cohort[2:]]
 
 
 def test_a_round_without_error_feedback_leaves_memories_alone():

@@ -6,10 +6,13 @@ import threading
 import time
 
 import pytest
+from faults import round_of
 from rich.console import Console
 
 from fedlq_ray import ClientError, ConfigError, follow, progress, rundir, simulate
 from fedlq_ray.config import load
+from fedlq_ray.events import Closed, Restarted, RoundDone
+from fedlq_ray.record import Record
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -20,7 +23,7 @@ def test_a_run_is_followed_from_its_folder_while_it_goes_on(tmp_path):
     started, go_on, seen = threading.Event(), threading.Event(), []
 
     def wait(event):
-        if event.get("record", {}).get("round") == 1:
+        if round_of(event) == 1:
             started.set()
             go_on.wait(60)
 
@@ -32,12 +35,12 @@ def test_a_run_is_followed_from_its_folder_while_it_goes_on(tmp_path):
     config, events = follow.folder(tmp_path / "here", every_s=0.02)
     for event in events:
         seen.append(event)
-        if event.get("record", {}).get("round") == 1:  # not the last, and it waits
+        if round_of(event) == 1:  # not the last, and it waits
             assert not (tmp_path / "here/summary.json").exists()
             go_on.set()
     run.join()
-    assert config.rounds == 4 and seen[-1] == {"ended": "FINISHED"}
-    assert [event["record"] for event in seen[:-1]] == rundir.journal(tmp_path / "here")
+    assert config.rounds == 4 and seen[-1] == Closed("FINISHED")
+    assert [event.record for event in seen[:-1]] == rundir.journal(tmp_path / "here")
 
 
 def test_a_run_that_goes_back_is_told_and_followed_anew(tmp_path):
@@ -59,15 +62,15 @@ def test_a_run_that_goes_back_is_told_and_followed_anew(tmp_path):
     other = threading.Thread(target=hold)
     other.start()
     held.wait(10)
-    told = [next(iter(event)) for event in events]
+    told = [type(event) for event in events]
     other.join()
-    assert told == ["record"] * 4 + ["restarted", "record", "ended"]
+    assert told == [RoundDone] * 4 + [Restarted, RoundDone, Closed]
 
 
 def test_a_failed_run_is_told_as_such(tmp_path):
     with pytest.raises(ClientError):
         simulate(load(None, [*QUICK, "train.lr=1000", "rounds=20", "out=bad", "tracking.uri=null"]))
-    assert list(follow.folder(tmp_path / "bad")[1])[-1] == {"ended": "FAILED"}
+    assert list(follow.folder(tmp_path / "bad")[1])[-1] == Closed("FAILED")
     with pytest.raises(ConfigError, match="holds no run"):
         follow.folder(tmp_path)
 
@@ -81,9 +84,10 @@ def test_mlflow_tells_the_same_as_the_folder(tmp_path):
     (run,) = client.search_runs([client.get_experiment_by_name("fedlq").experiment_id])
     config, events = follow.mlflow(uri, run.info.run_id)
     *records, last = list(events)
-    assert last == {"ended": "FINISHED"} and config.evaluate_every == 2
+    assert last == Closed("FINISHED") and config.evaluate_every == 2
     for event, record in zip(records, rundir.journal(result.path), strict=True):
-        assert event["record"] == {key: record[key] for key in event["record"]}
+        for name in ("round", "sim_time_s", "uplink_bytes", "accuracy"):
+            assert getattr(event.record, name) == getattr(record, name)
     with pytest.raises(ConfigError, match="no run of fedlq"):
         follow.mlflow(uri, "0" * 32)
 
@@ -94,7 +98,7 @@ def test_the_progress_fits_in_80_columns(tmp_path):
     with progress.watch(config, console) as show:
         for round in range(999):
             record = {"round": round, "accuracy": 0.98765, "sim_time_s": 54321.5, "uplink_bytes": 9_876_543_210}
-            show({"record": record})
+            show(RoundDone(Record.from_json(record)))
     last = console.export_text().strip().splitlines()
     assert (
         len(last) == 1

@@ -19,11 +19,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlq_ray import rundir
-from fedlq_ray.checkpoint import STATE, VERSION, pack, unpack
+from fedlq_ray.checkpoint import VERSION, pack, unpack
 from fedlq_ray.config import load, to_yaml
 from fedlq_ray.data.datasets import load as load_data
 from fedlq_ray.errors import CheckpointError, ConfigError
 from fedlq_ray.profiles import load_profiles
+from fedlq_ray.state import FIELDS
 from fedlq_ray.storage import Folder, latest
 from fedlq_ray.sweep import load as load_sweep
 
@@ -143,7 +144,7 @@ def test_a_checkpoint_of_no_round(snapshot: dict[str, object], tmp_path: Path) -
 
 
 def test_a_checkpoint_without_what_a_run_goes_on_from(tmp_path: Path) -> None:
-    snapshot = dict.fromkeys(STATE) | {"round": 1}
+    snapshot = dict.fromkeys(FIELDS) | {"round": 1}
     (tmp_path / "00000001.ckpt").write_bytes(pack(snapshot))
     assert latest(Folder(str(tmp_path)), 3) == (snapshot, [])
     del snapshot["weights"], snapshot["memories"]
@@ -250,6 +251,6 @@ def test_profile_files(hits: list[tuple[int, int]], cut: int) -> None:
 def test_journals(lines: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rounds.jsonl").write_bytes(b"\n".join(lines))
-        assert [record["round"] for record in rundir.journal(Path(folder))] == list(
+        assert [record.round for record in rundir.journal(Path(folder))] == list(
             range(len(rundir.journal(Path(folder))))
         )

@@ -19,6 +19,7 @@ from fedlq_ray import hosting as on_ray
 from fedlq_ray import rounds, rundir
 from fedlq_ray.config import load
 from fedlq_ray.errors import ClientError, FedLQError
+from fedlq_ray.events import Hosting, Restarted, RoundDone
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.strategies import Strategy, make
 from fedlq_ray.task import Workplace, prepare
@@ -41,7 +42,9 @@ def records(*overrides, hosting="packed", strategy=None, **given):
     task = prepare(load(None, [*QUICK, *overrides, f"clients.hosting={hosting}"]), **given)
     place = Workplace(task)
     host = on_ray.RayHost(task, hosting)
-    yield from rounds.run(task, make(place.setting, strategy), host, rounds.Outcome(place.initial_weights()))
+    made = make(place.setting, strategy)
+    for step in rounds.run(task, made, host, rounds.begin(place.initial_weights(), made), rounds.Timing()):
+        yield step.record
 
 
 def contents(result):
@@ -58,8 +61,8 @@ def once(after, what):
     rounds = []
 
     def watch(event):
-        if "record" in event:
-            rounds.append(event["record"]["round"])
+        if isinstance(event, RoundDone):
+            rounds.append(event.record.round)
             if len(rounds) == after:
                 what()
 
@@ -190,7 +193,7 @@ class Deadly(Picky):
     """Client 3 ends the actor that it is at; from round 3 on, it stops it."""
 
     def plan(self, round, cohort):
-        plans = super().plan(round, cohort, evaluation)
+        plans = super().plan(round, cohort)
         number = signal.SIGKILL if round < 3 else signal.SIGSTOP
         return {c: Plan("update", Signal(p.segments.segments, number if c == 3 else 0)) for c, p in plans.items()}
 
@@ -210,8 +213,8 @@ def test_who_ends_its_actor_is_skipped_alone_and_who_is_only_silent_is_never_ski
     with pytest.raises(ClientError, match=r"round [345], client 3: its actor said nothing for 4 s; .*resume"):
         for record in records(*policy, strategy=Deadly):
             seen.append(record)
-    assert [r["skipped"] for r in seen] == [[c for c in r["cohort"] if c == 3] for r in seen] and len(seen) > 2
-    assert sum(len(r["skipped"]) for r in seen) > 0
+    assert [r.skipped for r in seen] == [[c for c in r.cohort if c == 3] for r in seen] and len(seen) > 2
+    assert sum(len(r.skipped) for r in seen) > 0
 
 
 class Large(Picky):
@@ -226,8 +229,8 @@ def test_a_full_object_store_is_told_at_once(monkeypatch):
     events = []
     full = r"^Ray.s object store has no room \({}\): .*: fedlq resume "
     with pytest.raises(FedLQError, match=full.format("OutOfDiskError: local disk is full")):
-        run("clients.hosting=packed", "out=full", strategy=Large, watch=lambda event: events.extend(event))
-    assert "restarted" not in events and "hosting" in events
+        run("clients.hosting=packed", "out=full", strategy=Large, watch=events.append)
+    assert {Hosting} <= {type(event) for event in events} and Restarted not in map(type, events)
 
     def put(value):
         raise ObjectStoreFullError("Failed to put object")

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from faults import KINDS, SMALL, cut, die, evidence, in_child, start
+from faults import KINDS, SMALL, cut, die, evidence, in_child, round_of, start
 
 from fedlq_ray import config as configuration
 from fedlq_ray import rundir
 from fedlq_ray.checkpoint import Snapshot, pack, remembered, unpack
 from fedlq_ray.cli import cli
 from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
+from fedlq_ray.events import Event, RoundDone
 from fedlq_ray.files import locked
 from fedlq_ray.simulation import resume, run_or_resume, simulate
 from fedlq_ray.storage import Folder, Saver
@@ -70,9 +71,9 @@ def test_every_strategy_remembers(name: str, tmp_path: Path) -> None:
     def go() -> None:
         seen = []
 
-        def watch(event: dict[str, object]) -> None:
-            seen.extend("record" for name in event if name == "record")
-            if "record" in event and len(seen) == 1:
+        def watch(event: Event) -> None:
+            seen.extend(["record"] * isinstance(event, RoundDone))
+            if isinstance(event, RoundDone) and len(seen) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         if out.exists():
@@ -352,8 +353,8 @@ def test_an_array_changed_in_place(tmp_path: Path) -> None:
     def settings(name: str) -> configuration.Config:
         return configuration.load(None, [*SMALL, "checkpoint.every_rounds=null", f"out={tmp_path / name}"])
 
-    def stop(event: dict[str, Any]) -> None:
-        if event.get("record", {}).get("round") == 1:
+    def stop(event: Event) -> None:
+        if round_of(event) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     simulate(settings("whole"), strategy=Counts)

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from faults import round_of
 from safetensors.torch import load_file
 from torch import nn
 
-from fedlq_ray import ClientError, ConfigError, FedLQError, rounds, simulate
+from fedlq_ray import ClientError, ConfigError, FedLQError, rounds, server, simulate
 from fedlq_ray.config import load
 from fedlq_ray.serial import SerialHost
+from fedlq_ray.server import Moments
 from fedlq_ray.strategies import STRATEGIES, Strategy, make
 from fedlq_ray.task import Workplace, prepare
 
@@ -242,7 +244,7 @@ def test_signsgd_refuses_error_feedback(feedback):
 
 @pytest.mark.parametrize("optimizer", ["lr=3.0", "optimizer=momentum", "optimizer=adam"])
 def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(optimizer):
-    heard, probed, kept = [], [], []
+    heard, probed = [], []
 
     class Hears(STRATEGIES["fedlq"]):
         def learn(self, round, news):
@@ -257,20 +259,22 @@ def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(opt
     task = prepare(load(None, [*QUICK, "rounds=4", f"server.{optimizer}", "strategy.probe_every=1"]))
     place = Workplace(task)
 
-    def records(saved=None):
-        outcome = rounds.Outcome(place.model.storage.clone())
-        found = list(rounds.run(task, make(place.setting, Hears), Probes(task), outcome, saved=saved, keep=kept.append))
-        return found, outcome.weights
+    def steps(state=None):
+        strategy = make(place.setting, Hears)
+        state = state or rounds.begin(place.model.storage.clone(), strategy)
+        return list(rounds.run(task, strategy, Probes(task), state, rounds.Timing()))
 
-    weights, server = place.model.storage.clone(), rounds.ServerOptimizer(task.config.server)
-    whole, end = records()
+    weights, moments = place.model.storage.clone(), Moments()
+    whole = steps()
     for update in heard:
-        weights = weights + server.step(update)
-    assert torch.equal(weights, end)
+        step, moments = server.step(task.config.server, moments, update)
+        weights = weights + step
+    assert torch.equal(weights, whole[-1].state.weights)
     assert len(probed) == 3 and all(torch.equal(*pair) for pair in zip(probed, heard[:-1], strict=True))
-    assert all(torch.equal(saved["update"], update) for saved, update in zip(kept, heard, strict=True))
-    rest, again = records(kept[1])
-    assert rest == whole[2:] and torch.equal(again, end)
+    assert all(torch.equal(step.state.update, update) for step, update in zip(whole, heard, strict=True))
+    rest = steps(whole[1].state)
+    assert [step.record for step in rest] == [step.record for step in whole[2:]]
+    assert torch.equal(rest[-1].state.weights, weights)
 
 
 def test_a_finished_folder_is_not_written_over():
@@ -280,24 +284,18 @@ def test_a_finished_folder_is_not_written_over():
 
 
 @pytest.mark.parametrize("late", ["wait", "drop", "partial"])
-def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late, monkeypatch):
-    folds = []
-
-    class Kept(rounds.Fold):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            folds.append(self)
-
-    monkeypatch.setattr(rounds, "Fold", Kept)
+def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late):
     settings = ["strategy.error_feedback=ef21", "clients.dropout=0.4", "clients.profiles=thin", "train.adaptive_work=2"]
     deadline = ["strategy.budget=deadline", "strategy.deadline_s=0.15", f"strategy.late={late}", "rounds=6"]
     task = prepare(load(None, [*QUICK, *settings, *deadline]))
     place = Workplace(task)
-    host = SerialHost(task)
-    records = list(rounds.run(task, make(place.setting), host, rounds.Outcome(place.model.storage.clone())))
-    answered = {client for record in records for client in record["answered"]}
-    assert answered == set(host.memories) == set(folds[-1].tracked) and len(answered) < 24
-    assert all(torch.equal(host.memories[client], folds[-1].tracked[client]) for client in answered)
+    host, strategy = SerialHost(task), make(place.setting)
+    state = rounds.begin(place.model.storage.clone(), strategy)
+    steps = list(rounds.run(task, strategy, host, state, rounds.Timing()))
+    answered = {client for step in steps for client in step.record.answered}
+    tracked = steps[-1].state.tracked
+    assert answered == set(host.memories) == set(tracked) and len(answered) < 24
+    assert all(torch.equal(host.memories[client], tracked[client]) for client in answered)
 
 
 def test_a_model_that_raises_is_tried_again_and_in_evaluation_told():
@@ -315,7 +313,7 @@ def test_a_model_that_raises_is_tried_again_and_in_evaluation_told():
         start = {0: raises}  # once there is a record
         return run(
             model=lambda input_shape, num_classes: Moody(64, num_classes),
-            watch=lambda event: moods.extend(start.pop(event["record"]["round"], ())) if "record" in event else None,
+            watch=lambda event: moods.extend(start.pop(round_of(event), ())),
         )
 
     assert moody(True, True).summary == moody().summary and not moods

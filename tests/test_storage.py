@@ -13,6 +13,7 @@ from faults import KINDS, SMALL, evidence, in_child, start
 
 from fedlq_ray import storage
 from fedlq_ray.config import load
+from fedlq_ray.events import Warned
 from fedlq_ray.settings import CheckpointConfig
 from fedlq_ray.simulation import resume, simulate
 
@@ -92,9 +93,9 @@ def test_a_tmpfs_fills_up(tmp_path):
 
     def fill():
         def watch(event):
-            if "warning" in event:
+            if isinstance(event, Warned):
                 with told.open("a") as file:
-                    file.write(event["warning"] + "\n")
+                    file.write(event.message + "\n")
 
         simulate(load(None, [*SMALL, *settings, f"out={small / 'run'}"]), watch=watch)
 

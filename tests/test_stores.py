@@ -11,6 +11,7 @@ import pytest
 
 from fedlq_ray import Config, ConfigError, resume, simulate, stores, tracking
 from fedlq_ray.config import load
+from fedlq_ray.events import Hosting, Prepared
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -198,7 +199,7 @@ def test_a_run_says_first_what_comes_from_the_environment_and_resumes_elsewhere(
     config = load(None, ["rounds=1", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "out=here"])
     with watch(config) as show:
         simulate(config, watch=lambda event: (events.append(event), show(event)))
-    assert next(iter(events[0])) == "started" and "hosting" in events[1]
+    assert isinstance(events[0], Prepared) and isinstance(events[1], Hosting)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == "demo-0: tracking.uri is sqlite:///env.db, from MLFLOW_TRACKING_URI"
     assert "uri: sqlite:///env.db" in Path("here/config.yaml").read_text(encoding="utf-8")

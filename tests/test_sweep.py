@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults import round_of
 
 from fedlq_ray import ConfigError, FedLQError, cli_analysis, reclock
 from fedlq_ray.analysis import compare
 from fedlq_ray.config import load as load_settings
 from fedlq_ray.config import to_yaml
+from fedlq_ray.events import Resumed
 from fedlq_ray.many import in_turn
+from fedlq_ray.record import Record
 from fedlq_ray.rundir import journal
 from fedlq_ray.simulation import run_or_resume, simulate
 from fedlq_ray.sweep import Outcome, load, run
@@ -147,7 +150,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path):
     shutil.rmtree(tmp_path / "out")
 
     def cut(event):
-        if event.get("record", {}).get("round") == 2:
+        if round_of(event) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     comparison = load(tmp_path / "s.yaml")
@@ -158,7 +161,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path):
     again = run(
         comparison, tmp_path / "out", in_turn(lambda config, _: run_or_resume(config, watch=resumed.append)), [].append
     )
-    assert again.runs == whole.runs and any("resumed" in event for event in resumed)
+    assert again.runs == whole.runs and any(isinstance(event, Resumed) for event in resumed)
     left = tmp_path / "out/fedavg-0/checkpoints"  # as if killed at its very end
     left.mkdir()
     (left / "00000006.ckpt").touch()
@@ -195,8 +198,10 @@ def test_a_target_counts_where_every_seed_reached_it():
 
 def test_time_to_an_accuracy_is_that_of_the_first_evaluation_that_shows_it():
     records = [
-        {"accuracy": accuracy, "sim_time_s": 2.0 * i, "uplink_bytes": 1_000_000, "downlink_bytes": 3_000_000}
-        for i, accuracy in enumerate([0.1, None, 0.5, 0.4])
+        Record.from_json(
+            {"round": i, "accuracy": a, "sim_time_s": 2.0 * i, "uplink_bytes": 1_000_000, "downlink_bytes": 3_000_000}
+        )
+        for i, a in enumerate([0.1, None, 0.5, 0.4])
     ]
     assert compare.time_to(records, 0.3) == (4.0, 3.0, 9.0) and compare.time_to(records, 0.6) is None
 

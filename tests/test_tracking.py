@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from faults import round_of
 from safetensors.torch import load_file
 from tracked import QUICK, rows, run
 
@@ -51,7 +52,7 @@ def test_a_run_is_there_with_its_files_its_pictures_and_its_data():
 
 def test_a_run_that_goes_on_runs_and_then_is_finished():
     def stop(event):
-        if event.get("record", {}).get("round") == 2:
+        if round_of(event) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Terminated):

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from faults import in_child
+from faults import in_child, round_of
 from tracked import QUICK, rows, run
 
 from fedlq_ray import FedLQError, cli, resume, rundir, simulate, stores, tracking
 from fedlq_ray.config import load
+from fedlq_ray.events import RoundDone
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -64,7 +65,7 @@ def test_a_second_interrupt_leaves_at_once_while_mlflow_hangs(during):
         os.kill(os.getpid(), signal.SIGINT)
 
     def stop(event):
-        if "record" in event and not second:
+        if isinstance(event, RoundDone) and not second:
             os.kill(os.getpid(), signal.SIGINT)
             threading.Timer(1, interrupt).start() if during == "end" else interrupt()
 
@@ -165,11 +166,11 @@ def test_a_server_that_is_lost_in_mid_run_costs_no_result(back, mlflow_server):
     uri = f"http://127.0.0.1:{server.server_port}"
 
     def lose(event):
-        if event.get("record", {}).get("round") == 1:
+        if round_of(event) == 1:
             wait_until(logged)
             server.shutdown()
             server.server_close()
-        if event.get("record", {}).get("round") == 3 and back:
+        if round_of(event) == 3 and back:
             time.sleep(3)  # more than MLflow's client waits until it tries again
             mlflow_server(server.server_port)
 
@@ -192,7 +193,7 @@ def test_a_server_that_is_lost_in_mid_run_costs_no_result(back, mlflow_server):
 
 def test_a_run_that_was_left_running_by_a_kill_is_put_right():
     def kill(event):
-        if event.get("record", {}).get("round") == 1:
+        if round_of(event) == 1:
             wait_until(logged)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -8,7 +8,6 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,5 +91,5 @@ class EliasRD(FedLQRD):
     """FedLQ-RD with these codes."""
 
     def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        plans = super().plan(round, cohort, evaluation)
+        plans = super().plan(round, cohort)
         return {client: replace(plan, segments=EliasOneStep(plan.segments)) for client, plan in plans.items()}

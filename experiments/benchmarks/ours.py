@@ -8,13 +8,14 @@ from harness import look
 
 from fedlq_ray import simulate
 from fedlq_ray.config import load
+from fedlq_ray.events import Event, Hosting, RoundDone
 
 
 def main(settings: list[str]) -> None:
     marks: list[float] = []
 
-    def watch(event: dict) -> None:
-        if "hosting" in event or "record" in event:
+    def watch(event: Event) -> None:
+        if isinstance(event, Hosting | RoundDone):
             marks.append(time.time())
             if len(marks) == 1 + config.rounds:
                 look()

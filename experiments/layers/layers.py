@@ -22,6 +22,7 @@ from fedlq_ray import provenance
 from fedlq_ray.analysis import plots
 from fedlq_ray.analysis.layers import LayerAnalysis, analyses
 from fedlq_ray.config import load
+from fedlq_ray.record import Record
 
 HERE = Path(__file__).parent
 SETTINGS = [
@@ -57,11 +58,9 @@ def measured(name: str, cifar: str | None) -> dict:
         settings.append("data.name=npz" if cifar else "data.name=cifar10")
     losses, tables, started = [], [], time.perf_counter()
 
-    def watch(record: dict) -> None:
-        losses.append(record["train_loss"])
-        print(
-            f"{name}, round {record['round'] + 1}: {losses[-1]:.3f}, {time.perf_counter() - started:.0f} s", flush=True
-        )
+    def watch(record: Record) -> None:
+        losses.append(record.train_loss)
+        print(f"{name}, round {record.round + 1}: {losses[-1]:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
 
     config = load(None, settings + ([f"data.path={cifar}"] if cifar and name != "cnn" else []))
     for found in analyses(config, rounds, PAYLOADS, ("fisher",), watch):

@@ -37,7 +37,7 @@ from fedlq_ray.quantization import (
 )
 from fedlq_ray.quantization.ecsq import Magnitudes
 from fedlq_ray.quantization.rate import OneStep
-from fedlq_ray.rounds import Outcome, run
+from fedlq_ray.rounds import Timing, begin, run
 from fedlq_ray.serial import SerialHost
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Job, prepare
@@ -75,17 +75,17 @@ def updates(clients: int) -> list[Draw]:
     task = prepare(config)
     host = SerialHost(task)
     place = host.place
-    outcome, strategy = Outcome(place.initial_weights()), make(place.setting)
-    for record in run(task, strategy, host, outcome):
-        accuracy = record["accuracy"]
-    print(f"trained {config.rounds} rounds, accuracy {accuracy:.3f}", flush=True)
+    strategy = make(place.setting)
+    *_, last = run(task, strategy, host, begin(place.initial_weights(), strategy), Timing())
+    weights = last.state.weights
+    print(f"trained {config.rounds} rounds, accuracy {last.record.accuracy:.3f}", flush=True)
     members = [cohorts.member(task, client, 0) for client in cohorts.draw(task, config.rounds)[:clients]]
     samples = {m.client: cohorts.base_work(task, m.samples) for m in members}
     pieces = tuple((layer.start, layer.stop) for layer in place.model.layers)
     found = []
     for client, plan in strategy.plan(config.rounds, members).items():
-        reply, _ = place.train(Job(config.rounds, client, plan, samples[client]), outcome.weights, None)
-        sent = decode(reply.payload, len(outcome.weights), kind="update", round=config.rounds, client=client)
+        reply, _ = place.train(Job(config.rounds, client, plan, samples[client]), weights, None)
+        sent = decode(reply.payload, len(weights), kind="update", round=config.rounds, client=client)
         found.append(Draw(sent.vector, pieces))
     return found
 

@@ -49,10 +49,10 @@ class Case:
         network = self.task.config.network
         down = Downlink(place.setting, None, network.downlink_cap_bits, weights, place.broadcast_size())
         drawn = cohorts.draw(self.task, 0)
-        self.offers = down.offer(weights, {c: cohorts.downlink(self.task, c) for c in drawn}, 0)
+        self.offers = down.offer({}, weights, {c: cohorts.downlink(self.task, c) for c in drawn}, 0)
         members = [cohorts.member(self.task, c, self.offers[c].num_bytes) for c in drawn]
         strategy = make(place.setting, None)
-        plans = strategy.plan(0, members, None)
+        plans = strategy.plan(0, members)
         self.jobs = [Job(0, m.client, plans[m.client], 16) for m in members]
         self.shares = strategy.weights(members)
         self.replies = {job.client: place.train(job, weights, None)[0] for job in self.jobs}

@@ -24,7 +24,7 @@ from scipy.stats import ConstantInputWarning, spearmanr
 from fedlq_ray import provenance
 from fedlq_ray.config import Config, load, to_yaml
 from fedlq_ray.quantization import MinMax
-from fedlq_ray.rounds import Outcome, run
+from fedlq_ray.rounds import Timing, begin, run
 from fedlq_ray.serial import SerialHost
 from fedlq_ray.significance import METRICS, Drops, Measurement, gather, in_blocks, measure
 from fedlq_ray.significance.metrics import first_order, rise
@@ -47,10 +47,10 @@ PAYLOADS = ("update", "model")
 
 def states(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """After so many rounds of training: the weights (d,), and the last cohort's mean update (d,)."""
-    outcome = Outcome(host.place.initial_weights())
-    for record in run(host.place.task, make(host.place.setting), host, outcome):
-        if record["round"] + 1 in rounds:
-            yield record["round"] + 1, outcome.weights.clone(), outcome.update.clone()
+    strategy = make(host.place.setting)
+    for step in run(host.place.task, strategy, host, begin(host.place.initial_weights(), strategy), Timing()):
+        if step.state.round in rounds:
+            yield step.state.round, step.state.weights.clone(), step.state.update.clone()
 
 
 def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict]:

@@ -75,7 +75,7 @@ def shown(runs: Runs) -> Shown | None:
 
 def _recorded(run: Finished) -> bool:
     """A run that came to its end, and has what the charge is made of."""
-    has = all(record.get("quantization_error") is not None for record in run.records)
+    has = all(record.quantization_error is not None for record in run.records)
     return run.summary is not None and has and bool(figures.clients_of(run))
 
 
@@ -86,13 +86,13 @@ def _means(seeds: Sequence[Finished], rounds: int) -> tuple[np.ndarray, np.ndarr
         train, shards = run.config.train, [int(client["samples"]) for client in figures.clients_of(run)]
         charges, losses = [], []
         for record in run.records[:rounds]:
-            if not record["answered"]:
+            if not record.answered or record.quantization_error is None or record.train_loss is None:
                 continue
-            done = dict(zip(record["cohort"], record["client_samples"], strict=True))
-            taken = [steps_of(shards[client], done[client], train) for client in record["answered"]]
-            steps = np.average(taken, weights=[samples_of(shards[client], train) for client in record["answered"]])
-            charges.append(record["quantization_error"] ** 2 / (train.lr * steps))
-            losses.append(record["train_loss"])
+            done = dict(zip(record.cohort, record.client_samples, strict=True))
+            taken = [steps_of(shards[client], done[client], train) for client in record.answered]
+            steps = np.average(taken, weights=[samples_of(shards[client], train) for client in record.answered])
+            charges.append(record.quantization_error**2 / (train.lr * steps))
+            losses.append(record.train_loss)
         found.append((np.mean(charges), np.mean(losses)) if charges else (0.0, np.nan))
     charge, loss = np.array(found).T
     return charge, loss

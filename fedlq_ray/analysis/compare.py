@@ -13,19 +13,20 @@ from fedlq_ray import provenance
 from fedlq_ray.analysis import plots
 from fedlq_ray.analysis.runs import by_population, parameters, population
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.record import Record
 from fedlq_ray.sweep import Finished, Outcome
 
 CONFIDENCE = 0.95
 Row = dict[str, Any]
 
 
-def time_to(records: Iterable[Mapping[str, Any]], target: float) -> tuple[float, float, float] | None:
+def time_to(records: Iterable[Record], target: float) -> tuple[float, float, float] | None:
     """Simulated seconds, uplink and downlink MB until a run is first seen at an accuracy; None where it never is."""
     sent = received = 0
     for record in records:
-        sent, received = sent + record["uplink_bytes"], received + record["downlink_bytes"]
-        if record["accuracy"] is not None and record["accuracy"] >= target:
-            return record["sim_time_s"], sent / 1e6, received / 1e6
+        sent, received = sent + record.uplink_bytes, received + record.downlink_bytes
+        if record.accuracy is not None and record.accuracy >= target:
+            return record.sim_time_s, sent / 1e6, received / 1e6
     return None
 
 
@@ -158,8 +159,8 @@ def _reached(runs: Sequence[Finished], target: float) -> dict[str, Any]:
 def _bits(runs: Sequence[Finished]) -> float | None:
     """Bits a parameter of all payloads, headers included; None where no model was kept, or nothing sent."""
     size, records = parameters(runs), [record for run in runs for record in run.records]
-    payloads = sum(len(record["answered"]) for record in records)
-    return 8 * sum(r["uplink_bytes"] for r in records) / (payloads * size) if size and payloads else None
+    payloads = sum(len(record.answered) for record in records)
+    return 8 * sum(r.uplink_bytes for r in records) / (payloads * size) if size and payloads else None
 
 
 def _undominated(row: Row, among: Sequence[Row]) -> bool:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedlq_ray.analysis import plots
 from fedlq_ray.analysis.runs import parameters
+from fedlq_ray.record import Record
 from fedlq_ray.sweep import Finished
 
 Runs = Mapping[str, Sequence[Finished]]
@@ -177,8 +178,8 @@ def _half_means(values: NDArray[np.float64]) -> tuple[float, float]:
 
 def _layer_bits(run: Finished) -> tuple[list[str], NDArray[np.float64]]:
     """Layers' names, and bits a parameter: (layers, rounds)."""
-    names = list(run.records[0]["bits_per_parameter"])
-    rounds = [[record["bits_per_parameter"].get(name, np.nan) for name in names] for record in run.records]
+    names = list(run.records[0].bits_per_parameter)
+    rounds = [[record.bits_per_parameter.get(name, np.nan) for name in names] for record in run.records]
     return names, np.array(rounds, float).T
 
 
@@ -187,7 +188,7 @@ def _client_bits(run: Finished) -> NDArray[np.float64]:
     size = parameters([run]) or 1
     found = np.full((run.config.clients.count, len(run.records)), np.nan)
     for column, record in enumerate(run.records):
-        for client, sent in zip(record["cohort"], record["client_uplink_bytes"], strict=True):
+        for client, sent in zip(record.cohort, record.client_uplink_bytes, strict=True):
             found[client, column] = 8 * sent / size if sent else np.nan
     return found
 
@@ -198,10 +199,10 @@ def _layer_client_bits(run: Finished, layers: Sequence[str]) -> NDArray[np.float
     total = np.zeros((len(layers), run.config.clients.count))
     times = np.zeros_like(total)
     for record in run.records:
-        if "client_bits_per_parameter" not in record:
+        if not record.client_bits_per_parameter:
             return None
-        found = np.array([record["client_bits_per_parameter"][layer] for layer in layers], float)
-        members = record["cohort"]
+        found = np.array([record.client_bits_per_parameter[layer] for layer in layers], float)
+        members = record.cohort
         total[:, members] += np.nan_to_num(found)
         times[:, members] += np.isfinite(found)
     return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
@@ -236,7 +237,9 @@ def significance(runs: Runs) -> list[Shown]:
     shown = []
     for label, seeds in runs.items():
         seen = [
-            (record["round"] + 1, record["significance"]) for record in seeds[0].records if record.get("significance")
+            (record.round + 1, record.report["significance"])
+            for record in seeds[0].records
+            if record.report.get("significance")
         ]
         if not seen:
             continue
@@ -283,23 +286,23 @@ def timelines(runs: Runs) -> list[Shown]:
     first = next((seeds[0] for seeds in runs.values() if seeds[0].records), None)
     if first is None:
         return []
-    ends = np.array([record["sim_time_s"] for record in first.records])
+    ends = np.array([record.sim_time_s for record in first.records])
     lengths = np.diff(ends, prepend=0.0)
     typical = int(np.argsort(lengths)[len(lengths) // 2])
     found = [_timeline(label, seeds[0], typical) for label, seeds in runs.items() if len(seeds[0].records) > typical]
     return [one for one in found if one]
 
 
-def _steps(record: Mapping[str, Any]) -> NDArray[np.float64]:
+def _steps(record: Record) -> NDArray[np.float64]:
     """Seconds of each step of `plots.STEPS`: (members, 3)."""
-    return np.array([record[f"client_{step}_s"] for step in plots.STEPS]).T
+    return np.array([getattr(record, f"client_{step}_s") for step in plots.STEPS]).T
 
 
 def _timeline(label: str, run: Finished, round: int) -> Shown | None:
     steps = _steps(run.records[round])
     if not steps.size or not steps.sum():
         return None
-    members = np.array(run.records[round]["cohort"])
+    members = np.array(run.records[round].cohort)
     order = np.argsort(-steps.sum(1), kind="stable")
     last, total = order[0], steps.sum(1).max()
     cause = list(plots.STEPS)[int(steps[last].argmax())]
@@ -334,7 +337,7 @@ def _stragglers(run: Finished, clients: Sequence[Mapping[str, float]]) -> str:
         steps = _steps(record)
         if steps.size and steps.sum():
             slowest = int(steps.sum(1).argmax())
-            client = record["cohort"][slowest]
+            client = record.cohort[slowest]
             last[client] = last.get(client, 0) + 1
             spent += steps[slowest]
     worst = max(last, key=lambda client: last[client])

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fedlq_ray.config import Config
 from fedlq_ray.device import reproducible
-from fedlq_ray.rounds import Outcome, Record, run
+from fedlq_ray.record import Record
+from fedlq_ray.rounds import Timing, begin, run
 from fedlq_ray.seeding import seeded
 from fedlq_ray.serial import Done, SerialHost
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure, memory_saving
+from fedlq_ray.state import ServerState
 from fedlq_ray.strategies import make
 from fedlq_ray.task import Timed, Workplace, prepare
 from fedlq_ray.training import Evaluation, sample_losses
@@ -99,30 +101,31 @@ def analyses(
     task = prepare(plain)
     with reproducible(plain.train.device):
         host: Any = _Unwatched(task)
-        outcome = Outcome(host.place.initial_weights())
-        for record in run(task, make(host.place.setting), host, outcome):
-            watch(record)
-            if record["round"] + 1 in rounds:
+        strategy = make(host.place.setting)
+        state = begin(host.place.initial_weights(), strategy)
+        for step in run(task, strategy, host, state, Timing()):
+            watch(step.record)
+            if step.state.round in rounds:
                 for payload in payloads:
-                    with seeded(task.config.seed, "measure", record["round"]):
-                        found = _analysis(host.place, outcome, record["round"] + 1, payload, metrics)
+                    with seeded(task.config.seed, "measure", step.record.round):
+                        found = _analysis(host.place, step.state, payload, metrics)
                     yield found
 
 
-def _analysis(place: Workplace, outcome: Outcome, rounds: int, payload: str, metrics: Sequence[str]) -> LayerAnalysis:
+def _analysis(place: Workplace, state: ServerState, payload: str, metrics: Sequence[str]) -> LayerAnalysis:
     setting = place.setting
     levels, layers = tuple(level for level in setting.config.levels if level < 32), setting.quantized
     sizes = tuple(layer.size for layer in layers)
-    sent = outcome.weights if payload == "model" else outcome.update
+    sent = state.weights if payload == "model" else state.update
     x, y = place.probe_data(setting.config.probe_samples)
     quantizers = [setting.quantizer_at(level) for level in levels]
 
-    what = (place.model, outcome.weights - sent, sent, layers, quantizers)
-    take = partial(gather, *what, seed=setting.seed, round=rounds)
+    what = (place.model, state.weights - sent, sent, layers, quantizers)
+    take = partial(gather, *what, seed=setting.seed, round=state.round)
     found = measure(in_blocks(take, x, y), "loss", "accuracy", *metrics)
-    losses, right = sample_losses(place.model, outcome.weights, x, y)
+    losses, right = sample_losses(place.model, state.weights, x, y)
     before = Evaluation(float(right.double().mean()), float(losses.double().mean()))
     saving = memory_saving(sizes, levels)
     names = tuple(layer.name for layer in layers)
     loss, accuracy, predicted = found["loss"], found["accuracy"], {name: found[name] for name in metrics}
-    return LayerAnalysis(rounds, payload, names, sizes, levels, saving, len(y), before, loss, accuracy, predicted)
+    return LayerAnalysis(state.round, payload, names, sizes, levels, saving, len(y), before, loss, accuracy, predicted)

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.record import Record
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[Record]
 # Okabe and Ito's order, darkened to a contrast of 4.5 on white; beside its colour a run has a dash and a name.
 COLOURS = ("#0072B2", "#B84A00", "#00795A", "#A3478B", "#7A6200", "#3A3A3A")
 MUTED = "#666666"  # contrast 5.7 on white
@@ -81,10 +82,10 @@ def draw_accuracy(
 
 def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Where a run was evaluated, and what was seen: accuracies are fractions."""
-    sent = np.cumsum([r["uplink_bytes"] for r in records]) / 1e6
-    at = {"time": [r["sim_time_s"] for r in records], "bytes": sent, "round": [r["round"] + 1 for r in records]}
-    evaluated = [i for i, r in enumerate(records) if r["accuracy"] is not None]
-    return np.asarray(at[against], float)[evaluated], np.array([records[i]["accuracy"] for i in evaluated], float)
+    sent = np.cumsum([r.uplink_bytes for r in records]) / 1e6
+    at = {"time": [r.sim_time_s for r in records], "bytes": sent, "round": [r.round + 1 for r in records]}
+    evaluated = [i for i, r in enumerate(records) if r.accuracy is not None]
+    return np.asarray(at[against], float)[evaluated], np.array([records[i].accuracy for i in evaluated], float)
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:

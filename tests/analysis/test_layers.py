@@ -16,7 +16,7 @@ def tables(found):
 
 def test_one_training_measures_at_several_rounds_what_each_of_its_own_does():
     heard = []
-    watch = lambda record: heard.append(record["round"])  # noqa: E731
+    watch = lambda record: heard.append(record.round)  # noqa: E731
     found = list(analyses(load(None, SETTINGS), (1, 3), ("update", "model"), ("fisher",), watch))
     assert [(one.rounds, one.payload) for one in found] == [(1, "update"), (1, "model"), (3, "update"), (3, "model")]
     assert heard == [0, 1, 2]

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_bits_by_client_are_those_of_its_payload_and_who_varies_is_drawn(outcome
     run = outcome.runs["fedavg"][0]
     found = figures._client_bits(run)
     for column, record in enumerate(run.records):
-        assert list(np.flatnonzero(np.isfinite(found[:, column]))) == sorted(record["cohort"])
+        assert list(np.flatnonzero(np.isfinite(found[:, column]))) == sorted(record.cohort)
     assert np.nanmean(found) == pytest.approx(32, rel=0.01)
 
 
@@ -145,15 +146,15 @@ def test_bits_by_layer_and_client_are_means_over_its_rounds_and_journals_without
     layers, by_round = figures._layer_bits(run)
     found = figures._layer_client_bits(run, layers)
     for client in range(run.config.clients.count):
-        rounds = [r for r in run.records if client in r["answered"]]
+        rounds = [r for r in run.records if client in r.answered]
         for row, layer in enumerate(layers):
-            sent = [r["client_bits_per_parameter"][layer][r["cohort"].index(client)] for r in rounds]
+            sent = [r.client_bits_per_parameter[layer][r.cohort.index(client)] for r in rounds]
             assert found[row, client] == pytest.approx(np.mean(sent)) if sent else np.isnan(found[row, client])
     for column, record in enumerate(run.records):  # the mean over who answered is what the round's record has
         for row, layer in enumerate(layers):
-            sent = [bits for bits in record["client_bits_per_parameter"][layer] if bits is not None]
+            sent = [bits for bits in record.client_bits_per_parameter[layer] if bits is not None]
             assert by_round[row, column] == pytest.approx(np.mean(sent), rel=0.01)
-    old = [{k: v for k, v in r.items() if k != "client_bits_per_parameter"} for r in run.records]
+    old = [replace(r, client_bits_per_parameter={}) for r in run.records]
     shown, _ = figures.bits({"fedlq": [run._replace(records=old)]})
     assert len(shown) == 2
 
@@ -161,14 +162,14 @@ def test_bits_by_layer_and_client_are_means_over_its_rounds_and_journals_without
 def test_the_straggler_is_who_takes_longest_and_its_step_is_told(outcome):
     run = outcome.runs["fedavg"][0]
     (shown, *_) = figures.timelines({"fedavg": [run]})
-    lengths = np.diff([record["sim_time_s"] for record in run.records], prepend=0.0)
+    lengths = np.diff([record.sim_time_s for record in run.records], prepend=0.0)
     (round,) = [int(n) - 1 for n in re.findall(r"ends round (\d+)", shown.title)]
     assert lengths[round] == sorted(lengths)[len(lengths) // 2]
     record = run.records[round]
-    uploads, computes = record["client_upload_s"], record["client_compute_s"]
+    uploads, computes = record.client_upload_s, record.client_compute_s
     slowest = int(np.argmax(np.add(uploads, computes)))
     cause, seconds = max(("upload", uploads[slowest]), ("compute", computes[slowest]), key=lambda one: one[1])
-    assert f"client {record['cohort'][slowest]} ends" in shown.title
+    assert f"client {record.cohort[slowest]} ends" in shown.title
     assert f"{seconds / lengths[round]:.0%} of it {cause}" in shown.title
 
 
@@ -177,13 +178,11 @@ def test_the_bounds_charge_is_theorem_1s_term_and_pairs_are_counted_where_seeds_
     (charge,), (loss,) = bound._means([run], 3)
     terms, sizes = [], [client["samples"] for client in figures.clients_of(run)]
     for record in run.records[:3]:
-        steps = {
-            c: run.config.train.local_epochs * -(-sizes[c] // run.config.train.batch_size) for c in record["cohort"]
-        }
+        steps = {c: run.config.train.local_epochs * -(-sizes[c] // run.config.train.batch_size) for c in record.cohort}
         mean = sum(sizes[c] * steps[c] for c in steps) / sum(sizes[c] for c in steps)
-        terms.append(record["quantization_error"] ** 2 / (run.config.train.lr * mean))
+        terms.append(record.quantization_error**2 / (run.config.train.lr * mean))
     assert charge == pytest.approx(np.mean(terms)) and charge > 0
-    assert loss == pytest.approx(np.mean([record["train_loss"] for record in run.records[:3]]))
+    assert loss == pytest.approx(np.mean([record.train_loss for record in run.records[:3]]))
     shown = bound.shown(outcome.runs)
     plots.plt.close(shown.figure)
     assert (
@@ -194,7 +193,7 @@ def test_the_bounds_charge_is_theorem_1s_term_and_pairs_are_counted_where_seeds_
     shown = bound.shown({"fedavg": [one, two], "fedlq": [run, run._replace(summary=None)]})
     plots.plt.close(shown.figure)  # seed 1 is common to both
     assert "rounds, of seed 1." in shown.caption and "by one seed" in shown.title
-    nothing = run._replace(records=[record | {"quantization_error": None} for record in run.records])
+    nothing = run._replace(records=[replace(record, quantization_error=None) for record in run.records])
     assert bound.shown({"fedavg": outcome.runs["fedavg"], "votes": [nothing]}) is None
     charged = {"a": ([0, 0], [1.0, 1.2]), "b": ([1, 1], [1.1, 1.3]), "c": ([2, 2], [1.3, 1.0]), "d": ([3, 3], [0.9, 1])}
     known = {name: (np.array(x, float), np.array(y, float)) for name, (x, y) in charged.items()}
@@ -207,10 +206,10 @@ def test_clients_who_never_sent_and_folders_without_clients_are_drawn(outcome, t
     fastest = np.argsort([-client["uplink_mbps"] for client in figures.clients_of(run)])[:4].tolist()
     records = []
     for record in run.records:  # the slower half is in no cohort
-        kept = [i for i, client in enumerate(record["cohort"]) if client in fastest]
-        cut = {key: [record[key][i] for i in kept] for key in ("cohort", "client_uplink_bytes")}
-        layers = {k: [v[i] for i in kept] for k, v in record["client_bits_per_parameter"].items()}
-        records.append(record | cut | {"client_bits_per_parameter": layers})
+        kept = [i for i, client in enumerate(record.cohort) if client in fastest]
+        cut = {key: [getattr(record, key)[i] for i in kept] for key in ("cohort", "client_uplink_bytes")}
+        layers = {k: [v[i] for i in kept] for k, v in record.client_bits_per_parameter.items()}
+        records.append(replace(record, **cut, client_bits_per_parameter=layers))
     shown, _ = figures.bits({"fedlq": [run._replace(records=records)]})
     assert [one.title.split(":")[1] for one in shown][1:] == [" bits a parameter by client"]
     shutil.copy(run.folder / "model.safetensors", tmp_path)

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from faults import round_of
 
 import fedlq_ray
 from fedlq_ray.config import load
@@ -62,7 +63,7 @@ def after(round, what):
     left = [what]
 
     def watch(event):
-        if "record" in event and event["record"]["round"] == round and left:
+        if round_of(event) == round and left:
             left.pop()()
 
     return watch
@@ -96,7 +97,7 @@ class Waits(Fixed):
     def plan(self, round, cohort):
         while round in (3, 5) and not (self.folder / str(round)).exists():
             time.sleep(0.05)
-        return super().plan(round, cohort, evaluation)
+        return super().plan(round, cohort)
 
 
 @pytest.mark.parametrize("hosting", ["packed", pytest.param("dedicated", marks=FULL)])
@@ -107,7 +108,7 @@ def test_a_node_that_joins_is_used(hosting, nodes, tmp_path):
     seen = []
 
     def look(event):
-        round = event["record"]["round"] if "record" in event else None
+        round = round_of(event)
         if round in (1, 3) and not (tmp_path / str(round + 2)).exists():  # a round may come again
             seen.append(homes())
             if round == 1:

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import SMALL, die, in_child
 
 from fedlq_ray.config import load
+from fedlq_ray.events import Event, RoundDone
 from fedlq_ray.simulation import simulate
 
 KINDS = {
@@ -23,8 +24,8 @@ if __name__ == "__main__":
         out = Path(__file__).parent / f"{sys.argv[1]}-{kind}"
 
         def run(out: Path = out, settings: list[str] = settings) -> None:
-            def watch(event: dict[str, object], rounds: list[int] = []) -> None:  # noqa: B006
-                rounds.append("record" in event)
+            def watch(event: Event, rounds: list[int] = []) -> None:  # noqa: B006
+                rounds.append(isinstance(event, RoundDone))
                 if sum(rounds) == 3:
                     die()
 
