@@ -57,7 +57,8 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
                 print(json.dumps(event["record"]), flush=True)
             return
         if event.get("started"):
-            console.print(f"{name}: {'; '.join(event['started'])}", highlight=False, markup=False)
+            told = f"{name}: {'; '.join(event['started'])}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
         if "hosting" in event:
             actors = f", {event['actors']} actors" if event["actors"] else ""
             console.print(f"{name}: hosting {event['hosting']}{actors} ({event['why']})", highlight=False, markup=False)

@@ -78,7 +78,7 @@ def test_what_cannot_be_is_told_before_a_round(settings, message, tmp_path):
 
 def test_documented_defaults_do_not_depend_on_the_environment(monkeypatch):
     def documented():
-        return {path: default for path, _, default in keys()}, Config.model_json_schema()
+        return {path: default for path, _, default in keys(Config)}, Config.model_json_schema()
 
     before = documented()
     assert before[0]["tracking.uri"] == "sqlite:///mlflow.db" and before[0]["tracking.experiment"] == "fedlq"

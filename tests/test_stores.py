@@ -200,7 +200,10 @@ def test_a_run_says_first_what_comes_from_the_environment_and_resumes_elsewhere(
         simulate(config, watch=lambda event: (events.append(event), show(event)))
     assert next(iter(events[0])) == "started" and "hosting" in events[1]
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "demo-0: tracking.uri is sqlite:///env.db, from MLFLOW_TRACKING_URI"
+    assert first == (
+        "demo-0: digits: 1437 training and 360 test samples of 10 classes; grey images of 8x8; "
+        "tracking.uri is sqlite:///env.db, from MLFLOW_TRACKING_URI"
+    )
     assert "uri: sqlite:///env.db" in Path("here/config.yaml").read_text(encoding="utf-8")
     assert json.loads(Path("here/tracking.json").read_text(encoding="utf-8"))["uri"] == "sqlite:///../env.db"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
