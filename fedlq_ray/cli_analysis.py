@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fedlq_ray.errors import ConfigError, first_line
-from fedlq_ray.progress import Console
+from fedlq_ray.output import Console
 
 SOURCES = click.argument("sources", nargs=-1, required=True, metavar="RUNS...")
 STORE = click.option(

@@ -9,7 +9,7 @@ import pytest
 
 from fedlq_ray import resume, simulate
 from fedlq_ray.config import load
-from fedlq_ray.interrupts import OutputClosed
+from fedlq_ray.output import OutputClosed
 
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
 SERIAL = ["clients.hosting=serial", "tracking.uri=null", "clients.count=8", "clients.cohort=4"]
