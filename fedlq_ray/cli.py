@@ -40,7 +40,8 @@ def cli() -> None:
     """Simulate communication-efficient federated learning: clients as Ray actors, quantized layer by layer.
 
     Start with `fedlq demo`, or `fedlq run`; `fedlq config` tells every setting. Exit codes: 0 done, 2 wrong input
-    (nothing was written), 1 the run failed, 130 and 143 interrupted, 141 the output was closed (results so far are kept).
+    (nothing was written), 1 the run failed, 130 and 143 interrupted, 141 the output was closed (results so far are
+    kept).
     """
 
 
