@@ -86,4 +86,4 @@ def test_documented_defaults_do_not_depend_on_the_environment(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
     assert documented() == before
-    assert "uri: http://elsewhere" in to_yaml(Config(), commented=True)  # what a run would have
+    assert "http://elsewhere" in to_yaml(Config(), commented=True)  # what a run would have

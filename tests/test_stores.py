@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,17 @@ def test_a_path_of_any_characters_is_that_path_with_its_artifacts_beside_it(name
     assert sqlite3.connect(file).execute("select run_uuid from runs").fetchall() == [(run_id,)]
     assert list(file.parent.glob("mlruns/*/artifacts/note.txt"))
     assert {path.name for path in tmp_path.iterdir()} == {file.parent.name, "note.txt"}
+
+
+def test_a_path_that_an_old_sqlalchemy_would_cut_is_refused(monkeypatch):
+    import sqlalchemy.engine
+
+    monkeypatch.setattr(
+        sqlalchemy.engine, "make_url", lambda uri: SimpleNamespace(database=uri.removeprefix("sqlite:///"))
+    )
+    assert stores.for_mlflow("sqlite:////srv/a%20b.db") == "sqlite:////srv/a%20b.db"
+    with pytest.raises(ConfigError, match=r"^tracking.uri: .*a\?b\.db: SQLAlchemy before 2\.1 takes no path with a \?"):
+        simulate(Config(tracking={"uri": "sqlite:///a?b.db"}))
 
 
 @pytest.mark.parametrize(
