@@ -23,42 +23,20 @@ from fedlq_ray import config as configuration
 from fedlq_ray.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.config import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
-from fedlq_ray.interrupts import OutputClosed, silence
 from fedlq_ray.job import job
-from fedlq_ray.progress import Console
+from fedlq_ray.output import Commands, Console, OutputClosed, say, silence
 from fedlq_ray.record import Record
 from fedlq_ray.submit import submit
 
 
-class _Commands(click.Group):
-    """Commands that let BrokenPipeError through, which click knows by its number and ends the program for."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _unnumbered():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _unnumbered():
-            return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _unnumbered() -> Iterator[None]:
-    try:
-        yield
-    except OutputClosed:
-        raise
-    except BrokenPipeError as exc:
-        raise BrokenPipeError from exc
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="fedlq-ray")
 def cli() -> None:
     """Simulate communication-efficient federated learning: clients as Ray actors, quantized layer by layer.
 
     Start with `fedlq demo`, or `fedlq run`; `fedlq config` tells every setting. Exit codes: 0 done, 2 wrong input
-    (nothing was written), 1 the run failed, 130 and 143 interrupted (results so far are kept).
+    (nothing was written), 1 the run failed, 130 and 143 interrupted, 141 the output was closed (results so far are
+    kept).
     """
 
 
@@ -331,28 +309,28 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="replace")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says at length that the home cannot be written
-    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         _require_sane(sys.argv[1:])
         code: Any = cli(standalone_mode=False) or 0
     except ConfigError as exc:
-        _say(f"error: {exc}")
+        say(f"error: {exc}")
         code = 2
     except click.ClickException as exc:
         with contextlib.suppress(BrokenPipeError):
             exc.show()
         code = 2
     except FedLQError as exc:
-        _say(f"failed: {exc}")
+        say(f"failed: {exc}")
         code = 1
     except BrokenPipeError as exc:
         if isinstance(exc, OutputClosed):
-            _say("the output was closed; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
+            say("the output was closed; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
         code = 141
     except (KeyboardInterrupt, click.Abort) as exc:
-        _say("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
+        say("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
         cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps what it meets
         code = 143 if type(cause).__name__ == "Terminated" else 130
     silence()
@@ -368,14 +346,6 @@ def _require_sane(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if argument != argument.encode(errors="replace").decode():
             raise ConfigError(f"{os.fsencode(argument)!r}: is not text in {sys.getfilesystemencoding()}")
-
-
-def _say(text: str) -> None:
-    """A line on stderr, if anybody reads it."""
-    try:
-        click.echo(text, err=True)
-    except BrokenPipeError:
-        silence()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import click
 from fedlq_ray.arguments import PATH
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.events import Closed
-from fedlq_ray.progress import Console
+from fedlq_ray.output import Console
 
 SOURCES = click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 STORE = click.option(

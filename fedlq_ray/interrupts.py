@@ -1,20 +1,16 @@
 """SIGINT, SIGTERM and a closed output as a wish that a run ends at its next payload."""
 
 import contextlib
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from fedlq_ray.output import OutputClosed, silence
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: as an interrupt, with another exit code."""
-
-
-class OutputClosed(BrokenPipeError):
-    """The program that read the output has ended, and the run ended as by an interrupt."""
 
 
 class Interrupts:
@@ -54,16 +50,3 @@ class Interrupts:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def silence() -> None:
-    """Discard what is written to a standard stream that nobody reads: Python would complain when it ends."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-        except (AttributeError, ValueError):  # there is no such stream, or it is closed
-            pass

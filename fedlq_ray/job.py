@@ -19,7 +19,7 @@ from fedlq_ray import config as configuration
 from fedlq_ray import stores
 from fedlq_ray.arguments import PATH
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
-from fedlq_ray.progress import Console
+from fedlq_ray.output import Console
 
 CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as YAML
 RESULTS = "fedlq-results:"  # goes before the results in the log of a job that prints them

@@ -19,6 +19,7 @@ from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.events import Closed, Resumed
 from fedlq_ray.files import is_locked
 from fedlq_ray.interrupts import Interrupts
+from fedlq_ray.output import Console
 from fedlq_ray.raysession import start_ray
 from fedlq_ray.simulation import run_or_resume
 
@@ -69,9 +70,7 @@ def _run(config: Config, parent: str, folder: str) -> list[str]:
     return [str(warning.message) for warning in told if warning.category is UserWarning]
 
 
-def run(
-    configs: Sequence[Config], parent: str, console: progress.Console
-) -> Iterator[tuple[Config, FedLQError | None]]:
+def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tuple[Config, FedLQError | None]]:
     """Run all, as many at a time as this node's cores and memory bear; gives each as it ends, and why it failed.
 
     An interrupt ends all at their next payload, so that they can go on later; a second one at once.

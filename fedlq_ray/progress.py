@@ -5,18 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import rich.console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from fedlq_ray.config import Config
 from fedlq_ray.events import Closed, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Stopping
-
-
-class Console(rich.console.Console):
-    """A terminal, or a file. Where nobody reads it any more, printing raises BrokenPipeError."""
-
-    def on_broken_pipe(self) -> None:
-        raise  # rich would end the program
+from fedlq_ray.output import Console
 
 
 def bars(console: Console, hidden: bool = False) -> Progress:

@@ -98,13 +98,15 @@ def kept(uri: str, folder: Path, start: Path | None = None) -> str:
     return f"sqlite:///{os.path.relpath(str(sqlite_file(uri, start)), folder.resolve())}{found['options'] or ''}"
 
 
-def for_mlflow(uri: str) -> str:
+def for_mlflow(uri: str, name: str = "tracking.uri") -> str:
     """An address as MLflow and SQLAlchemy take it.
 
+    Args:
+        name: of the setting, for messages.
     Raises:
         ConfigError: the path of a SQLite file has a `?`, and this SQLAlchemy cuts it there.
     """
-    found, file = _SQLITE.fullmatch(uri), str(sqlite_file(uri))
+    found, file = _SQLITE.fullmatch(uri), str(sqlite_file(uri, name=name))
     if not found:
         return uri
     if set("%?") & set(file):
@@ -113,7 +115,7 @@ def for_mlflow(uri: str) -> str:
         if make_url("sqlite:///%3F").database == "?":  # from SQLAlchemy 2.1 on
             file = quote(file, safe="")  # slashes as well: MLflow makes the folder of the path as it is written here
         elif "?" in file:
-            raise ConfigError(f"tracking.uri: SQLAlchemy before 2.1 takes no path with a ?: {file}; name another")
+            raise ConfigError(f"{name}: {file}: SQLAlchemy before 2.1 takes no path with a ?; name another")
     return f"sqlite:///{file}{found['options'] or ''}"
 
 
@@ -195,7 +197,7 @@ def _require_file(uri: str, experiment: str, names: Names) -> bool:
     file = sqlite_file(uri, name=names.uri)
     if not file or uri.endswith((":///", ":///:memory:")):
         raise ConfigError(f"{names.uri}: {uri!r}: names no file; {_EXAMPLES}")
-    for_mlflow(uri)
+    for_mlflow(uri, names.uri)
     if not file.parent.is_dir():
         raise ConfigError(f"{names.uri}: {uri}: there is no folder {file.parent}; make it, or {_EXAMPLES}")
     if file.exists() and not file.is_file():

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,17 @@ def test_a_path_of_any_characters_is_that_path_with_its_artifacts_beside_it(name
     assert sqlite3.connect(file).execute("select run_uuid from runs").fetchall() == [(run_id,)]
     assert list(file.parent.glob("mlruns/*/artifacts/note.txt"))
     assert {path.name for path in tmp_path.iterdir()} == {file.parent.name, "note.txt"}
+
+
+def test_a_path_that_an_old_sqlalchemy_would_cut_is_refused(monkeypatch):
+    import sqlalchemy.engine
+
+    monkeypatch.setattr(
+        sqlalchemy.engine, "make_url", lambda uri: SimpleNamespace(database=uri.removeprefix("sqlite:///"))
+    )
+    assert stores.for_mlflow("sqlite:////srv/a%20b.db") == "sqlite:////srv/a%20b.db"
+    with pytest.raises(ConfigError, match=r"^tracking.uri: .*a\?b\.db: SQLAlchemy before 2\.1 takes no path with a \?"):
+        simulate(Config(tracking={"uri": "sqlite:///a?b.db"}))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +213,10 @@ def test_a_run_says_first_what_comes_from_the_environment_and_resumes_elsewhere(
         simulate(config, watch=lambda event: (events.append(event), show(event)))
     assert isinstance(events[0], Prepared) and isinstance(events[1], Hosting)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "demo-0: tracking.uri is sqlite:///env.db, from MLFLOW_TRACKING_URI"
+    assert first == (
+        "demo-0: digits: 1437 training and 360 test samples of 10 classes; grey images of 8x8; "
+        "tracking.uri is sqlite:///env.db, from MLFLOW_TRACKING_URI"
+    )
     assert "uri: sqlite:///env.db" in Path("here/config.yaml").read_text(encoding="utf-8")
     assert json.loads(Path("here/tracking.json").read_text(encoding="utf-8"))["uri"] == "sqlite:///../env.db"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
