@@ -7,7 +7,7 @@ import sys
 os.environ.setdefault("RAY_ADDRESS", "auto")  # the Ray that the launcher started on this machine
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # with the token in ~/.ray/auth_token
 
-from fedlq_ray.cli import main
+from fedlq_ray.cli.main import main
 
 sys.argv.insert(1, "run")
 main()

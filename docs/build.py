@@ -26,10 +26,10 @@ import yaml
 from docstrings import as_markdown
 
 import fedlq_ray
-from fedlq_ray.cli import cli
-from fedlq_ray.config import describe
-from fedlq_ray.sections import keys
-from fedlq_ray.settings import Config
+from fedlq_ray.cli.main import cli
+from fedlq_ray.config.load import describe
+from fedlq_ray.config.sections import keys
+from fedlq_ray.config.settings import Config
 
 ROOT = Path(__file__).parent.parent
 FROM_ELSEWHERE = (
@@ -55,8 +55,8 @@ def settings_page() -> str:
     """Every key of the configuration, by section."""
     lines = [
         "# Settings\n",
-        "Every key of a configuration, made from `fedlq_ray/settings.py`. In YAML a dot is a level; on the command",
-        "line it is `train.lr=0.05`. `fedlq config` prints all with the values that a run would have.",
+        "Every key of a configuration, made from `fedlq_ray/config/settings.py`. In YAML a dot is a level; on the",
+        "command line it is `train.lr=0.05`. `fedlq config` prints all with the values that a run would have.",
     ]
     section = None
     for path, field, default in keys(Config):

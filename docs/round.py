@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 from fedlq_ray import simulate
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 
 SETTINGS = (
     "data.name=fashion-mnist", "data.partition=iid", "clients.count=8", "clients.cohort=8", "clients.hosting=serial",

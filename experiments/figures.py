@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fedlq_ray.analysis.plots import COLOURS, MUTED, name_ends, save
+from fedlq_ray.plots import COLOURS, MUTED, name_ends, save
 
 HERE = Path(__file__).parent
 MARKS = "os^Dvx"

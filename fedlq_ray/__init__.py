@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from fedlq_ray.errors import CheckpointError, ClientError, ConfigError, DivergedError, FedLQError, PayloadError
 
 if TYPE_CHECKING:
-    from fedlq_ray.config import Config
-    from fedlq_ray.simulation import Result, resume, simulate
+    from fedlq_ray.api import Result, resume, simulate
+    from fedlq_ray.config.load import Config
 
 __all__ = [
     "CheckpointError",
@@ -23,7 +23,7 @@ __all__ = [
     "simulate",
 ]
 # Imported when they are asked for: client processes need neither, and startup.py comes before all libraries.
-_LATER = {"Config": "config", "Result": "simulation", "resume": "simulation", "simulate": "simulation"}
+_LATER = {"Config": "config.load", "Result": "api", "resume": "api", "simulate": "api"}
 
 if os.path.expanduser("~") == "~":  # no HOME, and no entry of the user's: MLflow and others could not be imported
     os.environ["HOME"] = "/nonexistent"

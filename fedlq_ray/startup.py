@@ -16,7 +16,7 @@ def make_importable(folder: str) -> None:
 
 def _begin() -> None:
     program = os.path.basename(sys.argv[0]) if sys.argv else ""
-    if program in ("fedlq", "cli.py"):
+    if program == "fedlq" or sys.argv and sys.argv[0].endswith(os.path.join("cli", "__main__.py")):
         if sys.getfilesystemencoding() == "ascii":  # names of files could not be written; UTF-8 mode has all
             os.environ["PYTHONUTF8"] = "1"  # for Ray's processes
             os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedlq_ray import config as configuration
-from fedlq_ray import files, rundir
+from fedlq_ray import files, resume, simulate
+from fedlq_ray.config import load as configuration
 from fedlq_ray.errors import ConfigError, FedLQError
-from fedlq_ray.events import Event, RoundDone
-from fedlq_ray.rundir import Journal
-from fedlq_ray.simulation import resume, simulate
+from fedlq_ray.federation.events import Event, RoundDone
+from fedlq_ray.runs import rundir
+from fedlq_ray.runs.rundir import Journal
 
 SMALL = (
     "rounds=4", "clients.count=6", "clients.cohort=3", "clients.hosting=serial", "train.local_epochs=1",

@@ -15,8 +15,8 @@ import numpy as np
 from faults import KINDS, workers
 
 import fedlq_ray
-from fedlq_ray.config import load
-from fedlq_ray.events import Event, RoundDone
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.events import Event, RoundDone
 
 SETTINGS = (
     "clients.count=40", "clients.cohort=10", "clients.hosting=packed", "strategy.name=fedlq_rd",

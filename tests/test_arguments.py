@@ -10,11 +10,14 @@ import pytest
 from click.testing import CliRunner
 from faults import round_of
 
-from fedlq_ray import Config, ConfigError, cli, resume, simulate, stores, submit
-from fedlq_ray.arguments import PATH, split
-from fedlq_ray.config import load
+from fedlq_ray import Config, ConfigError, resume, simulate
+from fedlq_ray.cli import main as cli
+from fedlq_ray.cli import submit
+from fedlq_ray.cli.arguments import PATH, split
+from fedlq_ray.config.load import load
 from fedlq_ray.data import datasets
-from fedlq_ray.simulation import Terminated
+from fedlq_ray.runs.simulation import Terminated
+from fedlq_ray.tracking import stores
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

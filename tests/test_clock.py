@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedlq_ray.clock import ClientTime, client_time, conditions, round_time
-from fedlq_ray.profiles import Profile
+from fedlq_ray.federation.clock import ClientTime, client_time, conditions, round_time
+from fedlq_ray.federation.profiles import Profile
 
 PROFILE = Profile(uplink_mbps=2.0, downlink_mbps=10.0, latency_ms=50.0, compute_gflops=4.0, variation=0.5, device="x")
 

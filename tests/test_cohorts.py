@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from fedlq_ray import cohorts, simulate
-from fedlq_ray.config import load
+from fedlq_ray import simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.config.settings import StrategyConfig, TrainConfig
+from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.task import prepare
 from fedlq_ray.quantization import Absent
-from fedlq_ray.settings import StrategyConfig, TrainConfig
-from fedlq_ray.sgd import samples_of
 from fedlq_ray.strategies import Member
 from fedlq_ray.strategies.budgets import taking_part
-from fedlq_ray.task import prepare
+from fedlq_ray.training.sgd import samples_of
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

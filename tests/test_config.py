@@ -1,8 +1,8 @@
 import pytest
 
 from fedlq_ray import Config, ConfigError, simulate
-from fedlq_ray.config import digest, load, to_yaml
-from fedlq_ray.sections import keys
+from fedlq_ray.config.load import digest, load, to_yaml
+from fedlq_ray.config.sections import keys
 
 
 def test_what_is_written_reads_back_the_same(tmp_path):

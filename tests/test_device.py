@@ -9,15 +9,15 @@ import torch
 from faults import round_of
 
 import fedlq_ray
-from fedlq_ray.config import load
-from fedlq_ray.device import reproducible
+from fedlq_ray.config.load import load
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.federation.task import Job, Workplace, prepare
 from fedlq_ray.models import FlatModel, build
-from fedlq_ray.settings import TrainConfig
-from fedlq_ray.sgd import LocalSGD
 from fedlq_ray.significance.metrics import METRICS
 from fedlq_ray.strategies import Probe
-from fedlq_ray.task import Job, Workplace, prepare
+from fedlq_ray.training.device import reproducible
+from fedlq_ray.training.sgd import LocalSGD
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU here")
 SERIAL = ["clients.hosting=serial", "tracking.uri=null"]

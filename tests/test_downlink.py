@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fedlq_ray import ConfigError, simulate
-from fedlq_ray.config import load
-from fedlq_ray.downlink import Downlink
-from fedlq_ray.task import Workplace, prepare
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.downlink import Downlink
+from fedlq_ray.federation.task import Workplace, prepare
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

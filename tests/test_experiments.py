@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedlq_ray.sweep import load
+from fedlq_ray.sweeps.sweep import load
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 OTHERS = {"flower_app.py", "pfl_app.py"}  # run in environments of their own

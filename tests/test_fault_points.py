@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faults import KINDS, at_point, die, evidence, go_on, in_child, start
 
-from fedlq_ray import provenance
+from fedlq_ray.runs import provenance
 
 
 @pytest.fixture(autouse=True)

@@ -10,19 +10,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fedlq_ray import cohorts
-from fedlq_ray.checkpoint import pack, unpack
-from fedlq_ray.config import load
-from fedlq_ray.downlink import Offer
+from fedlq_ray.config.load import load
 from fedlq_ray.errors import ClientError
-from fedlq_ray.fold import Fold
+from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.downlink import Offer
+from fedlq_ray.federation.fold import Fold
+from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.federation.state import ServerState
+from fedlq_ray.federation.task import Job, Workplace, prepare
+from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import Float32, Segment, Sign, decode, encode
-from fedlq_ray.rounds import Timing, begin, run
-from fedlq_ray.serial import SerialHost
-from fedlq_ray.state import ServerState
+from fedlq_ray.runs.checkpoint import pack, unpack
 from fedlq_ray.strategies import make
-from fedlq_ray.task import Job, Workplace, prepare
-from fedlq_ray.training import Plan, Reply
+from fedlq_ray.training.local import Plan, Reply
 
 ROUNDS = 5
 SETTINGS = [

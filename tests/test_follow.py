@@ -9,10 +9,11 @@ import pytest
 from faults import round_of
 from rich.console import Console
 
-from fedlq_ray import ClientError, ConfigError, follow, progress, rundir, simulate
-from fedlq_ray.config import load
-from fedlq_ray.events import Closed, Restarted, RoundDone
-from fedlq_ray.record import Record
+from fedlq_ray import ClientError, ConfigError, simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.events import Closed, Restarted, RoundDone
+from fedlq_ray.federation.record import Record
+from fedlq_ray.runs import follow, progress, rundir
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -76,7 +77,7 @@ def test_a_failed_run_is_told_as_such(tmp_path):
 
 
 def test_mlflow_tells_the_same_as_the_folder(tmp_path):
-    from fedlq_ray import stores
+    from fedlq_ray.tracking import stores
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     result = simulate(load(None, [*QUICK, "evaluate_every=2"]))

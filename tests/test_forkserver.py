@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlq_ray import forkserver
+from fedlq_ray.hosts.ray import forkserver
 
 pytestmark = pytest.mark.skipif(forkserver.command() is None, reason="forks on Linux alone")
 SCRIPT = """

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlq_ray import rundir
-from fedlq_ray.simulation import resume
-from fedlq_ray.storage import Folder, latest
+from fedlq_ray import resume
+from fedlq_ray.runs import rundir
+from fedlq_ray.runs.storage import Folder, latest
 
 GOLDEN = sorted(folder.name for folder in (Path(__file__).parent / "golden").iterdir() if folder.is_dir())
 

@@ -18,15 +18,15 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlq_ray import rundir
-from fedlq_ray.checkpoint import VERSION, pack, unpack
-from fedlq_ray.config import load, to_yaml
+from fedlq_ray.config.load import load, to_yaml
 from fedlq_ray.data.datasets import load as load_data
 from fedlq_ray.errors import CheckpointError, ConfigError
-from fedlq_ray.profiles import load_profiles
-from fedlq_ray.state import FIELDS
-from fedlq_ray.storage import Folder, latest
-from fedlq_ray.sweep import load as load_sweep
+from fedlq_ray.federation.profiles import load_profiles
+from fedlq_ray.federation.state import FIELDS
+from fedlq_ray.runs import rundir
+from fedlq_ray.runs.checkpoint import VERSION, pack, unpack
+from fedlq_ray.runs.storage import Folder, latest
+from fedlq_ray.sweeps.sweep import load as load_sweep
 
 fuzz = settings(max_examples=int(os.environ.get("FEDLQ_FUZZ", "150")), deadline=None)
 scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8)

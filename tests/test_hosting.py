@@ -5,12 +5,12 @@ import ray
 import torch
 from torch import nn
 
-from fedlq_ray import forkserver, hosting
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 from fedlq_ray.errors import FedLQError
-from fedlq_ray.hosting import actor_bytes, choose
+from fedlq_ray.federation.task import prepare
+from fedlq_ray.hosts.ray import forkserver, hosting
+from fedlq_ray.hosts.ray.hosting import actor_bytes, choose
 from fedlq_ray.models import saved_bytes
-from fedlq_ray.task import prepare
 
 
 @pytest.fixture

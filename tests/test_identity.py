@@ -8,12 +8,12 @@ import pytest
 from faults import KINDS, SMALL, cut, evidence, start
 from torch import nn
 
-from fedlq_ray import config as configuration
+from fedlq_ray import resume, simulate
+from fedlq_ray.config import load as configuration
 from fedlq_ray.data import Dataset
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.identity import require_same
 from fedlq_ray.quantization import MinMax, Quantizer
-from fedlq_ray.simulation import resume, simulate
+from fedlq_ray.runs.identity import require_same
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
 
 

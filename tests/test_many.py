@@ -13,11 +13,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fedlq_ray import many
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.rundir import journal
-from fedlq_ray.simulation import run_or_resume
+from fedlq_ray.runs.rundir import journal
+from fedlq_ray.runs.simulation import run_or_resume
+from fedlq_ray.sweeps import many
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from fedlq_ray import resume, simulate
-from fedlq_ray.config import load
-from fedlq_ray.events import RoundDone
-from fedlq_ray.output import OutputClosed
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.events import RoundDone
+from fedlq_ray.runs.output import OutputClosed
 
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
 SERIAL = ["clients.hosting=serial", "tracking.uri=null", "clients.count=8", "clients.cohort=4"]

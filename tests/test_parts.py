@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from fedlq_ray import parts
+from fedlq_ray.config import parts
 from fedlq_ray.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlq_ray import provenance
+from fedlq_ray.runs import provenance
 
 
 @pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no username")])

@@ -12,8 +12,8 @@ import pytest
 from faults import MARK, left
 
 import fedlq_ray
-from fedlq_ray import stores
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
+from fedlq_ray.tracking import stores
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 QUICK = ["rounds=3", "clients.count=5", "clients.cohort=3", "strategy.error_feedback=true"]

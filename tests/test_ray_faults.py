@@ -15,15 +15,16 @@ from ray import cloudpickle
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError
 
 import fedlq_ray
-from fedlq_ray import hosting as on_ray
-from fedlq_ray import rounds, rundir
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 from fedlq_ray.errors import ClientError, FedLQError
-from fedlq_ray.events import Hosting, Restarted, RoundDone
+from fedlq_ray.federation import rounds
+from fedlq_ray.federation.events import Hosting, Restarted, RoundDone
+from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.hosts.ray import hosting as on_ray
 from fedlq_ray.quantization import MinMax
+from fedlq_ray.runs import rundir
 from fedlq_ray.strategies import Strategy, make
-from fedlq_ray.task import Workplace, prepare
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no other process can import a test

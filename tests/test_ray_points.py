@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from torch import nn
 
 import fedlq_ray
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 from fedlq_ray.strategies.fedlq_rd import FedLQRD
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(7200)]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from fedlq_ray import raysession, simulate
-from fedlq_ray.config import load
+from fedlq_ray import simulate
+from fedlq_ray.config.load import load
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.hosts.ray import session as raysession
 
 SMALL = ["rounds=1", "tracking.uri=null", "clients.count=4", "clients.cohort=2", "clients.hosting=packed"]
 

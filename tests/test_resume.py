@@ -16,16 +16,17 @@ import torch
 from click.testing import CliRunner
 from faults import KINDS, SMALL, cut, die, evidence, in_child, round_of, start
 
-from fedlq_ray import config as configuration
-from fedlq_ray import rundir
-from fedlq_ray.checkpoint import Snapshot, pack, remembered, unpack
-from fedlq_ray.cli import cli
+from fedlq_ray.cli.main import cli
+from fedlq_ray.config import load as configuration
 from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
-from fedlq_ray.events import Event, RoundDone
+from fedlq_ray.federation.events import Event, RoundDone
 from fedlq_ray.files import locked
-from fedlq_ray.simulation import resume, run_or_resume, simulate
-from fedlq_ray.storage import Folder, Saver
+from fedlq_ray.runs import rundir
+from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
+from fedlq_ray.runs.simulation import resume, run_or_resume, simulate
+from fedlq_ray.runs.storage import Folder, Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
+from fedlq_ray.strategies.remembering import remembered
 
 STRATEGIES = ["adaquantfl", "dadaquant", "feddq", "adagq", "fedhq", "fedmpq", "lgreco", "kimad", "stc"]
 

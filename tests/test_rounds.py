@@ -8,12 +8,13 @@ from faults import round_of
 from safetensors.torch import load_file
 from torch import nn
 
-from fedlq_ray import ClientError, ConfigError, FedLQError, rounds, server, simulate
-from fedlq_ray.config import load
-from fedlq_ray.serial import SerialHost
-from fedlq_ray.server import Moments
+from fedlq_ray import ClientError, ConfigError, FedLQError, simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.federation import rounds, server
+from fedlq_ray.federation.server import Moments
+from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.strategies import STRATEGIES, Strategy, make
-from fedlq_ray.task import Workplace, prepare
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

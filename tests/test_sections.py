@@ -6,9 +6,9 @@ import pytest
 from torch import nn
 
 from fedlq_ray import Config, ConfigError
-from fedlq_ray.config import load, to_yaml
-from fedlq_ray.settings import TrainConfig
-from fedlq_ray.sweep import load as load_sweep
+from fedlq_ray.config.load import load, to_yaml
+from fedlq_ray.config.settings import TrainConfig
+from fedlq_ray.sweeps.sweep import load as load_sweep
 
 AS_WRITTEN = ["0123", "1:30", "1_000", "1234e8", "0x1F", "0b11", "1e3", "yes", "2026-01-01", ".5", "+7", "007"]
 

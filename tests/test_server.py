@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from fedlq_ray.config.settings import ServerConfig, TrainConfig
+from fedlq_ray.federation.server import Moments, step
 from fedlq_ray.models import FlatModel
-from fedlq_ray.server import Moments, step
-from fedlq_ray.settings import ServerConfig, TrainConfig
-from fedlq_ray.sgd import LocalSGD
+from fedlq_ray.training.sgd import LocalSGD
 
 U = torch.tensor([1.0, -2.0])
 

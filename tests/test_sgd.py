@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.models import FlatModel
-from fedlq_ray.settings import TrainConfig
-from fedlq_ray.sgd import LocalSGD
+from fedlq_ray.training.sgd import LocalSGD
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 Y = (X[:, 0] > 0).astype(np.int64)
@@ -57,9 +57,9 @@ def test_training_is_pytorchs_own_sgd_bit_for_bit(momentum, weight_decay):
 def test_training_does_not_import_pytorchs_compiler():
     code = """
 import sys, numpy, torch
-from fedlq_ray.settings import TrainConfig
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.models import FlatModel
-from fedlq_ray.sgd import LocalSGD
+from fedlq_ray.training.sgd import LocalSGD
 x, y = numpy.zeros((4, 6), numpy.float32), numpy.zeros(4, numpy.int64)
 sgd = LocalSGD(FlatModel(torch.nn.Linear(6, 2)), TrainConfig())
 sgd.train(x, y, normalise=torch.from_numpy, samples=4, rng=numpy.random.default_rng(0))

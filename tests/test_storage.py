@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 from faults import KINDS, SMALL, evidence, in_child, start
 
-from fedlq_ray import storage
-from fedlq_ray.config import load
-from fedlq_ray.events import Warned
-from fedlq_ray.settings import CheckpointConfig
-from fedlq_ray.simulation import resume, simulate
+from fedlq_ray import resume, simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.config.settings import CheckpointConfig
+from fedlq_ray.federation.events import Warned
+from fedlq_ray.runs import storage
 
 
 class Disk(storage.Folder):

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedlq_ray import Config, ConfigError, resume, simulate, stores, tracking
-from fedlq_ray.config import load
-from fedlq_ray.events import Hosting, Prepared
+from fedlq_ray import Config, ConfigError, resume, simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.events import Hosting, Prepared
+from fedlq_ray.tracking import log as tracking
+from fedlq_ray.tracking import stores
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -201,7 +203,7 @@ def test_a_fault_names_the_variable_that_it_comes_from(monkeypatch, made):
 
 
 def test_a_run_says_first_what_comes_from_the_environment_and_resumes_elsewhere(made, monkeypatch, capsys):
-    from fedlq_ray.progress import watch
+    from fedlq_ray.runs.progress import watch
 
     for name in ("env.db", "new.db"):
         shutil.copy(made, name)

@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 from faults import round_of
 
-from fedlq_ray import ConfigError, FedLQError, cli_analysis, reclock
+from fedlq_ray import ConfigError, FedLQError
 from fedlq_ray.analysis import compare
-from fedlq_ray.config import load as load_settings
-from fedlq_ray.config import to_yaml
-from fedlq_ray.events import Resumed
-from fedlq_ray.many import in_turn
-from fedlq_ray.record import Record
-from fedlq_ray.rundir import journal
-from fedlq_ray.simulation import run_or_resume, simulate
-from fedlq_ray.sweep import Outcome, load, run
+from fedlq_ray.cli import analysis as cli_analysis
+from fedlq_ray.config.load import load as load_settings
+from fedlq_ray.config.load import to_yaml
+from fedlq_ray.federation.events import Resumed
+from fedlq_ray.federation.record import Record
+from fedlq_ray.runs.rundir import journal
+from fedlq_ray.runs.simulation import run_or_resume, simulate
+from fedlq_ray.sweeps import reclock
+from fedlq_ray.sweeps.many import in_turn
+from fedlq_ray.sweeps.sweep import Outcome, load, run
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -182,7 +184,7 @@ def test_a_target_counts_where_every_seed_reached_it():
             self.seed = seed
 
     def runs(*seconds):
-        from fedlq_ray.sweep import Finished
+        from fedlq_ray.sweeps.sweep import Finished
 
         return [Finished(Seed(i), [], done(s), Path()) for i, s in enumerate(seconds)]
 

@@ -15,10 +15,14 @@ from faults import round_of
 from safetensors.torch import load_file
 from tracked import QUICK, rows, run
 
-from fedlq_ray import ClientError, ConfigError, cli, resume, rundir, simulate, stores, tracking
-from fedlq_ray.config import load
-from fedlq_ray.interrupts import Terminated
-from fedlq_ray.rundir import journal
+from fedlq_ray import ClientError, ConfigError, resume, simulate
+from fedlq_ray.cli import main as cli
+from fedlq_ray.config.load import load
+from fedlq_ray.runs import rundir
+from fedlq_ray.runs.interrupts import Terminated
+from fedlq_ray.runs.rundir import journal
+from fedlq_ray.tracking import log as tracking
+from fedlq_ray.tracking import stores
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -80,7 +84,7 @@ def test_a_failed_run_is_marked_and_keeps_its_records():
 
 
 def test_ui_finds_the_store_of_the_runs():
-    from fedlq_ray.cli import _store
+    from fedlq_ray.cli.main import _store
     from fedlq_ray.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"mlflow\.db: no such MLflow store"):
@@ -103,7 +107,7 @@ def test_two_processes_may_make_a_store_at_the_same_time():
 def test_runs_that_start_at_once_have_one_parent():
     code = """
 import sys
-from fedlq_ray import stores, tracking
+from fedlq_ray.tracking import stores, log as tracking
 uri = stores.absolute("sqlite:///mlflow.db")
 client = stores.connect(uri)
 its = tracking.Tracking(uri, "fedlq", "key", 1, parent="here/both")

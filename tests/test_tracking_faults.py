@@ -20,9 +20,13 @@ from click.testing import CliRunner
 from faults import in_child, round_of
 from tracked import QUICK, rows, run
 
-from fedlq_ray import FedLQError, cli, resume, rundir, simulate, stores, tracking
-from fedlq_ray.config import load
-from fedlq_ray.events import RoundDone
+from fedlq_ray import FedLQError, resume, simulate
+from fedlq_ray.cli import main as cli
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.events import RoundDone
+from fedlq_ray.runs import rundir
+from fedlq_ray.tracking import log as tracking
+from fedlq_ray.tracking import stores
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import ClientError
 from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import Float32, MinMax, Segment, decode
-from fedlq_ray.settings import TrainConfig
-from fedlq_ray.sgd import LocalSGD
-from fedlq_ray.training import Plan, client_round, evaluate
+from fedlq_ray.training.local import Plan, client_round, evaluate
+from fedlq_ray.training.sgd import LocalSGD
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 Y = (X[:, 0] > 0).astype(np.int64)

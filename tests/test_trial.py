@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedlq_ray import Config, ConfigError, simulate
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import FedLQError
+from fedlq_ray.federation.task import prepare
+from fedlq_ray.federation.trial import Smallest, smallest_batch
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER
-from fedlq_ray.settings import TrainConfig
 from fedlq_ray.strategies import Strategy
-from fedlq_ray.task import prepare
-from fedlq_ray.trial import Smallest, smallest_batch
 
 
 def config(out: Path | None = None, **sections) -> Config:

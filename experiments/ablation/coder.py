@@ -21,7 +21,7 @@ from fedlq_ray.quantization.qsgd_elias import _Codes, _read, _write
 from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.strategies import Member
 from fedlq_ray.strategies.fedlq_rd import FedLQRD
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 NOTHING = Ecsq(1.0).design(Magnitudes.of(torch.zeros(1)))  # the server decodes without a design
 PASSES = 16  # halvings of a factor of TOP between the largest and the smallest step: to a thousandth

@@ -17,10 +17,10 @@ from pathlib import Path
 import harness
 import numpy as np
 
-from fedlq_ray import provenance
-from fedlq_ray.config import load
-from fedlq_ray.device import reproducible
-from fedlq_ray.task import Job, Workplace, prepare
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.task import Job, Workplace, prepare
+from fedlq_ray.runs import provenance
+from fedlq_ray.training.device import reproducible
 
 SECONDS = 5.0
 SETTINGS = (

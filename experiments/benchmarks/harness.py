@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray import provenance
+from fedlq_ray.runs import provenance
 
 ENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlq" / "benchmarks"
 _MARK = "FEDLQ_BENCHMARK"  # an environment variable that all processes of a contender inherit

@@ -7,8 +7,8 @@ import time
 from harness import look
 
 from fedlq_ray import simulate
-from fedlq_ray.config import load
-from fedlq_ray.events import Event, Hosting, RoundDone
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.events import Event, Hosting, RoundDone
 
 
 def main(settings: list[str]) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlq_ray import cohorts
-from fedlq_ray.config import load
-from fedlq_ray.task import prepare
+from fedlq_ray.config.load import load
+from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.task import prepare
 
 _FEDERATION = ["clients.count=100", "clients.cohort=20", "data.partition=iid", "data.holdout=0"]
 _TRAINING = ["train.lr=0.05", "train.batch_size=32", "train.local_epochs=1"]

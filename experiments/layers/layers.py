@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
 
-from fedlq_ray import provenance
-from fedlq_ray.analysis import plots
+from fedlq_ray import plots
 from fedlq_ray.analysis.layers import LayerAnalysis, analyses
-from fedlq_ray.config import load
-from fedlq_ray.record import Record
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.record import Record
+from fedlq_ray.runs import provenance
 
 HERE = Path(__file__).parent
 SETTINGS = [

@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlq_ray import cohorts, provenance
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
+from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.federation.task import Job, prepare
+from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import (
     Eden,
     FineGrained,
@@ -37,10 +40,8 @@ from fedlq_ray.quantization import (
 )
 from fedlq_ray.quantization.ecsq import Magnitudes
 from fedlq_ray.quantization.rate import OneStep
-from fedlq_ray.rounds import Timing, begin, run
-from fedlq_ray.serial import SerialHost
+from fedlq_ray.runs import provenance
 from fedlq_ray.strategies import make
-from fedlq_ray.task import Job, prepare
 
 COUNT = 2**17
 WHERE = {"kind": "update", "round": 0, "client": 0}

@@ -19,14 +19,15 @@ from pathlib import Path
 import ray
 import torch
 
-from fedlq_ray import cohorts, provenance
-from fedlq_ray.config import load
-from fedlq_ray.downlink import Downlink
-from fedlq_ray.fold import Fold
-from fedlq_ray.hosting import RayHost
-from fedlq_ray.raysession import start_ray
+from fedlq_ray.config.load import load
+from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.downlink import Downlink
+from fedlq_ray.federation.fold import Fold
+from fedlq_ray.federation.task import Job, Workplace, prepare
+from fedlq_ray.hosts.ray.hosting import RayHost
+from fedlq_ray.hosts.ray.session import start_ray
+from fedlq_ray.runs import provenance
 from fedlq_ray.strategies import make
-from fedlq_ray.task import Job, Workplace, prepare
 
 SCHEMES = {
     "fedavg": ["strategy.name=fedavg"],

@@ -19,8 +19,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 from ray.cluster_utils import Cluster
 
-from fedlq_ray import provenance, simulate
-from fedlq_ray.config import load
+from fedlq_ray import simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.runs import provenance
 
 COHORT = 8  # a node
 SETTINGS = ["tracking.uri=null", "checkpoint.keep=0", "clients.hosting=packed", "strategy.name=fedavg"]

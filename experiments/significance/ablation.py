@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from scipy.stats import ConstantInputWarning, spearmanr
 
-from fedlq_ray import provenance
-from fedlq_ray.config import Config, load, to_yaml
+from fedlq_ray.config.load import Config, load, to_yaml
+from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.federation.task import prepare
+from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import MinMax
-from fedlq_ray.rounds import Timing, begin, run
-from fedlq_ray.serial import SerialHost
+from fedlq_ray.runs import provenance
 from fedlq_ray.significance import METRICS, Drops, Measurement, gather, in_blocks, measure
 from fedlq_ray.significance.metrics import first_order, rise
 from fedlq_ray.strategies import make
-from fedlq_ray.task import prepare
 
 HERE = Path(__file__).parent
 SETTINGS = [

@@ -22,9 +22,9 @@ import torch
 from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 
-from fedlq_ray import provenance
-from fedlq_ray.analysis.plots import COLOURS
+from fedlq_ray.plots import COLOURS
 from fedlq_ray.quantization import Float32, MinMax, Qsgd
+from fedlq_ray.runs import provenance
 from fedlq_ray.significance.allocation import exact
 from fedlq_ray.significance.bounds import Problem, convergence_bound, mean_error
 from fedlq_ray.significance.error_factors import minmax_error, qsgd_q

@@ -12,12 +12,13 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
-from fedlq_ray.analysis import figures, plots
+from fedlq_ray import plots
+from fedlq_ray.analysis import figures
 from fedlq_ray.analysis.figures import STYLE, Runs, Shown, canvas
-from fedlq_ray.config import Config
-from fedlq_ray.sgd import samples_of, steps_of
+from fedlq_ray.config.load import Config
 from fedlq_ray.strategies import STRATEGIES
-from fedlq_ray.sweep import Finished
+from fedlq_ray.sweeps.sweep import Finished
+from fedlq_ray.training.sgd import samples_of, steps_of
 
 Known = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by run: charge and training loss, by seed
 

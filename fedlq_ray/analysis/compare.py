@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from fedlq_ray import provenance
-from fedlq_ray.analysis import plots
+from fedlq_ray import plots
 from fedlq_ray.analysis.runs import by_population, parameters, population
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.record import Record
-from fedlq_ray.sweep import Finished, Outcome
+from fedlq_ray.federation.record import Record
+from fedlq_ray.runs import provenance
+from fedlq_ray.sweeps.sweep import Finished, Outcome
 
 CONFIDENCE = 0.95
 Row = dict[str, Any]

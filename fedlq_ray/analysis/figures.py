@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from fedlq_ray.analysis import plots
+from fedlq_ray import plots
 from fedlq_ray.analysis.runs import parameters
-from fedlq_ray.record import Record
-from fedlq_ray.sweep import Finished
+from fedlq_ray.federation.record import Record
+from fedlq_ray.sweeps.sweep import Finished
 
 Runs = Mapping[str, Sequence[Finished]]
 WIDTH = 5.0  # inches of a figure that fills a phone's width

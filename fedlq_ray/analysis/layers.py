@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlq_ray.config import Config
-from fedlq_ray.device import reproducible
-from fedlq_ray.record import Record
-from fedlq_ray.rounds import Timing, begin, run
+from fedlq_ray.config.load import Config
+from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.federation.state import ServerState
+from fedlq_ray.federation.task import Timed, Workplace, prepare
+from fedlq_ray.hosts.serial import Done, SerialHost
 from fedlq_ray.seeding import seeded
-from fedlq_ray.serial import Done, SerialHost
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure, memory_saving
-from fedlq_ray.state import ServerState
 from fedlq_ray.strategies import make
-from fedlq_ray.task import Timed, Workplace, prepare
-from fedlq_ray.training import Evaluation, sample_losses
+from fedlq_ray.training.device import reproducible
+from fedlq_ray.training.local import Evaluation, sample_losses
 
 __all__ = ["LayerAnalysis", "analyse", "analyses"]
 

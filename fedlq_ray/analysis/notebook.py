@@ -6,8 +6,9 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from fedlq_ray import rundir
-from fedlq_ray.analysis import plots, svg  # plots chooses the backend
+from fedlq_ray import plots  # chooses the backend
+from fedlq_ray.analysis import svg
+from fedlq_ray.runs import rundir
 
 
 def plot(folder: Path) -> Figure:

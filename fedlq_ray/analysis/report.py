@@ -7,12 +7,13 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from fedlq_ray.analysis import bound, figures, plots, svg, tables
+from fedlq_ray import plots
+from fedlq_ray.analysis import bound, figures, svg, tables
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.figures import Runs, Shown
 from fedlq_ray.analysis.runs import by_population, population
-from fedlq_ray.config import WITHOUT_EFFECT, Config, flat
-from fedlq_ray.sweep import Finished, Outcome, as_text
+from fedlq_ray.config.load import WITHOUT_EFFECT, Config, flat
+from fedlq_ray.sweeps.sweep import Finished, Outcome, as_text
 
 
 def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[str]], command: str) -> str:

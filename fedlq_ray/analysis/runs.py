@@ -6,10 +6,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fedlq_ray import rundir, tracking
-from fedlq_ray.config import WITHOUT_EFFECT, digest, flat
+from fedlq_ray.config.load import WITHOUT_EFFECT, digest, flat
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.sweep import Finished, Outcome
+from fedlq_ray.runs import rundir
+from fedlq_ray.sweeps.sweep import Finished, Outcome
+from fedlq_ray.tracking import log as tracking
 
 # Where runs differ in one of these, it is not their scheme alone that a table compares.
 _COMMON = ("data.", "model.", "clients.", "network.bill", "rounds", "evaluate_on", "target_accuracy")

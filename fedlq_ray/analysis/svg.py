@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from fedlq_ray.analysis.plots import COLOURS, MUTED, STEPS
+from fedlq_ray.plots import COLOURS, MUTED, STEPS
 
 INK = "#000000"  # matplotlib's for text and axes
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.runs import by_population, population
-from fedlq_ray.config import Config
+from fedlq_ray.config.load import Config
 
 Columns = dict[str, list[str]]  # by heading, a cell a row; the first names the rows
 

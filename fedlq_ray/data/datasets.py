@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlq_ray import parts
+from fedlq_ray.config import parts
 from fedlq_ray.data.arrays import ARRAYS, Array, Dataset, as_dataset
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.files import expand

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlq_ray import parts
+from fedlq_ray.config import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models.torchvision_bridge import build_torchvision
 

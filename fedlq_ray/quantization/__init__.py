@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from fedlq_ray import parts
+from fedlq_ray.config import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization.base import Quantizer
 from fedlq_ray.quantization.ecsq import Ecsq

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedlq_ray.quantization import Float32, MinMax, Qsgd, QsgdElias, Quantizer, TernGrad
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 Floats = NDArray[np.floating[Any]]
 

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.seeding import numpy_rng, torch_rng
-from fedlq_ray.training import sample_losses
+from fedlq_ray.training.local import sample_losses
 
 Table = NDArray[np.float64]
 CHUNK = 128  # samples whose graph is kept at a time

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedlq_ray import parts
+from fedlq_ray.config import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.seeding import seeded
 from fedlq_ray.strategies import fixed
@@ -22,7 +22,7 @@ from fedlq_ray.strategies.fedmpq import FedMPQ
 from fedlq_ray.strategies.kimad import Kimad
 from fedlq_ray.strategies.lgreco import LGreCo
 from fedlq_ray.strategies.uniform import Uniform
-from fedlq_ray.training import Feedback
+from fedlq_ray.training.local import Feedback
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.strategies.budgets import bytes_at_levels
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class AdaGQ(Strategy):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.seeding import seeded
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlq_ray.config.settings import StrategyConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import (
@@ -19,9 +20,8 @@ from fedlq_ray.quantization import (
     Quantizer,
     Segment,
 )
-from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.significance import Measurement
-from fedlq_ray.training import Feedback, Plan
+from fedlq_ray.training.local import Feedback, Plan
 
 
 @dataclass(frozen=True)

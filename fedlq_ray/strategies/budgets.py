@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 
+from fedlq_ray.config.settings import StrategyConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq
 from fedlq_ray.quantization.rate import OneStep
-from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.strategies.base import Member, Setting
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)

@@ -16,7 +16,7 @@ from typing import Any
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
 from fedlq_ray.strategies.adaquantfl import same_for_all
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class DAdaQuant(Strategy):

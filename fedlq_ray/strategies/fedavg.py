@@ -7,7 +7,7 @@ weighs by the samples of a pass, min(shard, `train.max_samples`), where the pape
 from collections.abc import Mapping, Sequence
 
 from fedlq_ray.strategies.base import Member, Setting, Strategy
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class FedAvg(Strategy):

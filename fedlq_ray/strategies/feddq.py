@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlq_ray.quantization import Segment
 from fedlq_ray.strategies.base import Member, Setting, Strategy
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 @dataclass(frozen=True)

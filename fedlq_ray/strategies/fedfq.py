@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.strategies.adaquantfl import same_for_all
 from fedlq_ray.strategies.base import Member, Setting, Strategy
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class FedFQ(Strategy):

@@ -17,7 +17,7 @@ import numpy as np
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
 from fedlq_ray.strategies.costs import layer_sizes, require_update, squared_errors
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class FedHQ(Strategy):

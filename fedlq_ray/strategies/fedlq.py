@@ -19,7 +19,7 @@ from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_savi
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, sent_in_equal_time, taking_part
 from fedlq_ray.strategies.costs import layer_sizes
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class FedLQ(Strategy):

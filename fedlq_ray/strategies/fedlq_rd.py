@@ -25,7 +25,7 @@ from fedlq_ray.strategies.budgets import (
     sent_in_equal_time,
     taking_part,
 )
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 # Normalised squared error at so many bits a parameter, on clients' updates (docs/quantizers.md).
 RATES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
 from fedlq_ray.strategies.costs import BITS, layer_sizes, require_update
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class FedMPQ(Strategy):

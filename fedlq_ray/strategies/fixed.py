@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import Eden, Float16, QsgdElias, Quantizer, Sign, Stc, TernGrad, TopK
 from fedlq_ray.strategies.base import Member, Setting, Strategy
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class Fixed(Strategy):

@@ -23,7 +23,7 @@ from fedlq_ray.significance import Allocation, exact, greedy
 from fedlq_ray.strategies.base import Member, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, in_time
 from fedlq_ray.strategies.costs import Table, layer_sizes, squared_errors
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 STEPS = 1000
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.strategies.costs import BITS, Table, layer_sizes, require_update, squared_errors
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 BUCKETS = 10_000
 

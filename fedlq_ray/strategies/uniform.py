@@ -12,7 +12,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.strategies.base import Member, Setting, Strategy
 from fedlq_ray.strategies.budgets import LEVELS
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 class Uniform(Strategy):

@@ -11,8 +11,8 @@ import pytest
 
 from fedlq_ray import Config, ConfigError, simulate
 from fedlq_ray.analysis import compare, runs, tables
-from fedlq_ray.config import load
-from fedlq_ray.sweep import Finished, Outcome
+from fedlq_ray.config.load import load
+from fedlq_ray.sweeps.sweep import Finished, Outcome
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

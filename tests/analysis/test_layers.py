@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fedlq_ray.analysis import plots
+from fedlq_ray import plots
 from fedlq_ray.analysis.layers import analyse, analyses
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 
 SETTINGS = ["clients.hosting=serial", "tracking.uri=null", "strategy.levels=[1,2,4]", "strategy.probe_samples=256"]
 

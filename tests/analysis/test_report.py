@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from fedlq_ray import simulate
-from fedlq_ray.analysis import bound, compare, figures, plots, report, runs, svg
-from fedlq_ray.config import digest, load
+from fedlq_ray import plots, simulate
+from fedlq_ray.analysis import bound, compare, figures, report, runs, svg
+from fedlq_ray.config.load import digest, load
 
 QUICK = ["rounds=4", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
 SETTINGS = {

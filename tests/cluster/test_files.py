@@ -143,7 +143,7 @@ def test_manifests_speak_of_each_other():
     assert text.count("ray.io/v1") == text.count(f"rayVersion: {RAY}") == 2
     assert text.count("mountPath: /results") == 4 and "/results/" in text
     (job,) = (d["spec"] for d in found if d["kind"] == "RayJob")
-    from fedlq_ray.config import parse
+    from fedlq_ray.config.load import parse
 
     settings = yaml.safe_load(yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["FEDLQ_CONFIG"])
     assert parse(settings).tracking.uri == "http://mlflow:5000"

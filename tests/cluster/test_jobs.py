@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from fedlq_ray import simulate
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(900)]
 FULL = pytest.mark.skipif("FEDLQ_CLUSTER" not in os.environ, reason="takes minutes; FEDLQ_CLUSTER=1 runs it")

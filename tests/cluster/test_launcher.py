@@ -47,7 +47,7 @@ def test_up_exec_submit_and_down_over_ssh(tmp_path):
     assert "1 node" in told["status"] or "Active:" in told["status"], told
     assert told["left"] == [] and told["before"] > 0
     from fedlq_ray import simulate
-    from fedlq_ray.config import load
+    from fedlq_ray.config.load import load
 
     settings = load(tmp_path / "small.yaml", ["clients.hosting=serial", f"out={tmp_path}/serial"])
     assert simulate(settings).summary["weights_sha256"] == told["weights_sha256"]

@@ -10,10 +10,10 @@ import pytest
 from faults import round_of
 
 import fedlq_ray
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 from fedlq_ray.strategies import Strategy
 from fedlq_ray.strategies.fixed import Fixed
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 # The memories of error feedback are 200 kB each: they lie in the object store of the node where a client was trained.
@@ -125,8 +125,8 @@ def test_a_node_that_joins_is_used(hosting, nodes, tmp_path):
 def test_actors_go_where_their_resources_are(nodes, expected, tmp_path, monkeypatch):
     import ray
 
-    from fedlq_ray import hosting
-    from fedlq_ray.task import prepare
+    from fedlq_ray.federation.task import prepare
+    from fedlq_ray.hosts.ray import hosting
 
     nodes.add_node(num_cpus=2, resources={"big": 2}, labels={"place": "shed"})
     seen = []
@@ -218,7 +218,7 @@ def test_rays_memory_monitor_ends_a_client_that_is_run_again(tmp_path, monkeypat
 
 
 def test_actors_are_dealt_by_cores():
-    from fedlq_ray.placement import Node, deal
+    from fedlq_ray.hosts.ray.placement import Node, deal
 
     nodes = [Node("a", 1, None), Node("b", 3, None), Node("head", 0, None)]
     assert sorted(deal(8, nodes, {})) == ["a"] * 2 + ["b"] * 6

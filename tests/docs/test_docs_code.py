@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlq_ray.cli import main
+from fedlq_ray.cli.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ["index.md", "faq.md", "clock_and_bytes.md", *sorted(f"tutorial/{f.name}" for f in DOCS.glob("tutorial/*.md"))]

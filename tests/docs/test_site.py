@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 import pytest
 
-from fedlq_ray.cli import cli
-from fedlq_ray.sections import keys
-from fedlq_ray.settings import Config
+from fedlq_ray.cli.main import cli
+from fedlq_ray.config.sections import keys
+from fedlq_ray.config.settings import Config
 from fedlq_ray.strategies import STRATEGIES
 
 pytest.importorskip("mkdocs", reason="needs the extra docs")

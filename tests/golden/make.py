@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import SMALL, die, in_child
 
-from fedlq_ray.config import load
-from fedlq_ray.events import Event, RoundDone
-from fedlq_ray.simulation import simulate
+from fedlq_ray import simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.federation.events import Event, RoundDone
 
 KINDS = {
     "fedlq": ["strategy.name=fedlq", "strategy.probe_every=1", "strategy.probe_samples=16"],

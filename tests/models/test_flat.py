@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel, Layer, build
 from fedlq_ray.models.flat import ALIGNMENT
-from fedlq_ray.settings import TrainConfig
-from fedlq_ray.sgd import LocalSGD
+from fedlq_ray.training.sgd import LocalSGD
 
 
 def _step(model: FlatModel, x: torch.Tensor) -> None:

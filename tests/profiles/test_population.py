@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.profiles import Profile, load_profiles, populations
+from fedlq_ray.federation.profiles import Profile, load_profiles, populations
 
 HEADER = "uplink_mbps,downlink_mbps,latency_ms,compute_gflops"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import (
@@ -24,9 +25,8 @@ from fedlq_ray.quantization import (
     TopK,
 )
 from fedlq_ray.quantization.wire import NUMBERS, Segment, decode
-from fedlq_ray.settings import TrainConfig
-from fedlq_ray.sgd import LocalSGD
-from fedlq_ray.training import Plan, client_round
+from fedlq_ray.training.local import Plan, client_round
+from fedlq_ray.training.sgd import LocalSGD
 
 
 class Row(NamedTuple):

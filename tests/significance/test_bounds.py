@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedlq_ray.config.settings import StrategyConfig
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax, Qsgd
-from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.significance.bounds import Problem, convergence_bound, fedpaq_bound, mean_error, worst_case_bound
 from fedlq_ray.significance.error_factors import minmax_error, minmax_q, plan_q, qsgd_q
 from fedlq_ray.strategies import Member, Setting

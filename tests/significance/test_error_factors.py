@@ -24,7 +24,7 @@ from fedlq_ray.significance.error_factors import (
     quantizer_q,
     terngrad_q,
 )
-from fedlq_ray.training import Plan
+from fedlq_ray.training.local import Plan
 
 
 def vectors():

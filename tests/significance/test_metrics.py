@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, softmax
 
 from fedlq_ray import simulate
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
+from fedlq_ray.config.settings import StrategyConfig
 from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import Float32, MinMax
-from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.significance import METRICS, Drops, Measurement, gather, in_blocks, measure
 from fedlq_ray.significance.metrics import (
     _differentiable,

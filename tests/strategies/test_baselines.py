@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedlq_ray.config.settings import StrategyConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.wire import encode
-from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.strategies import STRATEGIES, Member, News, Setting, make
 from fedlq_ray.strategies.adagq import AdaGQ, equalised
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL

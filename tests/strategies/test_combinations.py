@@ -3,7 +3,7 @@
 import pytest
 
 from fedlq_ray import simulate
-from fedlq_ray.config import load
+from fedlq_ray.config.load import load
 from fedlq_ray.strategies import STRATEGIES
 
 QUICK = [

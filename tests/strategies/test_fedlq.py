@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedlq_ray.config.settings import StrategyConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import Absent, decode, encode
-from fedlq_ray.settings import StrategyConfig
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import Member, News, Setting, make
 

@@ -1,0 +1,1 @@
+"""The `fedlq` command."""

@@ -1,0 +1,5 @@
+"""`python -m fedlq_ray.cli`."""
+
+from fedlq_ray.cli.main import main
+
+main()

@@ -1,0 +1,147 @@
+"""The commands that look at runs: compare, report, watch."""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedlq_ray.cli.arguments import PATH
+from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.federation.events import Closed
+from fedlq_ray.runs.output import Console
+
+SOURCES = click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUNS...")
+STORE = click.option(
+    "--tracking-uri", default=None, help="MLflow's store, such as sqlite:///mlflow.db, where RUNS are ids in it."
+)
+REFERENCE = click.option(
+    "--reference", default=None, help="The run that the others are measured by; the default is fedavg, or the first."
+)
+
+
+def command() -> str:
+    """What was typed."""
+    return shlex.join(["fedlq", *sys.argv[1:]])
+
+
+def show(table: Any, outcome: Any, unlike: Any = (), form: str = "text", out: str | None = None) -> None:
+    """Print a comparison, or write it to a file."""
+    from fedlq_ray.analysis import tables
+
+    terminal = Console()
+    width = terminal.width if terminal.is_terminal and out is None else 200  # a file takes any width
+    configs = {label: runs[0].config for label, runs in outcome.runs.items()}
+    written = tables.written(table, configs, dict(unlike), form, width)
+    if out is None:
+        click.echo(written, nl=False)
+        return
+    _write(Path(out), written)
+
+
+def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
+    """A sweep's report, and in MLflow its result: a note with the table, the pictures, the table, the report."""
+    from fedlq_ray.analysis import report as reporting
+    from fedlq_ray.analysis import tables
+    from fedlq_ray.analysis.runs import unlike as differences
+    from fedlq_ray.runs import rundir
+    from fedlq_ray.tracking import log as tracking
+
+    unlike = differences(outcome)
+    shown = out.name if out.is_absolute() else out  # the report may travel
+    page = reporting.page(outcome, table, unlike, f"fedlq report {shown} --out report.html")
+    (out / "report.html").write_text(page, encoding="utf-8")
+    runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
+    where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
+    if where is None:
+        return
+    configs = {label: seeds[0].config for label, seeds in outcome.runs.items()}
+    note = tables.written(table, configs, unlike, "markdown")
+    try:
+        tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
+    except Exception as exc:  # telemetry: the runs are done and kept
+        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {first_line(exc)}", err=True)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"--out: {file}: {exc.strerror}") from exc
+    click.echo(f"written: {file}")
+
+
+@click.command()
+@SOURCES
+@STORE
+@REFERENCE
+@click.option("--format", "form", type=click.Choice(["text", "csv", "markdown"]), default="text", show_default=True)
+@click.option("--out", default=None, type=PATH, help="File to write; by default the table is printed.")
+def compare(
+    sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, form: str, out: str | None
+) -> None:
+    """Compare runs: a row for those that differ in seed alone.
+
+    RUNS are folders of runs, or folders with runs in them, such as a sweep's; with --tracking-uri also MLflow's run ids
+    (that of a sweep stands for all its runs), or the name of an experiment.
+
+    Accuracy, time and MB are means over seeds; gain and speed-up are over the reference, seed by seed, with 95 %
+    intervals; * marks the Pareto front of accuracy against MB.
+    """
+    from fedlq_ray.analysis import compare as comparing
+    from fedlq_ray.analysis import runs
+
+    with tempfile.TemporaryDirectory() as scratch:
+        outcome = runs.find(sources, tracking_uri, Path(scratch))
+        show(comparing.rows(outcome, reference), outcome, runs.unlike(outcome), form, out)
+
+
+@click.command()
+@SOURCES
+@STORE
+@REFERENCE
+@click.option("--out", required=True, type=PATH, help="The HTML file to write.")
+def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, out: str) -> None:
+    """Write a report on runs: one HTML file that needs no network.
+
+    RUNS are named as for `fedlq compare`. The report shows accuracy against simulated time, traffic and rounds, bits by
+    layer and client, significance by layer, who a round waited for, labels by client, settings, versions and the
+    command that repeats it.
+    """
+    from fedlq_ray.analysis import compare as comparing
+    from fedlq_ray.analysis import report as reporting
+    from fedlq_ray.analysis import runs
+
+    with tempfile.TemporaryDirectory() as scratch:
+        outcome = runs.find(sources, tracking_uri, Path(scratch))
+        table = comparing.rows(outcome, reference)
+        _write(Path(out), reporting.page(outcome, table, runs.unlike(outcome), command()))
+
+
+@click.command()
+@click.argument("run", type=PATH, metavar="RUN_DIR")
+@click.option("--tracking-uri", default=None, help="MLflow's store or server, where RUN_DIR is a run's id in it.")
+@click.option("--json", "as_json", is_flag=True, help="Print each round's record, a JSON line each.")
+def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:
+    """Follow a run that goes on elsewhere, until it ends; an interrupt ends the watching alone."""
+    from fedlq_ray.runs import follow, progress
+
+    config, events = (
+        follow.mlflow(tracking_uri, run) if tracking_uri and not Path(run).is_dir() else follow.folder(Path(run))
+    )
+    status = "RUNNING"
+    try:
+        with progress.watch(config, Console(stderr=as_json), as_json) as show:
+            for event in events:
+                show(event)
+                status = event.status if isinstance(event, Closed) else status
+    except KeyboardInterrupt:
+        click.echo("the run goes on", err=True)
+        return
+    click.echo(f"{run}: {ENDED.get(status, status.lower())}", err=as_json)
+
+
+ENDED = {"FINISHED": "finished", "FAILED": "failed, or was killed", "KILLED": "interrupted"}
+COMMANDS = (compare, report, watch)

@@ -1,0 +1,238 @@
+"""Settings read from YAML and `key=value` overrides, written as YAML, described, and compared.
+
+`load(path, overrides)` reads and checks; one `ConfigError` tells every fault at once. `settings.py` has the settings.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlq_ray.config.sections import is_optional, is_text, keys
+from fedlq_ray.config.settings import Config
+from fedlq_ray.errors import ConfigError
+
+__all__ = ["Config", "load", "parse", "to_yaml"]
+
+# Keys that cannot change a result: they are left out of config_sha256.
+WITHOUT_EFFECT = (
+    "name", "out", "tracking", "checkpoint", "clients.hosting", "clients.actors", "clients.retries",
+    "clients.timeout_s", "clients.on_failure", "clients.num_cpus", "clients.num_gpus", "clients.resources",
+    "clients.labels",
+)  # fmt: skip
+
+
+# What OmegaConf, and YAML's makers of numbers and dates, raise of what a file holds.
+UNREADABLE = (
+    OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException
+)  # fmt: skip
+
+
+def unreadable(source: object, exc: Exception) -> ConfigError:
+    """One of `UNREADABLE` as one line."""
+    told, where = " ".join(str(exc).split()), str(source)[:300]
+    if isinstance(exc, RecursionError):
+        told = "is nested too deeply"
+    elif not isinstance(exc, OSError | UnicodeDecodeError | yaml.YAMLError | OmegaConfBaseException):
+        told = f"holds a value that is not of the type that YAML takes it for ({type(exc).__name__}: {told})"
+    return ConfigError(f"{where}: {told}")
+
+
+def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a YAML file, and `key=value` overrides of which a later one wins.
+
+    Raises:
+        ConfigError: the file cannot be read, or the settings are wrong (all faults in one message).
+    """
+    tree = OmegaConf.create({})
+    source = str(path or "the command line")
+    try:
+        if path is not None:
+            found = read(path)
+            if not isinstance(found, dict):
+                raise ConfigError(f"{path}: must hold keys and values, such as `rounds: 10`")
+            tree = OmegaConf.create(found)
+        for override in overrides:
+            name, equals, _ = override.partition("=")
+            if not equals or not name.strip():
+                raise ConfigError(f"{override!r}: is neither a file nor key=value")
+            source = override
+            change(tree, override)
+        source = str(path or "the command line")
+        settings = plain(tree)
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path}: no such file, and no key=value") from exc
+    except UNREADABLE as exc:
+        raise unreadable(source, exc) from exc
+    return parse(settings, source=str(path) if path else None)
+
+
+def read(path: str | Path, *, under: str | None = None, named: Iterable[str] = ()) -> Any:
+    """What a YAML file holds, interpolations unresolved; text settings as they are written.
+
+    YAML reads `name: 0123` as 83, `1:30` as 90 and `1_000` as 1000.
+
+    Args:
+        under: the key that has the settings; None: the file itself.
+        named: keys of mappings whose keys are names, and so text too.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    nodes = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(found, dict):
+        _restore(found if under is None else found.get(under), nodes if under is None else _child(nodes, under))
+        for name in named:
+            child = _child(nodes, name)
+            if isinstance(child, yaml.MappingNode) and len(found.get(name) or ()) == len(child.value):
+                found[name] = dict(zip((k.value for k, _ in child.value), found[name].values(), strict=True))
+    return found
+
+
+def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
+    """A YAML mapping's value."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for key, value in pairs if key.value == name), None)
+
+
+def _restore(found: Any, node: yaml.Node | None, path: str = "") -> None:
+    """Put the text of a YAML node where a text setting became something else."""
+    if not isinstance(found, dict) or not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        here = f"{path}.{key_node.value}" if path else str(key_node.value)
+        value = found.get(key_node.value) if isinstance(key_node.value, str) else None
+        if here in TEXTS and isinstance(value_node, yaml.ScalarNode) and value is not None:
+            found[key_node.value] = value_node.value
+        else:
+            _restore(value, value_node, here)
+
+
+def plain(tree: Any) -> Any:
+    """An OmegaConf tree as dicts, lists and values."""
+    found = OmegaConf.to_container(tree, resolve=True)
+    repr(found)  # fails on an integer of thousands of digits, which no message and no file could hold
+    return found
+
+
+def change(tree: Any, override: str) -> None:
+    """Set one key=value of an OmegaConf tree: it takes the place of what was there, also where it is a dict.
+
+    The value is YAML; where the setting is text, it is that text.
+    """
+    name, _, value = override.partition("=")
+    path = name.strip()
+    if path in TEXTS:
+        OmegaConf.update(tree, path, _as_text(value.strip(), optional=TEXTS[path]), force_add=True)
+        return
+    made = OmegaConf.from_dotlist([override])
+    if isinstance(flat(Config()).get(path), dict):
+        OmegaConf.update(tree, path, None, force_add=True)
+    tree.merge_with(made)
+
+
+def _as_text(value: str, *, optional: bool) -> str | None:
+    """The text of an override's value, without quotes around all of it; None for null, where a setting may be null."""
+    if optional and value in ("", "null", "Null", "NULL", "~"):
+        return None
+    if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1:
+        return str(yaml.safe_load(value))
+    return value
+
+
+def parse(settings: Any, *, source: str | None = None) -> Config:
+    """A checked configuration from plain dicts.
+
+    Raises:
+        ConfigError: every fault, a line each: the key, what is wrong, what was given.
+    """
+    try:
+        return Config.model_validate(settings)
+    except ConfigError as exc:
+        raise ConfigError(f"in {source}:\n{exc}" if source else str(exc)) from None
+
+
+TEXTS = {path: is_optional(field) for path, field, _ in keys(Config) if is_text(field)}
+"""The settings that are text, and whether they may be null."""
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting's value, as JSON has it, by its dotted path."""
+    settings = config.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for path, _, _ in keys(Config):
+        value: Any = settings
+        for step in path.split("."):
+            value = value[step]
+        found[path] = value
+    return found
+
+
+def describe(path: str, field: Any) -> str:
+    """One line on a setting: meaning, unit, bounds or choices."""
+    parts = [field.description]
+    unit = (field.json_schema_extra or {}).get("unit")
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    metadata = [*field.metadata, *(m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
+    metadata = [m for item in metadata for m in getattr(item, "metadata", [item])]
+    bounds = [f"{s} {getattr(m, n):g}" for n, s in signs.items() for m in metadata if getattr(m, n, None) is not None]
+    kinds = [field.annotation, *get_args(field.annotation)]  # a choice, or a choice or null
+    choices = [value for kind in kinds for value in get_args(kind) if isinstance(value, str)]
+    return "; ".join(
+        [*parts]
+        + ([f"unit: {unit}"] if unit else [])
+        + ([f"bounds: {' and '.join(dict.fromkeys(bounds))}"] if bounds else [])
+        + ([f"one of: {', '.join(choices)}"] if choices and bool not in kinds else [])
+    )
+
+
+def to_yaml(config: Config, *, commented: bool = False) -> str:
+    """The resolved configuration, without `out`, as YAML that `load` reads back to the same."""
+    if not commented:
+        return yaml.safe_dump(config.model_dump(mode="json", exclude={"out"}), sort_keys=False, allow_unicode=True)
+    settings = flat(config)
+    lines: list[str] = []
+    section = ""
+    for path, field, _ in keys(Config):
+        head, dot, name = path.rpartition(".")
+        if path == "out":
+            continue
+        if head != section:
+            lines.append(f"{head}:")
+            section = head
+        shown = yaml.safe_dump({name: settings[path]}, default_flow_style=True, width=1000, allow_unicode=True).strip()[
+            1:-1
+        ]
+        indent = "  " if dot else ""
+        lines += [f"{indent}# {describe(path, field)}", f"{indent}{shown}"]
+    return "\n".join(lines) + "\n"
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """What turns one configuration into another, `out` left out, as overrides."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    changed = []
+    for path, *_ in keys(Config):
+        was, value = old, new
+        for step in path.split("."):
+            was, value = was[step], value[step]
+        if path != "out" and was != value:
+            changed.append(f"{path}={json.dumps(value)}")
+    return changed
+
+
+def digest(config: Config, *, without: Iterable[str] = ()) -> str:
+    """SHA-256 (hex) of the settings that can change a result, but for those of `without`."""
+    settings = config.model_dump(mode="json")
+    for path in (*WITHOUT_EFFECT, *without):
+        *sections, name = path.split(".")
+        tree = settings
+        for step in sections:
+            tree = tree[step]
+        del tree[name]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

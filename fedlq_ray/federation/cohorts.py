@@ -1,0 +1,88 @@
+"""Who takes part in a round, what a plan may know of each, and how much each trains."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlq_ray.federation.clock import client_time
+from fedlq_ray.federation.task import Task
+from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.strategies import Member
+from fedlq_ray.training.sgd import samples_of
+
+
+def draw(task: Task, round: int) -> list[int]:
+    """The clients of a round, in order, drawn without replacement."""
+    clients = task.config.clients
+    drawn = numpy_rng(task.config.seed, "cohort", round).choice(clients.count, clients.cohort, replace=False)
+    return sorted(int(client) for client in drawn)
+
+
+def drops_out(task: Task, round: int, client: int) -> bool:
+    """Whether a client fails to answer in a round."""
+    chance = task.config.clients.dropout
+    return chance > 0 and float(numpy_rng(task.config.seed, "dropout", round, client).random()) < chance
+
+
+def downlink(task: Task, client: int) -> float:
+    """A client's mean downlink, bytes a second."""
+    return task.profiles[client].downlink_mbps * 1e6 / 8
+
+
+def base_work(task: Task, samples: int) -> int:
+    """Samples that a client goes through in a round, in all passes, where it does no more than it must."""
+    return samples * task.config.train.local_epochs
+
+
+def member(task: Task, client: int, downlink_bytes: int) -> Member:
+    """A client as a plan sees it: its profile's means."""
+    network, profile = task.config.network, task.profiles[client]
+    samples = samples_of(len(task.shards[client]), task.config.train)
+    time = client_time(
+        profile,
+        flops=task.flops * base_work(task, samples),
+        uplink_bytes=0,
+        downlink_bytes=downlink_bytes,
+        bill=network.bill,
+        uplink_free=network.uplink_free,
+    )
+    latency = 0.0 if network.uplink_free else profile.latency_ms / 1e3
+    rate = math.inf if network.uplink_free else profile.uplink_mbps * 1e6 / 8
+    return Member(client, samples, time.total_s + latency, rate)
+
+
+def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence[float]) -> list[Member]:
+    """Members that train for as long as the others, not as much: the slow less, the fast more.
+
+    Each does 1/sqrt(w) to w times the base in whole steps, w = `train.adaptive_work`, and the round ends as soon as the
+    mean over the cohort (by samples) is sqrt(w). Less than that is not worth it: an update is scaled to the mean work,
+    and the noise of a step with it.
+
+    Args:
+        payload_bytes: what each is to send; the rest of its time is for training.
+    """
+    limit, batch = task.config.train.adaptive_work, task.config.train.batch_size
+    bases = np.array([base_work(task, m.samples) for m in members], float)
+    sample_s = np.array([task.flops / (task.profiles[m.client].compute_gflops * 1e9) for m in members])
+    upload_s = np.array([sent / m.uplink_bytes_per_s for m, sent in zip(members, payload_bytes, strict=True)])
+    other_s = np.array([m.fixed_s for m in members]) + upload_s - bases * sample_s
+
+    def work(deadline: float) -> NDArray[np.float64]:
+        return np.clip((deadline - other_s) / (bases * sample_s), limit**-0.5, limit)
+
+    # The mean rises with the deadline: halve between one that all can make and one that nobody can.
+    low, high = float(other_s.min()), float((other_s + limit * bases * sample_s).max())
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if np.average(work(middle), weights=bases) >= limit**0.5 else (middle, high)
+
+    def at(m: Member, base: float, second: float, wanted: float) -> Member:
+        steps = math.floor(base * wanted / batch + 1e-6)
+        samples = base if abs(wanted - 1) < 1e-6 else max(min(base, batch), batch * steps)
+        return replace(m, work=samples / base, fixed_s=m.fixed_s + (samples - base) * second)
+
+    each = zip(members, bases.tolist(), sample_s.tolist(), work(high).tolist(), strict=True)
+    return [at(*one) for one in each]

@@ -1,0 +1,137 @@
+"""A cohort's payloads, summed."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlq_ray.errors import ClientError, FedLQError, PayloadError
+from fedlq_ray.federation.downlink import Offer
+from fedlq_ray.federation.task import Job, Task
+from fedlq_ray.quantization import decode
+from fedlq_ray.quantization.wire import Sent
+from fedlq_ray.training.local import Reply
+
+
+class Fold:
+    """Payloads folded into the average as they come, but summed in client order; one is decoded at a time.
+
+    Args:
+        offers: what each client started from.
+        shares: of each job's update in the sum.
+        tracked: what the server has of each client by EF21; `self.tracked` has it after the round.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        offers: Mapping[int, Offer],
+        jobs: Sequence[Job],
+        shares: Sequence[float],
+        tracked: Mapping[int, Tensor],
+    ) -> None:
+        self.jobs, self.shares, self.offers, self.tracked = jobs, shares, offers, dict(tracked)
+        self.decode_s = 0.0  # wall seconds of decoding and summing
+        self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
+        self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
+        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
+        self.square_error = 0.0  # sum of p_n^2 |Q(x_n) - x_n|^2
+        self.waiting: dict[int, Reply | ClientError] = {}
+        self.turn = 0  # the job whose payload is the next to be summed
+        self.replies: dict[int, Reply] = {}
+        self.faults: list[ClientError] = []  # of the clients that are passed over
+        self.sent: list[tuple[Sent, ...]] = []
+        self.parameters = sum(layer.size for layer in task.layers if not layer.buffer)
+        self.heard = False  # a payload changed a parameter
+
+    @property
+    def lost(self) -> list[int]:
+        """Clients that failed, and are passed over."""
+        return [fault.client for fault in self.faults]
+
+    @property
+    def answered(self) -> float:
+        """The share of the sum that came."""
+        return sum(s for j, s in zip(self.jobs, self.shares, strict=True) if j.client in self.replies)
+
+    def mean(self) -> Tensor:
+        """The cohort's mean update (d,) float64; where clients failed, that of the others."""
+        return self.update * self._whole
+
+    @property
+    def _whole(self) -> float:
+        """By what the others' shares rise for those that failed."""
+        return sum(self.shares) / self.answered if self.lost and self.answered else 1.0
+
+    @property
+    def mean_error(self) -> float:
+        """What quantization adds to the mean update, root mean square, where clients' errors are independent."""
+        return self._whole * math.sqrt(self.square_error)
+
+    @property
+    def spread(self) -> float | None:
+        """`News.spread` of these payloads."""
+        came = sum(s**2 for j, s in zip(self.jobs, self.shares, strict=True) if j.client in self.replies)
+        square = float(self.mean().square().sum()) * came
+        return self.energy / square if square else None
+
+    def require_movement(self) -> None:
+        """
+        Raises:
+            FedLQError: no client trained anything, or all payloads decode to no change, and none is owed for later.
+        """
+        if not self.replies:
+            return
+        where = f"round {self.jobs[0].round}: "
+        if not any(reply.moved for reply in self.replies.values()):
+            raise FedLQError(
+                f"{where}training changed no weight of any of the {len(self.replies)} clients: all gradients are zero, "
+                "or steps are below the resolution of float32; look at the model, train.lr and the labels"
+            )
+        if not self.heard and not any(job.plan.error_feedback for job in self.jobs):
+            raise FedLQError(
+                f"{where}all {len(self.replies)} payloads decode to no change, so that nothing is learned; give "
+                "quantizers more bits, or use strategy.error_feedback=true, which carries what is lost to later rounds"
+            )
+
+    def take(self, client: int, reply: Reply | ClientError) -> None:
+        """A client's reply, or why it failed for good; what comes of it after the first does not count.
+
+        Raises:
+            ClientError: its payload is refused.
+        """
+        started = time.perf_counter()
+        self.waiting.setdefault(client, reply)
+        self._fold_what_is_due()
+        self.decode_s += time.perf_counter() - started
+
+    def _fold_what_is_due(self) -> None:
+        while self.turn < len(self.jobs) and self.jobs[self.turn].client in self.waiting:
+            job, share = self.jobs[self.turn], self.shares[self.turn]
+            self.turn += 1
+            reply = self.waiting.pop(job.client)
+            if isinstance(reply, ClientError):
+                self.faults.append(reply)
+                continue
+            kind, where = job.plan.payload, {"round": job.round, "client": job.client}
+            try:
+                payload = decode(reply.payload, len(self.update), kind=kind, custom=self.custom, **where)
+            except PayloadError as exc:
+                fault = ClientError(f"its payload is refused: {exc}", **where)
+                if self.skip:
+                    self.faults.append(fault)
+                    continue
+                raise fault from exc
+            value = payload.vector
+            if job.plan.error_feedback == "ef21":
+                value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
+            value = value.double()
+            change = value - self.offers[job.client].model.double() if kind == "model" else value
+            self.heard = self.heard or bool(change[: self.parameters].any())
+            self.update += share * change
+            self.energy += share**2 * float(value.square().sum())
+            self.square_error += share**2 * reply.square_error
+            self.sent.append(payload.segments)
+            self.replies[job.client] = reply

@@ -1,0 +1,87 @@
+"""A round before it trains: who takes part, what each may fetch, and what each is to send."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.downlink import Downlink, Offer
+from fedlq_ray.federation.state import ServerState
+from fedlq_ray.federation.task import Job, Task, Workplace
+from fedlq_ray.strategies import Member, Probe, Strategy
+from fedlq_ray.strategies.asking import asked
+from fedlq_ray.strategies.remembering import fingerprints
+from fedlq_ray.training.local import Plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A round before it trains.
+
+    Attributes:
+        members: the cohort, in order.
+        offers: what each may fetch of the model.
+        plans: what each is to send; clients without a plan skip the round and do not delay it.
+        jobs: of the members that have a plan and do not drop out, in order.
+        shares: of each job's update in the sum.
+        probe: what the strategy wants measured while the round trains.
+    """
+
+    round: int
+    members: Sequence[Member]
+    offers: Mapping[int, Offer]
+    plans: Mapping[int, Plan]
+    jobs: Sequence[Job]
+    shares: Sequence[float]
+    probe: Probe | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What stays the same over rounds: the task, the strategy, and how the model is sent down."""
+
+    task: Task
+    strategy: Strategy
+    downlink: Downlink
+    constant: Mapping[str, bytes]  # digests of what the strategy must not change
+
+    @staticmethod
+    def of(task: Task, strategy: Strategy) -> "Rules":
+        place, network = Workplace(task), task.config.network
+        initial = place.initial_weights() if network.downlink_bits is not None else torch.empty(0)
+        down = Downlink(
+            place.setting, network.downlink_bits, network.downlink_cap_bits, initial, place.broadcast_size()
+        )
+        return Rules(task, strategy, down, fingerprints(strategy))
+
+    def ask(self, method: str, round: int, *arguments: Any) -> Any:
+        """What a method of the strategy returns."""
+        return asked(self.strategy, self.task.config.seed, method, round, *arguments)
+
+
+def plan(rules: Rules, state: ServerState) -> Planned:
+    """Draw a cohort, and ask the strategy what each member is to send."""
+    task, round = rules.task, state.round
+    drawn = cohorts.draw(task, round)
+    rates = {client: cohorts.downlink(task, client) for client in drawn}
+    offers = rules.downlink.offer(state.held, state.weights, rates, round)
+    members = [cohorts.member(task, client, offers[client].num_bytes) for client in drawn]
+    if task.config.train.adaptive_work > 1:
+        known = state.payload_bytes and [state.payload_bytes] * len(members)
+        expected = rules.ask("expected_bytes", round, members) or known
+        members = cohorts.with_own_work(task, members, expected) if expected else members
+    plans = rules.ask("plan", round, round, members)
+    answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
+    jobs = [Job(round, m.client, plans[m.client], samples_of_member(task, m)) for m in answering]
+    probe = rules.ask("probe", round, round)
+    if probe and task.config.strategy.probe_on == "clients":
+        probe = replace(probe, clients=tuple(drawn))
+    shares = rules.ask("weights", round, answering) if answering else []
+    return Planned(round, members, offers, plans, jobs, shares, probe)
+
+
+def samples_of_member(task: Task, member: Member) -> int:
+    """Samples that a member goes through in a round."""
+    return int(0.5 + member.work * cohorts.base_work(task, member.samples))

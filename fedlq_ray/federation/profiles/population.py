@@ -1,0 +1,211 @@
+"""What each client has: drawn from a shipped population of devices, or read from a user's CSV file.
+
+A device has one compute figure. Measured boards differ 20 to 30 times between network architectures at the same
+FLOP count, so a figure here is a device's order of magnitude for common convolutional networks, not a benchmark.
+"""
+
+import csv
+import difflib
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from importlib import resources
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.files import expand
+from fedlq_ray.seeding import numpy_rng
+
+if TYPE_CHECKING:
+    import _csv  # the type of csv.reader(...) has no public name
+
+_KEY = "clients.profiles"
+_REQUIRED = ("uplink_mbps", "downlink_mbps", "latency_ms", "compute_gflops")
+_MAX_VARIATION = 3.0  # a larger sigma is a percentage by mistake: at 3 half of the rounds have 1/90 of the mean
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One client's means over rounds; Mb are 10^6 bits."""
+
+    uplink_mbps: float
+    downlink_mbps: float
+    latency_ms: float  # added once to each transfer
+    compute_gflops: float  # effective training throughput, 10^9 FLOP/s
+    variation: float = 0.0  # sigma of the log-normal variation of bandwidth and compute from round to round
+    device: str = ""
+
+
+_COLUMNS = tuple(field.name for field in fields(Profile))
+
+
+@dataclass(frozen=True)
+class DeviceClass:
+    """One row of populations.csv: a share of a population's clients, and the ranges (low, high) they lie in."""
+
+    device: str
+    share: float
+    uplink_mbps: tuple[float, float]
+    downlink_mbps: tuple[float, float] | None  # None: the uplink times downlink_per_uplink
+    downlink_per_uplink: float
+    latency_ms: float
+    compute_gflops: tuple[float, float]
+    source: str
+    year: int
+    licence: str
+
+
+def load_profiles(spec: str, *, count: int, seed: int, variation: float) -> list[Profile]:
+    """The profiles of clients 0 to `count` - 1.
+
+    Args:
+        spec: the name of a population, which goes first, or the path of a CSV file with a row for each client.
+        count: how many clients.
+        seed: the configuration's; with a client's number it alone fixes the client's draw, whatever `count` is.
+        variation: every client's, except where a file has a column of that name.
+    Raises:
+        ConfigError: no such population, or the file is not as it should be.
+    """
+    known = populations()
+    if spec in known:
+        return [_draw(known[spec], seed=seed, client=client, variation=variation) for client in range(count)]
+    path = expand(spec, _KEY)
+    if spec.endswith(".csv") or "/" in spec or os.path.isfile(path):
+        return _read(path, count=count, variation=variation)
+    near = difflib.get_close_matches(spec, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{_KEY}: no population {spec!r}; known: {', '.join(known)}, or a path of your own .csv{hint}")
+
+
+def populations() -> dict[str, tuple[DeviceClass, ...]]:
+    """The shipped populations: the device classes of each, by name, in the file's order."""
+    found: dict[str, tuple[DeviceClass, ...]] = {}
+    text = (resources.files("fedlq_ray.federation.profiles") / "populations.csv").read_text(encoding="utf-8")
+    for row in csv.DictReader(text.splitlines(), strict=True):
+        found[row["population"]] = (*found.get(row["population"], ()), _device_class(row))
+    return found
+
+
+def _device_class(row: dict[str, str]) -> DeviceClass:
+    def span(name: str) -> tuple[float, float]:
+        return float(row[f"{name}_low"]), float(row[f"{name}_high"])
+
+    factor = float(row["downlink_per_uplink"] or 0)
+    return DeviceClass(
+        device=row["device"],
+        share=float(row["share"]),
+        uplink_mbps=span("uplink_mbps"),
+        downlink_mbps=None if factor else span("downlink_mbps"),
+        downlink_per_uplink=factor,
+        latency_ms=float(row["latency_ms"]),
+        compute_gflops=span("compute_gflops"),
+        source=row["source"],
+        year=int(row["year"]),
+        licence=row["licence"],
+    )
+
+
+def _draw(classes: tuple[DeviceClass, ...], *, seed: int, client: int, variation: float) -> Profile:
+    """A class by its share, then each figure log-uniform in its range, independently."""
+    # Four draws whatever the class, so that none of them shifts when a class's ranges change.
+    pick, up, down, compute = numpy_rng(seed, "profile", client).random(4).tolist()
+    shares = list(accumulate(c.share for c in classes))
+    chosen = classes[bisect_right(shares, pick * shares[-1])]  # pick < 1
+    uplink_mbps = _log_uniform(chosen.uplink_mbps, up)
+    span = chosen.downlink_mbps
+    return Profile(
+        uplink_mbps=uplink_mbps,
+        downlink_mbps=_log_uniform(span, down) if span else uplink_mbps * chosen.downlink_per_uplink,
+        latency_ms=chosen.latency_ms,
+        compute_gflops=_log_uniform(chosen.compute_gflops, compute),
+        variation=variation,
+        device=chosen.device,
+    )
+
+
+def _log_uniform(span: tuple[float, float], uniform: float) -> float:
+    low, high = span
+    return low * math.exp(uniform * math.log(high / low))
+
+
+def _read(path: str, *, count: int, variation: float) -> list[Profile]:
+    """The first `count` rows of a user's file; a line without values is not a row."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte-order mark first
+            reader = csv.reader(file, strict=True)
+            try:
+                header = _header(path, next(reader, []))
+                rows = islice(_rows(path, reader, header), count)
+                profiles = [_profile(where, row, variation) for where, row in rows]
+            except csv.Error as exc:
+                raise ConfigError(f"{_KEY}: {path}, line {reader.line_num}: not well-formed CSV ({exc})") from exc
+    except OSError as exc:
+        raise ConfigError(f"{_KEY}: cannot read {path}: {exc.strerror}; give a population or a CSV file") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{_KEY}: {path} is not UTF-8 text ({exc.reason}); save it as CSV, UTF-8") from exc
+    if len(profiles) < count:
+        raise ConfigError(f"{_KEY}: {path} has {len(profiles)} rows for {count} clients; it needs a row for each")
+    return profiles
+
+
+def _header(path: str, cells: list[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    where, required = f"{_KEY}: {path}, line 1", f"required: {', '.join(_REQUIRED)}"
+    if not any(header):
+        raise ConfigError(f"{where}: no header row; {required}")
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        raise ConfigError(f"{where}: separate the columns with commas, got {header[0]!r}; {required}")
+    extra = [name for name in header if name not in _COLUMNS]
+    missing = [name for name in _REQUIRED if name not in header]
+    if missing:
+        near = {name: difflib.get_close_matches(name, extra, n=1) for name in missing}
+        hints = "".join(f"; is {match[0]!r} meant as {name!r}?" for name, match in near.items() if match)
+        raise ConfigError(f"{where}: no column {', '.join(missing)}; {required}{hints}")
+    if extra:
+        raise ConfigError(f"{where}: unknown column {', '.join(map(repr, extra))}; known: {', '.join(_COLUMNS)}")
+    if len(set(header)) < len(header):
+        raise ConfigError(f"{where}: a column is there twice, got {', '.join(header)}")
+    return header
+
+
+def _rows(path: str, reader: "_csv.Reader", header: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where each row is, for messages, and its cells by column."""
+    for cells in reader:
+        if not any(cell.strip() for cell in cells):
+            continue
+        where = f"{_KEY}: {path}, line {reader.line_num}"
+        if len(cells) != len(header):
+            raise ConfigError(f"{where}: {len(cells)} values for {len(header)} columns, {', '.join(header)}")
+        yield where, dict(zip(header, cells, strict=True))
+
+
+def _profile(where: str, row: dict[str, str], variation: float) -> Profile:
+    def number(column: str) -> float:
+        try:
+            value = float(row[column])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            rule = "a finite number"
+        elif column == "latency_ms":
+            rule = "" if value >= 0 else "0 or more"
+        elif column == "variation":
+            in_bounds = 0 <= value <= _MAX_VARIATION
+            rule = "" if in_bounds else f"0 to {_MAX_VARIATION:g} (a sigma, 0.3 for about 30 %)"
+        else:
+            rule = "" if value > 0 else "more than 0"
+        if rule:
+            raise ConfigError(f"{where}, column {column}: must be {rule}, got {row[column]!r}")
+        return value
+
+    return Profile(
+        uplink_mbps=number("uplink_mbps"),
+        downlink_mbps=number("downlink_mbps"),
+        latency_ms=number("latency_ms"),
+        compute_gflops=number("compute_gflops"),
+        variation=number("variation") if "variation" in row else variation,
+        device=row.get("device", "").strip(),
+    )

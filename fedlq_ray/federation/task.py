@@ -1,0 +1,229 @@
+"""What an experiment works on, made and checked from a configuration before anything is written or started."""
+
+import copy
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlq_ray.config.load import Config
+from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
+from fedlq_ray.errors import FedLQError
+from fedlq_ray.federation.profiles import Profile, load_profiles
+from fedlq_ray.federation.trial import try_step
+from fedlq_ray.files import expand
+from fedlq_ray.models import MODELS, FlatModel, Layer, build, training_flops
+from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
+from fedlq_ray.seeding import numpy_rng, seeded
+from fedlq_ray.significance import Measurement, gather, in_blocks, measure
+from fedlq_ray.strategies import Probe, Setting
+from fedlq_ray.training.local import Evaluation, Plan, Reply, client_round, evaluate
+from fedlq_ray.training.sgd import LocalSGD
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that stays the same over rounds: pickles, so that every process has the same.
+
+    Attributes:
+        shards, held: each client's indices into the training data, to train on and held out.
+        builtin: the model is one of this package's.
+        flops: of a sample's forward and backward pass.
+        statistics: names of the buffers that training changes, which are sent like parameters.
+    """
+
+    config: Config
+    data: Dataset
+    shards: list[NDArray[np.int64]]
+    held: list[NDArray[np.int64]]
+    profiles: list[Profile]
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    builtin: bool
+    flops: float
+    quantizer: Family
+    statistics: frozenset[str] = frozenset()
+
+    def flat_model(self, device: str = "cpu") -> FlatModel:
+        """A copy of the model, flat, with its initial weights."""
+        return FlatModel(copy.deepcopy(self.module), device, self.statistics)
+
+    @functools.cached_property
+    def frozen_digest(self) -> str | None:
+        """16 hex digits that change with any frozen parameter; None where there is none."""
+        frozen = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
+        whole = hashlib.sha256()
+        for name, parameter in frozen:
+            whole.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            whole.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return whole.hexdigest()[:16] if frozen else None
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """That of `data`, made once: large data take seconds."""
+        return self.data.digest()
+
+
+def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: Any = None) -> Task:
+    """Load, split and build all that `config` names; objects given here go before its names.
+
+    Raises:
+        ConfigError: something of the user's input is wrong.
+    """
+    expand(config.checkpoint.path or "", "checkpoint.path")
+    how = config.data
+    with seeded(config.seed, "data"):  # a user's function may draw from global generators
+        if data is not None:
+            dataset = as_dataset(data, layout=how.layout)
+        else:
+            dataset = load(how.name, how.path, how.args, how.layout)
+    shards = partition(
+        dataset.y_train,
+        how=how.partition,
+        clients=config.clients.count,
+        seed=config.seed,
+        alpha=how.alpha,
+        classes_per_client=how.classes_per_client,
+        min_samples=how.min_samples,
+    )
+    kept, held = hold_out(shards, how.holdout, config.seed)
+    profiles = load_profiles(
+        config.clients.profiles, count=config.clients.count, seed=config.seed, variation=config.clients.variation
+    )
+    named = config.model.name if model is None else model
+    with seeded(config.seed, "weights"):
+        module = build(named, dataset.input_shape, dataset.num_classes, config.model.args)
+    with seeded(config.seed, "trial"):
+        statistics = try_step(module, dataset, kept, config)
+        flops = training_flops(module, dataset.input_shape)
+    layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
+    builtin = model is None and config.model.name in ("auto", *MODELS)
+    quantizers = family(config.strategy.quantizer, quantizer)
+    return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, statistics)
+
+
+class Timed(NamedTuple):
+    """A result, and the wall seconds that it took, which go to timing.json alone."""
+
+    value: Any
+    wall_s: float
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
+    """Call what evaluates or probes, and time it; whatever a user's model raises there becomes a FedLQError."""
+    started = time.perf_counter()
+    try:
+        value = function(*arguments)
+    except FedLQError:
+        raise
+    except Exception as exc:
+        raise FedLQError(f"{function.__name__} failed: {type(exc).__name__}: {exc}") from exc
+    return Timed(value, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's part in a round: what it is to send, and how many samples it goes through."""
+
+    round: int
+    client: int
+    plan: Plan
+    samples: int
+
+
+class Workplace:
+    """Runs clients' rounds, evaluations and probes in this process; Ray's actors and the serial host are made of it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._evaluated_on: tuple[Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def model(self) -> FlatModel:
+        """Made where it is used: whoever only plans and aggregates needs no GPU."""
+        return self.task.flat_model(self.task.config.train.device)
+
+    @functools.cached_property
+    def sgd(self) -> LocalSGD:
+        return LocalSGD(self.model, self.task.config.train, record=self.task.builtin)
+
+    def initial_weights(self) -> Tensor:
+        """The flat vector (d,) that training starts from."""
+        return self.task.flat_model().read()
+
+    @property
+    def setting(self) -> Setting:
+        task = self.task
+        return Setting(task.config.strategy, task.layers, task.config.seed, task.quantizer)
+
+    def normalise(self, x: NDArray[Any]) -> Tensor:
+        return inputs(x, self.task.data.mean, self.task.data.std, self.model.device)
+
+    def broadcast_size(self) -> int:
+        """Bytes of the whole model on the wire, as float32."""
+        return PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.task.layers)
+
+    def train(self, job: Job, weights: Tensor, memory: Tensor | None) -> tuple[Reply, Tensor | None]:
+        shard = self.task.shards[job.client]
+        return client_round(
+            self.sgd,
+            self.task.data.x_train[shard],
+            self.task.data.y_train[shard],
+            normalise=self.normalise,
+            weights=weights,
+            memory=memory,
+            plan=job.plan,
+            samples=job.samples,
+            seed=self.task.config.seed,
+            round=job.round,
+            client=job.client,
+            custom=self.task.quantizer,
+        )
+
+    def evaluate(self, weights: Tensor) -> Evaluation:
+        """On the test set, or on what clients hold out (`evaluate_on`)."""
+        if self._evaluated_on is None:
+            data = self.task.data
+            if self.task.config.evaluate_on == "test":
+                self._evaluated_on = self._samples(data.x_test, data.y_test)
+            else:
+                self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
+        with seeded(self.task.config.seed, "evaluate", gpus=self._gpus):
+            return evaluate(self.model, weights, *self._evaluated_on)
+
+    @property
+    def _gpus(self) -> list[torch.device]:
+        return [] if self.model.device.type == "cpu" else [self.model.device]
+
+    def _training_samples(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self._samples(self.task.data.x_train[chosen], self.task.data.y_train[chosen])
+
+    def _samples(self, x: NDArray[Any], y: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self.normalise(x), torch.from_numpy(y.copy()).to(self.model.device)
+
+    def probe_data(self, samples: int, clients: tuple[int, ...] | None = None, round: int = 0) -> tuple[Tensor, Tensor]:
+        """Samples held out from shards: of these clients, drawn by round, or of all, drawn once: the server's proxy.
+
+        A mean over the first is the mean over clients of what each finds on its own, by samples.
+        """
+        task = self.task
+        chosen = range(len(task.held)) if clients is None else clients
+        pool = np.concatenate([task.held[client] for client in chosen])
+        if not len(pool):  # nothing held out: the probe then sees training data
+            pool = np.concatenate([task.shards[client] for client in chosen])
+        rng = numpy_rng(task.config.seed, "proxy", *(() if clients is None else (round,)))
+        return self._training_samples(rng.permutation(pool)[:samples])
+
+    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
+        x, y = self.probe_data(probe.samples, probe.clients, round)
+        seed, layers = self.task.config.seed, self.setting.quantized
+        take = functools.partial(gather, self.model, base, sent, layers, probe.quantizers, seed=seed, round=round)
+        with seeded(seed, "measure", round, gpus=self._gpus):
+            return measure(in_blocks(take, x, y), probe.metric)[probe.metric]

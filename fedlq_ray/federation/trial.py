@@ -1,0 +1,218 @@
+"""A training step before a run: what it changes, and whether a run could learn anything at all.
+
+The step is the smallest that the settings allow, on samples of a client that would get it. A model that cannot take
+it, or that would train in vain, is refused here, before anything is written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlq_ray.config.settings import TrainConfig
+from fedlq_ray.data import Dataset, inputs
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.models import FlatModel, copied, float_buffers, require_logits, require_trainable
+from fedlq_ray.seeding import numpy_rng, seeded
+from fedlq_ray.training.sgd import LocalSGD, batch_sizes, samples_of
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """The smallest batch that a client may train on.
+
+    Args:
+        client: that gets it.
+        shard: samples that this client trains on.
+        samples: in the batch.
+    """
+
+    client: int
+    shard: int
+    samples: int
+
+    def why(self, settings: TrainConfig) -> str:
+        """Which setting makes it so small, and what to do."""
+        if self.samples == settings.batch_size:
+            return f"train.batch_size={settings.batch_size} allows such a step; raise it"
+        if self.samples == settings.max_samples:
+            return f"train.max_samples={settings.max_samples} allows such a step; raise it"
+        return (
+            f"client {self.client} trains on {self.shard} sample{'s' * (self.shard > 1)}, in batches of "
+            f"{settings.batch_size} (train.batch_size): raise data.min_samples, or change train.batch_size"
+        )
+
+
+def smallest_batch(shards: Sequence[NDArray[np.int64]], settings: TrainConfig) -> Smallest:
+    """The smallest batch of any client; of equal ones, the first client's."""
+    least: dict[int, int] = {}
+    for size in {len(shard) for shard in shards}:
+        used = samples_of(size, settings)
+        least[size] = min(batch_sizes(used, settings.batch_size))
+        if settings.adaptive_work > 1:  # a pass may be cut short, to two samples at least where there are two
+            least[size] = min(least[size], 2, used)
+    client = min(range(len(shards)), key=lambda c: least[len(shards[c])])
+    return Smallest(client, len(shards[client]), least[len(shards[client])])
+
+
+def try_step(module: nn.Module, data: Dataset, shards: Sequence[NDArray[np.int64]], config: Any) -> frozenset[str]:
+    """Train a copy of the model for the smallest step that the settings allow.
+
+    The caller seeds the global generators.
+
+    Args:
+        module: the model with its initial weights; it stays as it is.
+        shards: each client's indices into the training data.
+        config: the run's settings.
+    Returns:
+        Names of the model's statistics: the float buffers of its state_dict that the step changed.
+    Raises:
+        ConfigError: the step fails, gives no one tensor of logits, moves no weight, moves a frozen one, or uses
+            parameters that the module does not own.
+    """
+    require_trainable(module)
+    settings: TrainConfig = config.train
+    smallest = smallest_batch(shards, settings)
+    chosen = shards[smallest.client][: smallest.samples]
+    x, y = _samples(data, chosen)
+    try:
+        statistics = _statistics(module, x, y)
+    except ConfigError:
+        raise
+    except Exception as exc:  # a user's model may raise anything
+        told = f"{type(exc).__name__}: {exc}"
+        if _fails(module, *_samples(data, np.arange(min(len(data.y_train), 8)))):
+            raise ConfigError(f"model.name: a training step fails: {told}") from exc
+        count = f"{smallest.samples} sample{'s' * (smallest.samples > 1)}"
+        raise ConfigError(f"model.name: a training step on {count} fails ({told}); {smallest.why(settings)}") from exc
+    _require_movement(module, data, chosen, settings, statistics, config.seed)
+    return statistics
+
+
+def _samples(data: Dataset, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    return inputs(data.x_train[chosen], data.mean, data.std), torch.from_numpy(data.y_train[chosen])
+
+
+def _fails(module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    try:
+        _statistics(module, x, y)
+    except Exception:  # a user's model may raise anything
+        return True
+    return False
+
+
+def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
+    """The float buffers of the state_dict that one forward and backward pass changes; the pass itself is checked.
+
+    A batch-norm's mean and variance count together: a mean may stay exactly zero in one step.
+    """
+    twin = copied(module).train()
+    before = {name: buffer.clone() for name, buffer in float_buffers(twin).items()}
+    if not _same_twice(module, x):
+        raise ConfigError(
+            "model.name: a forward pass gives other outputs when it is repeated, although PyTorch's, NumPy's and "
+            "Python's generators are seeded, so that no run could be repeated; does it use np.random.default_rng() "
+            "without a seed, the time, or state that is no buffer?"
+        )
+    frozen = {name: p.detach().clone() for name, p in twin.named_parameters() if not p.requires_grad}
+    output: Any = twin(x)
+    require_logits(output)
+    loss = cross_entropy(output, y)
+    _require_owned(twin, loss)
+    loss.backward()
+    for name, value in frozen.items():
+        if not torch.equal(twin.get_parameter(name), value):
+            raise ConfigError(
+                f"model.name: parameter {name} is frozen (requires_grad=False), but a training step changes it, and "
+                "frozen parameters are not sent; make it a buffer (register_buffer), which is sent where it changes"
+            )
+    changed = set()
+    for name, buffer in float_buffers(twin).items():
+        if name in before and buffer.shape != before[name].shape:
+            raise ConfigError(
+                f"model.name: a training step changes the shape of buffer {name}; a cache belongs in "
+                "register_buffer(..., persistent=False)"
+            )
+        if name in before and not torch.allclose(buffer, before[name], 0, 0, equal_nan=True):
+            changed.add(name)
+    for path, part in twin.named_modules():
+        own = {f"{path}.{name}" if path else name for name in ("running_mean", "running_var")}
+        if isinstance(part, nn.modules.batchnorm._NormBase) and own & changed:
+            changed |= own
+    return frozenset(changed)
+
+
+@torch.no_grad()
+def _same_twice(module: nn.Module, x: Tensor) -> bool:
+    """Whether two copies of a model agree in training mode; kernels may differ in the last bits."""
+    outputs: list[Tensor] = []
+    for _ in range(2):
+        twin = copied(module).train()
+        with seeded(0, "twice"):
+            outputs.append(twin(x))
+    require_logits(outputs[0])
+    first, again = outputs
+    return torch.allclose(first, again, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _require_owned(module: nn.Module, loss: Tensor) -> None:
+    """Raises ConfigError where the loss depends on parameters that `module.parameters()` does not list."""
+    if loss.grad_fn is None:
+        raise ConfigError(
+            "model.name: no gradient reaches the model's parameters: its forward pass detaches them, or runs under "
+            "torch.no_grad()"
+        )
+    owned = {id(p) for p in module.parameters()}
+    kept = {id(v) for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)}
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in owned and (isinstance(leaf, nn.Parameter) or id(leaf) in kept):
+            raise ConfigError(
+                f"model.name: the model uses a parameter of shape {tuple(leaf.shape)} that it does not own, so that it "
+                "would never be trained; keep modules in nn.ModuleList and parameters in nn.ParameterList, not in "
+                "Python lists"
+            )
+
+
+def _require_movement(
+    module: nn.Module,
+    data: Dataset,
+    chosen: NDArray[np.int64],
+    settings: TrainConfig,
+    statistics: frozenset[str],
+    seed: int,
+) -> None:
+    """Raises ConfigError unless a client's step changes the flat vector's parameters, and a file can hold the model."""
+    model = FlatModel(copied(module), statistics=statistics)
+    try:
+        save(model.state_dict())
+    except Exception as exc:  # an extra state that is no tensor, a type that the format lacks
+        raise ConfigError(f"model.name: its state_dict cannot be kept in model.safetensors: {exc}") from exc
+    before = model.read()[: model.num_parameters]
+    x, y = data.x_train[chosen], data.y_train[chosen]
+    LocalSGD(model, settings).train(
+        x, y, normalise=lambda x: inputs(x, data.mean, data.std), samples=len(y), rng=numpy_rng(seed, "trial")
+    )
+    if detached := model.detached():
+        raise ConfigError(
+            f"model.name: a training step replaces the values or the gradient of parameter {detached[0]}; a forward "
+            "pass must leave both in place (no zero_grad, no new Parameter)"
+        )
+    if not bool(model.grad.any()):
+        raise ConfigError("model.name: after a training step all gradients are zero, so that nothing can be trained")
+    if torch.equal(model.read()[: model.num_parameters], before):
+        raise ConfigError(
+            f"train.lr: a step at {settings.lr:g} changes no weight: it is below the resolution of float32"
+        )

@@ -1,0 +1,122 @@
+"""On which node of a cluster an actor lives."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fedlq_ray.config.settings import ClientsConfig
+from fedlq_ray.errors import FedLQError
+from fedlq_ray.hosts.ray import forkserver
+
+
+class Node(NamedTuple):
+    """A node that is there.
+
+    Attributes:
+        fork: how Ray is to start actors from the fork server there; None: as ordinary processes.
+    """
+
+    id: str
+    cores: float
+    fork: str | None
+
+
+def deal(count: int, nodes: Iterable[Node], taken: Mapping[str, int]) -> list[str]:
+    """Nodes for so many actors, each to the node that then has the most cores an actor; `taken` tells who has some."""
+    cores = {node.id: node.cores for node in nodes}
+    if not any(cores.values()):
+        cores = dict.fromkeys(cores, 1.0)
+    has = Counter(taken)
+    dealt = []
+    for _ in range(count):
+        node = max(cores, key=lambda name: cores[name] / (has[name] + 1))
+        has[node] += 1
+        dealt.append(node)
+    return dealt
+
+
+def asks(clients: ClientsConfig) -> dict[str, Any]:
+    """What an actor asks Ray for, if the settings have it ask; Ray then chooses its node."""
+    wanted: dict[str, Any] = {
+        "num_cpus": clients.num_cpus,
+        "num_gpus": clients.num_gpus,
+        "resources": clients.resources,
+        "label_selector": clients.labels,
+    }
+    wanted = {name: value for name, value in wanted.items() if value}
+    return wanted | {"scheduling_strategy": "SPREAD"} if wanted else {}
+
+
+def fitting(asks: Mapping[str, Any]) -> int:
+    """How many actors that ask for so much the cluster has room for.
+
+    Raises:
+        FedLQError: for none.
+    """
+    has = ray.cluster_resources()
+    amounts = {"CPU": asks.get("num_cpus"), "GPU": asks.get("num_gpus"), **asks.get("resources", {})}
+    room = {name: int(has.get(name, 0.0) / amount) for name, amount in amounts.items() if amount}
+    lacking = [name for name, actors in room.items() if not actors]
+    if lacking:
+        name = lacking[0]
+        raise FedLQError(
+            f"an actor asks for {amounts[name]:g} {name}, and the cluster has {has.get(name, 0.0):g}; ask for less, or "
+            "set clients.actors, to wait for nodes that join"
+        )
+    return min(room.values(), default=max(1, int(has.get("CPU", 1))))
+
+
+class Nodes:
+    """The nodes that there are, as last looked at."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Node] = {}
+        self.look()
+
+    def look(self) -> dict[str, Node]:
+        """Look again."""
+        alive = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]}
+        if alive.keys() != self.known.keys():
+            forks = {name: node.fork for name, node in self.known.items()}
+            new = alive.keys() - forks.keys()
+            forks |= dict.fromkeys(new, forkserver.command()) if len(alive) == 1 else _commands(new)
+            self.known = {name: Node(name, cores, forks[name]) for name, cores in sorted(alive.items())}
+        return self.known
+
+    @property
+    def cores(self) -> int:
+        return max(1, int(sum(node.cores for node in self.known.values())))
+
+    def options(self, at: str | None) -> dict[str, Any]:
+        """Of an actor on this node; None: wherever Ray puts it."""
+        forks = {node.fork for node in self.known.values()}
+        fork = self.known[at].fork if at else forks.pop() if len(forks) == 1 else None
+        return options(at, fork)
+
+
+def options(at: str | None, fork: str | None) -> dict[str, Any]:
+    """Of an actor on this node, forked by this command; None: wherever Ray puts it, not forked."""
+    made: dict[str, Any] = {"runtime_env": {"py_executable": fork}} if fork else {}
+    return made | ({"scheduling_strategy": on(at)} if at else {})
+
+
+def on(node: str) -> Any:
+    """Ray's scheduling strategy for this node alone."""
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def _commands(nodes: Iterable[str]) -> dict[str, str | None]:
+    """Each node's own way to the fork server: its paths may be others than here."""
+    ask: Any = ray.remote(num_cpus=0)(forkserver.command)
+    asked = {node: ask.options(scheduling_strategy=on(node)).remote() for node in nodes}
+    found: dict[str, str | None] = {}
+    for node, answer in asked.items():
+        try:
+            found[node] = ray.get(answer, timeout=120)
+        except RayError:  # it has left, or is too slow
+            found[node] = None
+    return found

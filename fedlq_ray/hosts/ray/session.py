@@ -1,0 +1,137 @@
+"""Joins a cluster of Ray, or starts one on this machine."""
+
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
+
+# Ray puts sockets into BASE/ray/session_DATE_TIME_PID/sockets/; the system allows 107 bytes in all (macOS: 103).
+_LONGEST_BASE = 35
+
+
+def require_address() -> None:
+    """Refuse a Ray that a run cannot join, before anything is written.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is not the address of a cluster that answers, or this program uses Ray Client.
+    """
+    import ray
+
+    if ray.util.client.ray.is_connected():
+        raise ConfigError(
+            "this program is connected to Ray by Ray Client (ray://), and a run needs a node of the cluster; call "
+            f"ray.shutdown() first, or {_INSTEAD}"
+        )
+    address = _cluster()
+    if ray.is_initialized() or address in (None, "auto"):
+        return
+    host, _, port = str(address).rpartition(":")
+    if "://" in str(address) or not host or not port.isdecimal():
+        kind = {"http": "a dashboard's address", "https": "a dashboard's address", "ray": "an address of Ray Client"}
+        found = kind.get(urlsplit(str(address)).scheme, "not an address of Ray")
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: is {found}; it must be HOST:PORT of a cluster that this machine is a node of "
+            f"(such as 127.0.0.1:6379), or auto; without it Ray starts here; or {_INSTEAD}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as exc:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers ({getattr(exc, 'strerror', None) or first_line(exc)}); "
+            "without it Ray starts here"
+        ) from exc
+
+
+_INSTEAD = "send the run to the cluster: fedlq submit --address http://HEAD:8265"
+
+
+def _cluster() -> str | None:
+    """RAY_ADDRESS, if it names a cluster."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; a second call has no effect.
+
+    Raises:
+        ConfigError: RAY_ADDRESS or RAY_TMPDIR is wrong.
+        FedLQError: Ray does not start.
+    """
+    import ray
+
+    require_address()
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {}
+    address = _cluster()
+    if address is None:
+        options = {"address": "local", "include_dashboard": False}
+        _provide_folder()
+        _provide_token()
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except Exception as exc:  # ValueError, ConnectionError, RuntimeError, and what else a system raises
+        hint = f"is there a cluster at RAY_ADDRESS={address}?" if address else "is there room in /dev/shm and in /tmp?"
+        raise FedLQError(f"Ray did not start: {first_line(exc)}; {hint}") from exc
+
+
+def _provide_folder() -> None:
+    """Have Ray put its sockets elsewhere where TMPDIR is too long for their names, or cannot be written.
+
+    Raises:
+        ConfigError: RAY_TMPDIR is, or no folder is left.
+    """
+    given = os.environ.get("RAY_TMPDIR")
+    candidates = [given] if given else [os.environ.get("TMPDIR") or "/tmp", "/tmp"]
+    faults = {base: _unfit(base) for base in candidates}
+    fit = next((base for base, fault in faults.items() if not fault), None)
+    if fit is None:
+        told = "; ".join(f"{base} {fault}" for base, fault in faults.items())
+        raise ConfigError(
+            f"Ray has no folder for its sockets: {told}; set RAY_TMPDIR to a folder that can be written and has "
+            f"at most {_LONGEST_BASE} characters"
+        )
+    if fit != candidates[0]:
+        os.environ["RAY_TMPDIR"] = fit
+
+
+def _unfit(base: str) -> str | None:
+    """Why Ray cannot have its folder in this one; None where it can."""
+    if len(os.fsencode(base)) > _LONGEST_BASE:
+        return f"has {len(os.fsencode(base))} characters"
+    try:
+        Path(base, "ray").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(base, "ray")):
+            return None
+    except OSError as exc:
+        return f"cannot be written ({exc.strerror})"
+
+
+def _provide_token() -> None:
+    """Give Ray a token by the environment where it could not keep one in the home folder: else it would not start.
+
+    Ray asks for a token from processes that join the cluster that it starts. The processes of this run inherit it.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    home = os.path.expanduser("~/.ray")
+    try:
+        if not os.path.isabs(home):
+            raise OSError("there is no home folder")
+        if not Path(home, "auth_token").exists():
+            Path(home).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=home).close()
+        elif not os.access(Path(home, "auth_token"), os.R_OK):
+            raise OSError("it belongs to another user")
+    except OSError:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -1,0 +1,190 @@
+"""Pictures of runs, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito)."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.federation.record import Record
+
+Records = Sequence[Record]
+# Okabe and Ito's order, darkened to a contrast of 4.5 on white; beside its colour a run has a dash and a name.
+COLOURS = ("#0072B2", "#B84A00", "#00795A", "#A3478B", "#7A6200", "#3A3A3A")
+MUTED = "#666666"  # contrast 5.7 on white
+STEPS = {"download": "#8C8C8C", "compute": "#B58900", "upload": "#4B3F8F"}  # of a client's round, and unlike runs
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 3)))
+AXES = {
+    "time": "simulated time, s ({bill})",
+    "bytes": "uplink traffic of all clients, MB",
+    "round": "round",
+}
+
+
+def accuracy(
+    runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: Sequence[str] = ("time", "bytes")
+) -> Figure:
+    """Accuracy against keys of `AXES`, a panel each: a run is the mean of its seeds, in a band from least to most."""
+    figure, axes = plt.subplots(
+        1, len(against), figsize=(5 * len(against), 4), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, key in zip(axes[0], against, strict=True):
+        draw_accuracy(axis, runs, target, bill, key)
+    axes[0, 0].set_ylabel("test accuracy, %")
+    return figure
+
+
+def draw_accuracy(
+    axis: Any, runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: str
+) -> None:
+    """One panel of `accuracy`."""
+    ends = []
+    for index, (name, seeds) in enumerate(runs.items()):
+        # Beyond the sixth, colours come again with another dash.
+        colour, dash = COLOURS[index % len(COLOURS)], DASHES[(index + index // len(COLOURS)) % len(DASHES)]
+        series = [line for line in (seen(records, against) for records in seeds) if len(line[0])]
+        if not series:
+            continue
+        first, last = max(xs[0] for xs, _ in series), min(xs[-1] for xs, _ in series)
+        grid = np.unique(np.concatenate([xs for xs, _ in series]))
+        grid = grid[(grid >= first) & (grid <= last)]
+        if not len(grid):  # seeds that have no time in common
+            grid = series[0][0]
+        found = 100 * np.array([np.interp(grid, xs, ys) for xs, ys in series])
+        if len(series) > 1:
+            axis.fill_between(grid, found.min(0), found.max(0), color=colour, alpha=0.18, linewidth=0)
+        axis.plot(grid, found.mean(0), color=colour, linestyle=dash, linewidth=1.8)
+        ends.append((float(grid[-1]), float(found.mean(0)[-1]), name, colour))
+    axis.set(xlabel=AXES[against].format(bill="uploads billed" if bill == "upload" else "both directions billed"))
+    if against == "round":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if target is not None:
+        axis.axhline(100 * target, color=MUTED, linestyle=":", linewidth=1)
+        transform = axis.get_yaxis_transform()
+        axis.text(0.01, 100 * target, f"target {100 * target:g} %", color=MUTED, va="bottom", transform=transform)
+    axis.grid(alpha=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+    name_ends(axis, ends)
+
+
+def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Where a run was evaluated, and what was seen: accuracies are fractions."""
+    sent = np.cumsum([r.uplink_bytes for r in records]) / 1e6
+    at = {"time": [r.sim_time_s for r in records], "bytes": sent, "round": [r.round + 1 for r in records]}
+    evaluated = [i for i, r in enumerate(records) if r.accuracy is not None]
+    return np.asarray(at[against], float)[evaluated], np.array([records[i].accuracy for i in evaluated], float)
+
+
+def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside the ends (x, y, name, colour) of lines, moved up or down until none lies on another."""
+    axis.get_xlim(), axis.get_ylim()  # the scales are final once they are asked for
+    size = float(plt.rcParams["font.size"])
+    ends = sorted(ends, key=lambda end: end[1])
+    spots = np.array([axis.transData.transform(end[:2]) * 72 / axis.figure.dpi for end in ends])  # in points
+    widths = [0.65 * size * len(name) for *_, name, _ in ends]
+    heights = spots[:, 1].copy() if ends else spots
+    near = [  # pairs of names, the lower first, that would lie on each other at the same height
+        (low, high)
+        for low, high in itertools.combinations(range(len(ends)), 2)
+        if spots[low, 0] < spots[high, 0] + widths[high] and spots[high, 0] < spots[low, 0] + widths[low]
+    ]
+    for _ in range(200):
+        for low, high in near:
+            push = max(0.0, 1.3 * size - (heights[high] - heights[low])) / 2
+            heights[low], heights[high] = heights[low] - push, heights[high] + push
+    for (x, y, name, colour), (_, before), at in zip(ends, spots, heights, strict=True):
+        up = (6, at - before)
+        axis.annotate(
+            name, (x, y), up, textcoords="offset points", color=colour, va="center", annotation_clip=False, zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )  # fmt: skip
+
+
+def require_file(file: Path) -> None:
+    """Raises ConfigError where no picture can be written there."""
+    known = plt.gcf().canvas.get_supported_filetypes()
+    plt.close()
+    if file.suffix[1:] not in known:
+        raise ConfigError(f"--out: {file}: must end in .png, .svg or .pdf")
+    if not file.parent.is_dir():
+        raise ConfigError(f"--out: {file.parent}: no such folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"--out: {file}: cannot be written")
+
+
+def save(figure: Figure, file: Path, dpi: int = 120) -> None:
+    """As a picture; the figure is closed."""
+    figure.savefig(file, dpi=dpi)
+    plt.close(figure)
+
+
+def labels(counts: Sequence[Sequence[int]], file: Path) -> None:
+    """How many samples of each class each client has: (clients, classes)."""
+    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+    image = axis.imshow(np.array(counts).T, aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.set(xlabel="client", ylabel="class", title="training samples by client and class")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, label="samples")
+    save(figure, file, dpi=100)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table (layers, levels), and where it tells more than noise (everywhere, by default)."""
+
+    title: str
+    values: np.ndarray[Any, Any]
+    seen: np.ndarray[Any, Any] | None = None
+
+
+def layers(
+    panels: Sequence[Sequence[Panel]], names: Sequence[str], levels: Sequence[int], title: str, file: Path
+) -> None:
+    """Heat maps in rows, with their figures written in. Colours go by rank in a map, as scales differ much; what is
+    only noise has none."""
+    rows, columns = len(panels), len(panels[0])
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.6 + max(0.55 * len(levels), 2.2) * columns, 0.8 + (0.7 + max(0.26 * len(names), 1)) * rows),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    for axis, panel in zip(grid.flat, (panel for row in panels for panel in row), strict=True):
+        seen = np.ones(panel.values.shape, bool) if panel.seen is None else panel.seen
+        ranks = np.full(panel.values.shape, np.nan)
+        ranks[seen] = np.argsort(np.argsort(panel.values[seen])) / max(1, seen.sum() - 1)
+        axis.imshow(np.ma.masked_invalid(ranks), aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(panel.values):
+            shade = "0.6" if not seen[row, column] else "white" if ranks[row, column] < 0.6 else "black"
+            axis.text(column, row, short(float(value)), ha="center", va="center", color=shade, fontsize=7)
+        axis.set_title(panel.title, fontsize=9)
+        axis.set_xticks(range(len(levels)), [str(b) for b in levels])
+        axis.set_yticks(range(len(names)), list(names), fontsize=8)
+        axis.tick_params(length=0)
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("level, bits a parameter", fontsize=9)
+    save(figure, file, dpi=100)
+
+
+def short(value: float) -> str:
+    """Two digits, in the fewest characters."""
+    if value == 0 or 0.01 <= abs(value) < 100:
+        return f"{value:.2g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"

@@ -1,0 +1,122 @@
+"""The driver: an actor that runs the rounds, tracks them, and streams their records to who started it."""
+
+from fedlq_ray.startup import make_importable  # before what a file of the user's could hide
+
+# isort: split
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from fedlq_ray.runs import rundir
+from fedlq_ray.federation.events import Ended, Event, Hosting, Resumed, RoundDone, Warned
+from fedlq_ray.federation.host import Host
+from fedlq_ray.hosts.ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
+from fedlq_ray.runs.identity import identity
+from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.hosts.serial import SerialHost
+from fedlq_ray.federation.state import ServerState
+from fedlq_ray.runs.storage import Saver, checkpoints, latest
+from fedlq_ray.strategies import make
+from fedlq_ray.federation.task import Task, Workplace
+from fedlq_ray.tracking.log import Tracker, Tracking
+
+
+def drive(
+    task: Task, given: Any, host: Host, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
+) -> Iterator[Event]:
+    """Run the rounds on a host, from the last checkpoint where there is one; keep the journal, and track.
+
+    Yields:
+        Resumed first where it continues from a checkpoint, RoundDone for each round, Warned once for each client that
+        is skipped and for checkpoints that could not be written, and Ended at last.
+    """
+    place, config = Workplace(task), task.config
+    strategy = make(place.setting, given)
+    whose = identity(task, strategy)
+    where = checkpoints(folder, config)
+    written = rundir.journal(folder)
+    before, faults = latest(where, len(written), partial(rundir.checksum, folder))
+    state = begin(place.initial_weights(), strategy) if before is None else ServerState.from_snapshot(before)
+    records, timing = written[: state.round], Timing()
+    if before or faults:
+        yield Resumed(records, faults)
+    tracker = Tracker(tracking, config, records) if tracking else None
+    status, told, heard, reached = "FAILED", set[int](), True, False
+    try:
+        with rundir.Journal(folder, len(records)) as journal:
+            saver = Saver(where, config.checkpoint, host.recall, journal.sync)
+            try:
+                for step in run(task, strategy, host, state, timing, stopped):
+                    state, record = step.state, step.record
+                    journal.write(record)
+                    if tracker:
+                        tracker.log(record)
+                    yield RoundDone(record)
+                    for client, why in step.faults.items():
+                        if client not in told:
+                            told.add(client)
+                            yield Warned(f"skipped, as clients.on_failure has it: {why}")
+                    if saver.failure:
+                        yield Warned(saver.failure)
+                        saver.failure = None
+                    if reached := config.stop_at_target and _reaches(record, config.target_accuracy):
+                        break  # and nothing is kept: a resume would train past the target
+                    if step.resumable:
+                        saver.offer(state.snapshot() | {"identity": whose, "journal": journal.checksum()})
+            finally:
+                completed = reached or state.round >= config.rounds
+                saver.finish(completed)
+            if saver.failure:
+                yield Warned(saver.failure)
+        status = "FINISHED" if completed else "KILLED"
+    except (KeyboardInterrupt, GeneratorExit):  # a second interrupt, here or in the caller
+        status, heard = "KILLED", False
+        raise
+    finally:
+        tracked = tracker.finish(status, wait=heard) if tracker else None
+    yield Ended(state.weights.numpy(), completed, vars(timing), tracked)
+
+
+def _reaches(record: Record, target: float | None) -> bool:
+    return target is not None and record.accuracy is not None and record.accuracy >= target
+
+
+@ray.remote(num_cpus=0)
+class Driver:
+    """Two calls at a time: the rounds, and the word to stop, or the question whether it lives."""
+
+    def __init__(self, folder: str) -> None:
+        make_importable(folder)
+        torch.set_num_threads(1)
+        self.stopping = False
+
+    def run(self, task: Task, given: Any, tracking: Tracking | None, folder: Path) -> Iterator[Event]:
+        started = time.perf_counter()
+        kind, why = choose(task.config.clients, actor_bytes(task))
+        host = RayHost(task, kind)
+        if host.not_forked:
+            why += f"; {host.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
+        yield Hosting(kind, why, host.count, time.perf_counter() - started)
+        yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
+
+    def alive(self) -> int:
+        return os.getpid()
+
+    def stop(self) -> None:
+        """End after the payload that is being folded."""
+        self.stopping = True
+
+
+def drive_serially(
+    task: Task, given: Any, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
+) -> Iterator[Event]:
+    """The same without Ray."""
+    yield Hosting("serial", "as configured", 0, 0.0)
+    yield from drive(task, given, SerialHost(task), tracking, stopped, folder)

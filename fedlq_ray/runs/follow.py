@@ -1,0 +1,89 @@
+"""A run that goes on elsewhere, as the events that `simulate` tells of one here: from its folder, or from MLflow."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray.runs import rundir
+from fedlq_ray.tracking import stores
+from fedlq_ray.config.load import Config, load
+from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.federation.events import Closed, Event, Restarted, RoundDone
+from fedlq_ray.files import is_locked
+from fedlq_ray.federation.record import Record
+
+
+def folder(path: Path, every_s: float = 1.0) -> tuple[Config, Iterator[Event]]:
+    """The settings of a run, and its events until it ends: RoundDone, and at last Closed.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    return rundir.read(path).config, _from_folder(path, every_s)
+
+
+def _from_folder(path: Path, every_s: float) -> Iterator[Event]:
+    told = 0
+    while True:
+        running = is_locked(path)  # asked first, so that what it wrote last is read below
+        told, events = news(path, told)
+        yield from events
+        if not running:
+            yield Closed(rundir.read(path).status)
+            return
+        time.sleep(every_s)
+
+
+def news(path: Path, told: int) -> tuple[int, list[Event]]:
+    """How many rounds a run's folder has, and what is new since it had `told`."""
+    back: list[Event] = []
+    if (rounds := rundir.rounds(path)) < told:
+        back, told = [Restarted(f"the run went back to round {rounds}")], 0
+    records = rundir.journal(path, told)
+    return told + len(records), [*back, *(RoundDone(record) for record in records)]
+
+
+def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterator[Event]]:
+    """The same, from what MLflow has of a run.
+
+    Raises:
+        ConfigError: there is no such run, it is none of ours, or MLflow does not answer.
+    """
+    stores.require_readable(uri, "--tracking-uri")
+    try:
+        client = stores.connect(uri)
+        with tempfile.TemporaryDirectory() as scratch:
+            config = load(client.download_artifacts(run_id, "config.yaml", scratch))
+    except Exception as exc:  # MLflow raises many kinds
+        raise ConfigError(f"{run_id}: no run of fedlq in {uri}: {first_line(exc)}") from exc
+    return config, _from_mlflow(client, run_id, every_s)
+
+
+def _from_mlflow(client: Any, run_id: str, every_s: float) -> Iterator[Event]:
+    told, sent = -1, 0.0
+    while True:
+        status = client.get_run(run_id).info.status
+        found = {
+            name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
+            for name in ("sim_time_s", "uplink_mb", "accuracy")
+        }
+        # A round's metrics come in one batch: a step that has the first has all that there will be.
+        for step in sorted(step for step in found["sim_time_s"] if step > told):
+            uplink = found["uplink_mb"].get(step, sent)
+            yield RoundDone(
+                Record.from_json(
+                    {
+                        "round": step,
+                        "sim_time_s": found["sim_time_s"][step],
+                        "uplink_bytes": round((uplink - sent) * 1e6),
+                        "accuracy": found["accuracy"].get(step),
+                    }
+                )
+            )
+            told, sent = step, uplink
+        if status != "RUNNING":
+            yield Closed(status)
+            return
+        time.sleep(every_s)

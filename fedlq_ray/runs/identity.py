@@ -1,0 +1,58 @@
+"""What a run is of, as its checkpoints have it: what goes on must be of the same."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray.config.load import WITHOUT_EFFECT, flat
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.quantization import Always
+from fedlq_ray.federation.task import Task
+
+_FREE = ("rounds", *WITHOUT_EFFECT)
+FROZEN = "frozen parameters"
+_GIVEN = ("data", "model", "strategy", "quantizer")  # what may be given as objects
+
+
+def identity(task: Task, strategy: Any) -> dict[str, Any]:
+    """The settings that a result comes from, by path, and what is known of objects: digests, sizes, names."""
+    settings = flat(task.config).items()
+    layers = [[layer.name, layer.size] for layer in task.layers]
+    digest = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:8]
+    family = task.quantizer
+    frozen = {} if task.frozen_digest is None else {FROZEN: task.frozen_digest}
+    return {
+        **{path: value for path, value in settings if not any(f"{path}.".startswith(f"{name}.") for name in _FREE)},
+        "data": task.data_digest,
+        "model": f"{sum(layer.size for layer in task.layers)} numbers in {len(layers)} layers ({digest})",
+        **frozen,
+        "strategy": _name(strategy),
+        "quantizer": _name(family.quantizer if isinstance(family, Always) else family),
+    }
+
+
+def _name(part: Any) -> str:
+    """Of a class, a function, or an object's class; a user's own may be of another module when it goes on."""
+    kind = part if hasattr(part, "__qualname__") else type(part)
+    return f"fedlq_ray.{kind.__qualname__}" if kind.__module__.startswith("fedlq_ray.") else kind.__qualname__
+
+
+def require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """What another version of this program does not know is not compared.
+
+    Raises:
+        ConfigError: a run would go on as another; names all that differs.
+    """
+    changed = [name for name, value in before.items() if now.get(name, value) != value]
+    if not changed:
+        return
+    told = [f"{name} was {json.dumps(before[name])} and is {json.dumps(now[name])}" for name in changed]
+    given = [name for name in _GIVEN if name in changed or name == "model" and FROZEN in changed]
+    if given:
+        objects = ", ".join(f"{name}=..." for name in given)
+        told.append(f"give the {' and '.join(given)} that it began with (in Python: resume(..., {objects}))")
+    if any(name not in (*_GIVEN, FROZEN) for name in changed):
+        told.append("set config.yaml back")
+    raise ConfigError(f"{folder}: would go on as another run: {'; '.join(told)}")

@@ -1,0 +1,87 @@
+"""What a user sees of a run: a live line on a terminal, a plain line a round otherwise, JSON for machines."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from fedlq_ray.config.load import Config
+from fedlq_ray.federation.events import Closed, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Stopping
+from fedlq_ray.runs.output import Console
+
+
+def bars(console: Console, hidden: bool = False) -> Progress:
+    """A line for each run that is shown on it, where there is a terminal or a notebook."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=6),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=hidden or not (console.is_terminal or console.is_jupyter),
+    )
+
+
+@contextmanager
+def watch(config: Config, console: Console | None = None, as_json: bool = False) -> Iterator[Callable[[Event], None]]:
+    """A function that takes a run's events and shows them, on a terminal of 80 columns or in a notebook.
+
+    `with watch(config) as show: simulate(config, watch=show)`
+    """
+    with bars(console or Console(), as_json) as progress:
+        yield line(config, progress, as_json)
+
+
+def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[[Event], None]:
+    """The same for one run of several that are shown at a time."""
+    sent, figures = 0, ""
+    console, name = progress.console, f"{config.name}-{config.seed}"
+    bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
+
+    def say(text: str, **options: Any) -> None:
+        console.print(f"{name}: {text}", highlight=False, markup=False, **options)
+
+    def show(event: Event) -> None:
+        nonlocal sent, figures
+        if as_json:
+            if isinstance(event, RoundDone):
+                print(json.dumps(event.record.to_json()), flush=True)
+            return
+        match event:
+            case Prepared(notes):
+                say("; ".join(notes), soft_wrap=True)
+            case Hosting(kind, why, actors):
+                say(f"hosting {kind}{f', {actors} actors' if actors else ''} ({why})")
+            case Stopping():
+                say("stopping; interrupt again to end at once")
+            case Resumed(records):
+                say(f"resumes after round {len(records)}")
+                sent = sum(record.uplink_bytes for record in records)
+            case Restarted(fault):
+                say(f"{fault}; starting it again")
+                sent = 0
+            case Closed():
+                progress.remove_task(bar)
+                if not progress.disable:
+                    say(figures)
+            case RoundDone(record):
+                sent += record.uplink_bytes
+                seen = "–" if record.accuracy is None else f"{record.accuracy:.4f}"
+                figures = f"acc. {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent / 1e6)} MB"
+                progress.update(bar, completed=record.round + 1, figures=figures)
+                if progress.disable:
+                    told = f"accuracy {seen}  {record.sim_time_s:.1f} simulated s  {sent / 1e6:.2f} MB"
+                    console.print(
+                        f"{name} round {record.round + 1}/{config.rounds}  {told}", highlight=False, markup=False
+                    )
+
+    return show
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,310 @@
+"""A run's folder: config.yaml first, rounds.jsonl as rounds end, the rest at the end, whole or not at all."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import save
+
+from fedlq_ray.runs import provenance
+from fedlq_ray.tracking import stores
+from fedlq_ray.config.load import Config, digest, load, to_yaml
+from fedlq_ray.data.partition import label_counts
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.files import expand, locked, make_folder, write_durably
+from fedlq_ray.models import FlatModel
+from fedlq_ray.federation.profiles import Profile
+from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.task import Task
+from fedlq_ray.tracking.log import Tracking, now_ms
+
+PROFILE_COLUMNS = [field.name for field in fields(Profile)]
+
+
+def create(config: Config) -> Path:
+    """A new folder with config.yaml in it; also one in which that was being written when its process was killed.
+
+    Raises:
+        ConfigError: `out` exists, finished or not, or cannot be made.
+    """
+    settings = to_yaml(config)
+    try:
+        if config.out is not None:
+            folder = Path(expand(config.out, "out"))
+            if (folder / "summary.json").exists():
+                raise ConfigError(f"out: {folder} holds a finished run; name another, or remove it")
+            if folder.exists() and not (folder / "config.yaml").exists() and not _is_empty(folder):
+                raise ConfigError(f"out: {folder} is there already; name another, or remove it")
+            make_folder(folder, exist_ok=True)
+        else:
+            stem, number = f"runs/{config.name}-{config.seed}", 1
+            while True:
+                folder = Path(stem if number == 1 else f"{stem}-{number}")
+                try:
+                    make_folder(folder)
+                    break
+                except FileExistsError:
+                    number += 1
+        with locked(folder):
+            if (folder / "config.yaml").exists():
+                raise ConfigError(f"out: {folder} holds an unfinished run; go on with it: fedlq resume {folder}")
+            write_durably(folder / "config.yaml", settings)
+    except OSError as exc:
+        raise ConfigError(f"out: {folder}: {exc.strerror}") from exc
+    return folder
+
+
+def _is_empty(folder: Path) -> bool:
+    """But for a lock, and files that were being written."""
+    return folder.is_dir() and all(f.name == ".lock" or f.match(".*.part") for f in folder.iterdir())
+
+
+def describe_clients(folder: Path, task: Task) -> None:
+    """clients.csv: what each client has, a row each: its profile, its samples, and how many of each label."""
+    counts = label_counts(task.data.y_train, task.shards, task.data.num_classes)
+    labels = [f"label_{label}" for label in range(task.data.num_classes)]
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerow(["client", *PROFILE_COLUMNS, "samples", "held_out", *labels])
+    for client, (profile, shard, held) in enumerate(zip(task.profiles, task.shards, task.held, strict=True)):
+        table.writerow([client, *astuple(profile), len(shard), len(held), *counts[client].tolist()])
+    write_durably(folder / "clients.csv", file.getvalue())
+
+
+def require_trackable(config: Config, before: "Run | None" = None) -> None:
+    """
+    Args:
+        before: the run that resumes: with the same settings it is tracked where it was.
+    Raises:
+        ConfigError: the run cannot be tracked as its settings say.
+    """
+    if before and before.tracking and before.config.tracking == config.tracking:
+        stores.require_usable(before.tracking.uri, before.tracking.experiment)
+    else:
+        stores.require(config.tracking)
+
+
+def track(folder: Path, task: Task, parent: str | None, tags: Mapping[str, str] | None = None) -> Tracking | None:
+    """Where this run is tracked, kept in tracking.json; None where tracking is off."""
+    settings = task.config.tracking
+    if settings.uri is None:
+        return None
+    made_by = {**provenance.tags(), **(tags or {})}
+    key, started_ms = uuid.uuid4().hex, now_ms()
+    tracking = Tracking(settings.uri, settings.experiment, key, started_ms, parent, made_by, _dataset(task))
+    return note(folder, tracking)
+
+
+def track_again(folder: Path, task: Task, before: "Run", parent: str | None) -> Tracking | None:
+    """The same for a run that resumes: where it was tracked, or where its settings now say, as the same run."""
+    settings = task.config.tracking
+    if before.tracking is None or settings.uri is None:
+        return track(folder, task, parent)
+    if settings == before.config.tracking:
+        return before.tracking
+    return note(folder, replace(before.tracking, uri=settings.uri, experiment=settings.experiment))
+
+
+def note(folder: Path, tracking: Tracking) -> Tracking:
+    """Keep in tracking.json where a run is tracked, by an address as a user writes it; gives the absolute one."""
+    noted = asdict(tracking) | {"uri": stores.kept(tracking.uri, folder)}
+    write_durably(folder / "tracking.json", json.dumps(noted, indent=1))
+    return replace(tracking, uri=stores.absolute(tracking.uri))
+
+
+def move(folder: Path, to: Path) -> None:
+    """Rename a run's folder, so that it still finds its store."""
+    folder.rename(to)
+    if (file := to / "tracking.json").exists():
+        noted = json.loads(file.read_text(encoding="utf-8"))
+        noted["uri"] = stores.kept(noted["uri"], to, folder)
+        write_durably(file, json.dumps(noted, indent=1))
+
+
+def redirect(folder: Path, uri: str | None, experiment: str | None) -> None:
+    """Keep another store or experiment in a run's tracking.json; None leaves what is there."""
+    changed = {"uri": stores.kept(uri, folder) if uri else None, "experiment": experiment}
+    noted = json.loads((folder / "tracking.json").read_text(encoding="utf-8"))
+    noted |= {name: value for name, value in changed.items() if value}
+    write_durably(folder / "tracking.json", json.dumps(noted, indent=1))
+
+
+def _dataset(task: Task) -> dict[str, str]:
+    """The data, as MLflow describes a run's input."""
+    data, config = task.data, task.config.data
+    profile = {
+        "num_train": len(data.y_train),
+        "num_test": len(data.y_test),
+        "num_classes": data.num_classes,
+        "input_shape": list(data.input_shape),
+        "partition": config.partition,
+    }
+    return {
+        "name": data.name,
+        "digest": task.data_digest,
+        "source_type": "local",
+        "source": config.path or data.name,
+        "profile": json.dumps(profile),
+    }
+
+
+def sha256(weights: NDArray[np.float32]) -> str:
+    """Of the final weights, in hex."""
+    return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
+
+
+def summarise(config: Config, records: list[Record], weights_sha256: str) -> dict[str, Any]:
+    """What a completed run comes to; bytes and times are those from the first round on."""
+    accuracies = [r.accuracy for r in records if r.accuracy is not None]
+    target = config.target_accuracy
+    reached = next((r for r in records if None not in (target, r.accuracy) and r.accuracy >= target), None)  # type: ignore[operator]
+    return {
+        "final_accuracy": accuracies[-1] if accuracies else None,
+        "best_accuracy": max(accuracies, default=None),
+        "sim_time_s": records[-1].sim_time_s,
+        "uplink_bytes": sum(r.uplink_bytes for r in records),
+        "downlink_bytes": sum(r.downlink_bytes for r in records),
+        "time_to_target_s": reached.sim_time_s if reached else None,
+        "uplink_bytes_to_target": sum(r.uplink_bytes for r in records if r.round <= reached.round) if reached else None,
+        "rounds": len(records),
+        "weights_sha256": weights_sha256,
+        "config_sha256": digest(config),
+        "bill": config.network.bill,
+    }
+
+
+def save_model(folder: Path, model: FlatModel) -> None:
+    """model.safetensors: an ordinary state_dict."""
+    write_durably(folder / "model.safetensors", save(model.state_dict()))
+
+
+def _lines(folder: Path) -> list[bytes]:
+    file = folder / "rounds.jsonl"
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
+
+def rounds(folder: Path) -> int:
+    """How many rounds rounds.jsonl has, without reading them."""
+    return len(_lines(folder))
+
+
+def checksum(folder: Path, rounds: int) -> str:
+    """SHA-256 (hex) of the first lines of rounds.jsonl."""
+    return hashlib.sha256(b"".join(line + b"\n" for line in _lines(folder)[:rounds])).hexdigest()
+
+
+def journal(folder: Path, start: int = 0) -> list[Record]:
+    """The records of rounds.jsonl that are whole; one that was being written when its process was killed is not.
+
+    Args:
+        start: from which round on; those before it are not looked at.
+    """
+    records: list[Record] = []
+    for number, line in enumerate(_lines(folder)[start:], start):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or record.get("round") != number:
+            break
+        records.append(Record.from_json(record))
+    return records
+
+
+class Journal:
+    """rounds.jsonl as it is written: a line a round."""
+
+    def __init__(self, folder: Path, rounds: int) -> None:
+        """Keeps the first lines, as they are, and drops the others."""
+        self.file = folder / "rounds.jsonl"
+        lines = b"".join(line + b"\n" for line in _lines(folder)[:rounds])
+        write_durably(self.file, lines)
+        self._sum = hashlib.sha256(lines)
+
+    def __enter__(self) -> "Journal":
+        self._stream = self.file.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._stream:
+            self.sync()
+
+    def write(self, record: Record) -> None:
+        line = _line(record)
+        self._put(line)
+        self._sum.update(line.encode())
+
+    def _put(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+    def checksum(self) -> str:
+        """That of `checksum`, of all lines so far."""
+        return self._sum.hexdigest()
+
+    def sync(self) -> None:
+        """All that was written is on the disk when this returns."""
+        os.fsync(self._stream.fileno())
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record.to_json(), allow_nan=False) + "\n"
+
+
+class Run(NamedTuple):
+    """What a run's folder holds: summary is None where it did not finish, tracking where it was off."""
+
+    config: Config
+    records: list[Record]
+    summary: dict[str, Any] | None
+    tracking: Tracking | None
+    status: str
+
+
+def settings(folder: str | Path) -> Path:
+    """The configuration of a run's folder.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: holds no run (no config.yaml); fedlq run ... out={folder} begins one")
+    return file
+
+
+def read(folder: str | Path) -> Run:
+    """A run as its folder has it; `status` is MLflow's word for how it ended.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    folder, file = Path(folder), settings(folder)
+
+    def parsed(name: str) -> Any:
+        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else None
+
+    try:
+        summary, tracking, timing = parsed("summary.json"), parsed("tracking.json"), parsed("timing.json")
+        records = journal(folder)
+        if summary and summary["rounds"] != len(records):
+            raise ValueError(f"rounds.jsonl has {len(records)} whole rounds of {summary['rounds']}")
+        return Run(
+            load(file),
+            records,
+            summary,
+            Tracking(**tracking | {"uri": stores.absolute(tracking["uri"], folder)}) if tracking else None,
+            # A run that was killed outright had no time to write how it ended.
+            "FINISHED" if summary else (timing or {}).get("status", "FAILED"),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        raise ConfigError(f"{folder}: is damaged: {exc}") from exc

@@ -1,0 +1,215 @@
+"""From a Config to a Result: wires the parts, owns no logic."""
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlq_ray.runs import provenance, rundir, storage, supervise
+from fedlq_ray.hosts.ray import session
+from fedlq_ray.tracking import stores, log as tracking
+from fedlq_ray.config.load import Config, digest, load, parse, to_yaml
+from fedlq_ray.training.device import reproducible, require_gpu
+from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
+from fedlq_ray.files import expand, locked, write_durably
+from fedlq_ray.runs.identity import identity, require_same
+from fedlq_ray.runs.interrupts import Interrupts
+from fedlq_ray.config.parts import require_picklable
+from fedlq_ray.federation.record import Record
+from fedlq_ray.strategies import make
+from fedlq_ray.strategies.budgets import require_rate
+from fedlq_ray.federation.task import Task, Workplace, prepare
+
+
+class Outcome(NamedTuple):
+    """What a run gave: its records, that of summary.json, the final flat vector (d,) float32, and the run's folder."""
+
+    records: list[Record]
+    summary: dict[str, Any]
+    weights: NDArray[np.float32]
+    path: Path
+
+
+def simulate(
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    model: Any = None,
+    data: Any = None,
+    strategy: Any = None,
+    quantizer: Any = None,
+    watch: Callable[[Event], None] | None = None,
+    parent: str | None = None,
+) -> Outcome:
+    """As `fedlq_ray.simulate`."""
+    config = config if isinstance(config, Config) else parse({} if config is None else config)
+    rundir.require_trackable(config)
+    task = prepare(config, model=model, data=data, quantizer=quantizer)
+    _require_host(task, strategy)
+    place = Workplace(task)
+    make(place.setting, strategy)  # a wrong strategy is told before anything is written
+    if config.network.downlink_bits is not None:
+        require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
+    folder = rundir.create(config)
+    with locked(folder), _told(folder):
+        rundir.describe_clients(folder, task)
+        track = rundir.track(folder, task, parent)
+        return _carry_out(task, strategy, folder, track, watch)
+
+
+def resume(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: Any = None,
+    data: Any = None,
+    strategy: Any = None,
+    quantizer: Any = None,
+    watch: Callable[[Event], None] | None = None,
+    parent: str | None = None,
+) -> Outcome:
+    """As `fedlq_ray.resume`."""
+    folder = Path(expand(str(folder), "folder"))
+    found = rundir.read(folder)
+    if found.summary:
+        with _told(folder):
+            storage.clear(folder, found.config)  # if it was killed before it did
+        raise ConfigError(f"{folder}: the run is finished, after {found.summary['rounds']} rounds")
+    config = load(folder / "config.yaml", overrides).model_copy(update={"out": str(folder)})
+    if digest(config, without=["rounds"]) != digest(found.config, without=["rounds"]):
+        raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
+    if config.rounds < found.config.rounds:
+        raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
+    rundir.require_trackable(config, found)
+    task = prepare(config, model=model, data=data, quantizer=quantizer)
+    _require_host(task, strategy)
+    now = identity(task, make(Workplace(task).setting, strategy))
+    with locked(folder), _told(folder):
+        where = storage.checkpoints(folder, config)
+        saved, _ = storage.latest(where, len(found.records), partial(rundir.checksum, folder))
+        require_same(saved.get("identity", {}) if saved else {}, now, folder)  # versions before kept none
+        write_durably(folder / "config.yaml", to_yaml(config))
+        if not (folder / "clients.csv").exists():
+            rundir.describe_clients(folder, task)
+        track = rundir.track_again(folder, task, found, parent)
+        return _carry_out(task, strategy, folder, track, watch)
+
+
+def _require_host(task: Task, strategy: Any) -> None:
+    """Refuse a run on a Ray that cannot be joined, with parts that cannot travel, or on a GPU that is not here.
+
+    Ray's actors look for their GPUs when they start.
+    """
+    if task.config.clients.hosting != "serial":
+        session.require_address()
+        require_picklable({"model.name": task.module, "strategy.quantizer": task.quantizer, "strategy.name": strategy})
+    elif task.config.train.device == "cuda":
+        require_gpu()
+
+
+def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Outcome:
+    """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
+    if config.out is not None and (Path(expand(config.out, "out")) / "config.yaml").exists():
+        return resume(config.out, watch=watch, parent=parent)
+    return simulate(config, watch=watch, parent=parent)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """A full disk and its like as one message: what was written before is whole."""
+    try:
+        yield
+    except BrokenPipeError:  # of the output, not of a file
+        raise
+    except OSError as exc:
+        raise FedLQError(f"{exc.filename or folder}: {exc.strerror or exc}; go on with: fedlq resume {folder}") from exc
+
+
+def _carry_out(
+    task: Task,
+    strategy: Any,
+    folder: Path,
+    track: tracking.Tracking | None,
+    watch: Callable[[Event], None] | None,
+) -> Outcome:
+    """Run in a folder that is ready, from its last checkpoint where it has one."""
+    config = task.config
+    if watch:
+        watch(Prepared([task.data.description, *stores.heard(config.tracking)]))
+    records: list[Record] = []
+    last: Ended | None = None
+    timing: dict[str, Any] = {"made_by": provenance.made_by()}
+    status, hurry = "FAILED", False
+    interrupts = Interrupts()
+    host = _serial if config.clients.hosting == "serial" else supervise.events
+    try:
+        for event in host(task, strategy, track, interrupts, folder.resolve()):
+            match event:
+                case RoundDone(record):
+                    records.append(record)
+                case Resumed(before, faults):
+                    records[:] = before
+                    for fault in faults:
+                        warnings.warn(f"{fault}; resuming from the one before", stacklevel=3)
+                case Restarted():
+                    records.clear()
+                case Warned(message):
+                    warnings.warn(message, stacklevel=3)
+                case Ended():
+                    last = event
+                case Hosting(kind, why, actors, startup_s):
+                    timing |= {"hosting": kind, "why": why, "actors": actors, "startup_s": startup_s}
+            if watch:
+                with interrupts.showing():
+                    watch(event)
+        status = "FINISHED" if last and last.completed else "KILLED"
+    except KeyboardInterrupt:
+        status, hurry = "KILLED", True
+        raise
+    finally:
+        if last is None and track and (fault := tracking.mark(track, config, records, status, hurry)):
+            warnings.warn(f"MLflow has no status of this run ({fault}); fedlq sync {folder} sets it", stacklevel=3)
+        timing |= (last.timing if last else {}) | {"status": status}
+        with contextlib.suppress(OSError):  # what else went wrong is told
+            write_durably(folder / "timing.json", json.dumps(timing, indent=1))
+    assert last is not None  # a host that does not end raises
+    weights = np.array(last.weights)
+    flat = task.flat_model()
+    flat.load(torch.from_numpy(weights))
+    rundir.save_model(folder, flat)
+    if track and last.tracked:
+        warnings.warn(
+            f"MLflow at {track.uri} failed ({last.tracked}); log the run later: fedlq sync {folder}",
+            stacklevel=3,
+        )
+    if status == "KILLED":
+        interrupts.pass_on()
+    summary = rundir.summarise(config, records, rundir.sha256(weights))
+    write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    storage.clear(folder, config)
+    if track and not last.tracked:
+        _attach(folder, track, config, records, copy.deepcopy(task.module))
+    return Outcome(records, summary, weights, folder)
+
+
+def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any], module: Any) -> None:
+    """Put the run's files and model into MLflow."""
+    try:
+        tracking.attach(track, config, records, folder, module)
+    except Exception as exc:  # telemetry: the run itself is done and kept
+        warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
+
+
+def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
+    from fedlq_ray.runs.driver import drive_serially
+
+    with reproducible(task.config.train.device), interrupts:
+        yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None, folder)

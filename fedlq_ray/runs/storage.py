@@ -1,0 +1,222 @@
+"""Where checkpoints lie, when they are written, and which one a run goes on from."""
+
+import contextlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
+from fedlq_ray.config.load import Config
+from fedlq_ray.errors import CheckpointError
+from fedlq_ray.files import expand, make_folder, write_durably
+from fedlq_ray.config.settings import CheckpointConfig
+from fedlq_ray.federation.state import FIELDS
+
+SUFFIX = ".ckpt"
+_FIRST_S = 10.0  # before the first checkpoint: a shorter run is as soon run again
+_SHARE = 0.05  # of the time, for checkpoints
+
+
+class Folder:
+    """Where a run's checkpoints lie: a local folder, or any filesystem of pyarrow by its address (s3://...).
+
+    Args:
+        run: begins the files' names, where several runs may share the place.
+    """
+
+    def __init__(self, where: str, run: str = "") -> None:
+        self.where, self.run = where, run
+        self.remote = "://" in where
+
+    def _filesystem(self) -> tuple[Any, str]:
+        from pyarrow import fs
+
+        found, path = fs.FileSystem.from_uri(self.where)
+        return found, path
+
+    def names(self) -> list[str]:
+        """Checkpoints, the newest first."""
+        return self._found(rf"{re.escape(self.run)}\d+{re.escape(SUFFIX)}")
+
+    def _found(self, pattern: str) -> list[str]:
+        try:
+            if self.remote:
+                from pyarrow import fs
+
+                system, path = self._filesystem()
+                found = [info.base_name for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))]
+            else:
+                found = os.listdir(self.where) if os.path.isdir(self.where) else []
+        except (OSError, ValueError, ImportError) as exc:
+            raise CheckpointError(f"{self.where}: {exc}") from exc
+        return sorted((name for name in found if re.fullmatch(pattern, name)), reverse=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Whole or not at all, and on the disk when this returns."""
+        if self.remote:
+            system, path = self._filesystem()
+            try:
+                stream = system.open_output_stream(f"{path}/{name}.part")
+            except FileNotFoundError:  # a filesystem that has folders, and not this one
+                system.create_dir(path)
+                stream = system.open_output_stream(f"{path}/{name}.part")
+            with stream:
+                stream.write(data)
+            system.move(f"{path}/{name}.part", f"{path}/{name}")
+            return
+        make_folder(Path(self.where), exist_ok=True)
+        write_durably(Path(self.where) / name, data)
+
+    def read(self, name: str) -> bytes:
+        if self.remote:
+            system, path = self._filesystem()
+            with system.open_input_stream(f"{path}/{name}") as stream:
+                return bytes(stream.read())
+        return (Path(self.where) / name).read_bytes()
+
+    def clear(self) -> None:
+        """Remove all of the run's checkpoints, and those that were being written when it was killed: it is finished."""
+        for name in self._found(rf"\.?{re.escape(self.run)}\d+{re.escape(SUFFIX)}(\.part)?"):
+            self.remove(name)
+        with contextlib.suppress(FileNotFoundError):
+            if not self.remote and not os.listdir(self.where):
+                Path(self.where).rmdir()
+
+    def remove(self, name: str) -> None:
+        if self.remote:
+            system, path = self._filesystem()
+            system.delete_file(f"{path}/{name}")
+        else:
+            (Path(self.where) / name).unlink(missing_ok=True)
+
+    def name_of(self, round: int) -> str:
+        """The file of the checkpoint from which `round` comes next."""
+        return f"{self.run}{round:08d}{SUFFIX}"
+
+
+def checkpoints(folder: Path, config: Config) -> Folder:
+    """Where a run's checkpoints lie: outside of its folder under a name of their own, which is kept in it."""
+    if config.checkpoint.path is None:
+        return Folder(str(folder / "checkpoints"))
+    name = folder / "checkpoints.id"
+    if not name.exists():
+        write_durably(name, uuid.uuid4().hex)
+    return Folder(expand(config.checkpoint.path, "checkpoint.path"), name.read_text(encoding="utf-8") + "-")
+
+
+def clear(folder: Path, config: Config) -> None:
+    """Remove all checkpoints of a run that is finished; without effect where there are none."""
+    name = folder / "checkpoints.id"
+    if name.exists() or (folder / "checkpoints").exists():
+        checkpoints(folder, config).clear()
+        name.unlink(missing_ok=True)
+
+
+def latest(
+    folder: Folder, rounds: int, checksum: Callable[[int], str] | None = None
+) -> tuple[Snapshot | None, list[str]]:
+    """The newest checkpoint that can be used, or None where there is none; and what was wrong with newer ones.
+
+    Args:
+        rounds: that the journal holds; a checkpoint of more is not usable.
+        checksum: of so many rounds of the journal; a checkpoint that was written after others is not usable.
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used.
+    """
+    faults: list[str] = []
+    for name in folder.names():
+        try:
+            snapshot = unpack(folder.read(name))
+            if type(snapshot.get("round")) is not int or snapshot["round"] < 0:
+                raise CheckpointError("does not say of which round it is")
+            if missing := [name for name in FIELDS if name not in snapshot]:
+                raise CheckpointError(f"lacks {', '.join(missing)}")
+            if snapshot["round"] > rounds:
+                raise CheckpointError(f"is of round {snapshot['round']}, and rounds.jsonl has {rounds} whole rounds")
+            # Versions before wrote none.
+            if checksum and snapshot.get("journal") not in (None, checksum(snapshot["round"])):
+                raise CheckpointError(
+                    f"is of other rounds: rounds.jsonl changed in its first {snapshot['round']} lines"
+                )
+            return snapshot, faults
+        except (CheckpointError, OSError) as exc:
+            faults.append(f"{folder.where}/{name} {exc}")
+    if faults:
+        told = "; ".join(faults)
+        raise CheckpointError(
+            f"no checkpoint can be used: {told}; put back what they were, or remove them to start anew"
+        )
+    return None, faults
+
+
+class Saver:
+    """Writes checkpoints in a thread of its own, one at a time, and keeps the last few.
+
+    Without `checkpoint.every_rounds` it takes no more than a twentieth of the time. A checkpoint that cannot be written
+    ends nothing: `failure` tells, and those before it stay.
+
+    Args:
+        recall: gives memories in a host's form as tensors.
+        sync: puts the journal on the disk; called before a checkpoint that builds on it.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        config: CheckpointConfig,
+        recall: Callable[[Mapping[int, Any]], Mapping[int, Tensor]],
+        sync: Callable[[], None],
+    ) -> None:
+        self.folder, self.config, self.recall, self.sync = folder, config, recall, sync
+        self.failure: str | None = None
+        self.last: Snapshot | None = None
+        self.saved = -1
+        self._thread: threading.Thread | None = None
+        self._ended, self._took = time.monotonic(), 0.0
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Take a round's snapshot, and write it if it is time."""
+        self.last = snapshot
+        every = self.config.every_rounds
+        if every is None:
+            writing = self._thread is not None and self._thread.is_alive()
+            wait_s = max(_FIRST_S, self._took * (1 / _SHARE - 1))
+            due = not writing and time.monotonic() - self._ended >= wait_s
+        else:
+            due = snapshot["round"] % every == 0
+        if due and self.config.keep:
+            self._join()
+            self._thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+            self._thread.start()
+
+    def finish(self, completed: bool) -> None:
+        """Wait for what is being written; a run that is to go on later also leaves the last round's."""
+        self._join()
+        if not completed and self.config.keep and self.last is not None and self.saved != self.last["round"]:
+            self._write(self.last)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        started = time.monotonic()
+        try:
+            self.sync()
+            data = pack(snapshot | {"memories": dict(self.recall(snapshot["memories"]))})
+            self.folder.write(self.folder.name_of(snapshot["round"]), data)
+            self.saved = snapshot["round"]
+            for name in self.folder.names()[self.config.keep :]:
+                self.folder.remove(name)
+        except Exception as exc:  # a full disk, a filesystem that is gone: the training itself goes on
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            self.failure = f"no checkpoint of round {snapshot['round']} in {self.folder.where}: {reason}"
+        self._ended = time.monotonic()
+        self._took = self._ended - started

@@ -1,0 +1,147 @@
+"""Several runs at a time, each a Ray task on a core of its own; what is shown of them is read from their folders."""
+
+from fedlq_ray.startup import make_importable  # before what a file of the user's could hide
+
+# isort: split
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fedlq_ray.config.load import Config
+from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.federation.events import Closed, Resumed
+from fedlq_ray.files import is_locked
+from fedlq_ray.hosts.ray.session import start_ray
+from fedlq_ray.runs import follow, progress, rundir
+from fedlq_ray.runs.interrupts import Interrupts
+from fedlq_ray.runs.output import Console
+from fedlq_ray.runs.simulation import run_or_resume
+
+# What a run may take, asked of Ray for each: 0.7 GB measured with Fashion-MNIST, 1.0 GB with CIFAR-10.
+RUN_BYTES = 2e9
+
+
+def in_turn(begin: Callable[[Config, str], Any]) -> Callable[[Sequence[Config], str], Iterator[Any]]:
+    """What begins one run, as what begins several: one after another."""
+
+    def start(configs: Sequence[Config], parent: str) -> Iterator[tuple[Config, FedLQError | None]]:
+        for config in configs:
+            failure = None
+            try:
+                begin(config, parent)
+            except ConfigError:
+                raise
+            except FedLQError as exc:
+                failure = exc
+            yield config, failure
+
+    return start
+
+
+def abreast(configs: Sequence[Config]) -> list[Config]:
+    """Those to run side by side, with `serial` hosting: where it is asked for or left open, and two cores are free.
+
+    A run's result is the same whatever hosts its clients, and several runs leave no core idle at a round's end.
+    """
+    found = [config for config in configs if config.clients.hosting in ("serial", "auto")]
+    if len(found) < 2:
+        return []
+    start_ray()
+    free = ray.available_resources()
+    if min(free.get("CPU", 0.0), free.get("memory", 0.0) // RUN_BYTES) < 2:
+        return []
+    return [c.model_copy(update={"clients": c.clients.model_copy(update={"hosting": "serial"})}) for c in found]
+
+
+@ray.remote(max_retries=0)
+def _run(config: Config, parent: str, folder: str) -> list[str]:
+    """One run; what it warned of."""
+    os.chdir(folder)  # a worker that has done another sweep's run may be elsewhere
+    make_importable(folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        run_or_resume(config, parent=parent)
+    return [str(warning.message) for warning in told if warning.category is UserWarning]
+
+
+def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tuple[Config, FedLQError | None]]:
+    """Run all, as many at a time as this node's cores and memory bear; gives each as it ends, and why it failed.
+
+    An interrupt ends all at their next payload, so that they can go on later; a second one at once.
+    """
+    start_ray()
+    # The folders are here.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    task = _run.options(num_cpus=1, memory=RUN_BYTES, scheduling_strategy=here)
+    interrupts, stopping = Interrupts(), False
+    with interrupts, progress.bars(console) as shown:
+        running = {task.remote(config, parent, os.getcwd()): config for config in configs}
+        watched = {str(config.out): _Watched(config, shown) for config in configs}
+        try:
+            while running:
+                done, _ = ray.wait(list(running), timeout=1)
+                with interrupts.showing():
+                    for one in watched.values():
+                        one.look()
+                for ref in done:
+                    config = running.pop(ref)
+                    warned, failure = _outcome(ref)
+                    with interrupts.showing():
+                        for warning in warned:
+                            console.print(f"{config.out}: {warning}", highlight=False, markup=False)
+                        watched.pop(str(config.out)).close()
+                    if interrupts.received is None:
+                        yield config, failure
+                if interrupts.received is not None and not stopping:
+                    stopping = True
+                    with interrupts.showing():
+                        console.print("stopping; interrupt again to end at once", highlight=False, markup=False)
+                    for ref in running:
+                        ray.cancel(ref)
+        finally:
+            for ref in running:
+                ray.cancel(ref, force=True)
+    interrupts.pass_on()
+
+
+def _outcome(ref: Any) -> tuple[list[str], FedLQError | None]:
+    """What a run warned of, and why it failed: None where it did not."""
+    try:
+        return ray.get(ref), None
+    except RayTaskError as exc:
+        if isinstance(exc.cause, ConfigError):
+            raise exc.cause from None
+        return [], exc.cause if isinstance(exc.cause, FedLQError) else FedLQError(repr(exc.cause))
+    except RayError as exc:
+        return [], FedLQError(first_line(exc))
+
+
+class _Watched:
+    """A run as its folder tells of it, from when it has begun."""
+
+    def __init__(self, config: Config, shown: Any) -> None:
+        self.folder, self.config, self.shown = Path(str(config.out)), config, shown
+        self.before = rundir.journal(self.folder)
+        self.told = len(self.before)
+        self.show: Any = None
+
+    def look(self) -> None:
+        if self.show is None and is_locked(self.folder):
+            self.show = progress.line(self.config, self.shown)
+            if self.before:
+                self.show(Resumed(self.before, []))
+        if self.show:
+            self.told, events = follow.news(self.folder, self.told)
+            for event in events:
+                self.show(event)
+
+    def close(self) -> None:
+        self.look()
+        if self.show:
+            self.show(Closed("FINISHED"))

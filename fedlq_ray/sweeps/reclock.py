@@ -1,0 +1,103 @@
+"""A scheme that ignores time trains the same whatever its clients' links: what it sent is only clocked anew."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedlq_ray.config import parts
+from fedlq_ray.config.load import Config, digest
+from fedlq_ray.errors import ConfigError
+from fedlq_ray.federation.accounting import clock
+from fedlq_ray.federation.clock import round_time
+from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.task import Task, prepare
+from fedlq_ray.files import write_durably
+from fedlq_ray.runs import rundir
+from fedlq_ray.strategies import STRATEGIES
+from fedlq_ray.tracking import log as tracking
+
+CLOCK = ("clients.profiles", "clients.variation", "network.bill", "network.uplink_free")
+
+
+def key(config: Config) -> str:
+    """What runs have in common that differ in their clock alone."""
+    return digest(config, without=CLOCK)
+
+
+def reclockable(config: Config) -> bool:
+    """Whether nothing that trains depends on the clock."""
+    if config.train.adaptive_work > 1 or config.strategy.budget == "deadline":  # the late may be left out
+        return False
+    down = config.network.downlink_bits
+    if down is not None and down < config.network.downlink_cap_bits:  # the faster a link, the nearer the model it gets
+        return False
+    name = config.strategy.name
+    if name in STRATEGIES:
+        return bool(getattr(STRATEGIES[name], "timeless", False))
+    # A user's own says so itself: what it inherits may not hold for what it plans.
+    own = parts.find("strategy.name", name, STRATEGIES)
+    return getattr(own, "__dict__", {}).get("timeless") is True
+
+
+def sources(out: Path) -> dict[str, Path]:
+    """The finished runs in a sweep's folder, by `key`."""
+    found: dict[str, Path] = {}
+    for summary in sorted(out.rglob("summary.json")):
+        try:
+            run = rundir.read(summary.parent)
+        except ConfigError:  # not of this sweep, or it will be told when its turn comes
+            continue
+        if run.records and run.records[0].client_samples:  # older versions did not record it
+            found.setdefault(key(run.config), summary.parent)
+    return found
+
+
+def clocked(task: Task, records: Sequence[Record]) -> list[Record]:
+    """The records with the times that `task`'s clients would have taken."""
+    made, sim_time_s = [], 0.0
+    for record in records:
+        times = clock(
+            task,
+            record.round,
+            record.cohort,
+            record.client_samples,
+            record.client_uplink_bytes,
+            record.client_downlink_bytes,
+        )
+        sim_time_s += round_time(times)
+        made.append(
+            replace(
+                record,
+                client_download_s=[t.download_s for t in times],
+                client_compute_s=[t.compute_s for t in times],
+                client_upload_s=[t.upload_s for t in times],
+                sim_time_s=sim_time_s,
+            )
+        )
+    return made
+
+
+def write(config: Config, source: Path, parent: str | None) -> None:
+    """The folder of a run, as training would leave it, from that of a finished run that has the same `key`."""
+    task, trained = prepare(config), rundir.read(source)
+    if trained.summary is None:
+        raise ConfigError(f"{source}: is not finished")
+    folder = rundir.create(config)
+    rundir.describe_clients(folder, task)
+    origin = os.path.relpath(source, folder)
+    track = rundir.track(folder, task, parent, {"fedlq.reclocked_from": origin})
+    records = clocked(task, trained.records)
+    write_durably(folder / "rounds.jsonl", "".join(json.dumps(r.to_json(), allow_nan=False) + "\n" for r in records))
+    shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+    write_durably(folder / "timing.json", json.dumps({"reclocked_from": origin, "status": "FINISHED"}, indent=1))
+    summary = rundir.summarise(config, records, trained.summary["weights_sha256"])
+    write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    if track:
+        try:
+            tracking.sync(track, config, records, "FINISHED", folder, task.module)
+        except Exception as exc:  # telemetry: the run itself is done and kept
+            warnings.warn(f"MLflow at {track.uri} failed ({exc}); log the run later: fedlq sync {folder}", stacklevel=2)

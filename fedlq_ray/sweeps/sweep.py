@@ -1,0 +1,320 @@
+"""Several runs of one comparison: `base` settings, `runs` of overrides, `seeds`, and `tune`.
+
+`tune` names settings and the values to try. Every run gets the values that do best for it on held-out training
+samples, on a seed of its own: the same effort for each scheme, and the test set chooses nothing. `tuning` has settings
+of those trials alone, such as `rounds=60`. Where a run diverges with them in spite of that, the next best take their
+place for all its seeds.
+
+`populations` names settings, such as those of the clients' links, that every run is repeated under: eden-1 becomes
+eden-1@mixed and eden-1@thin. Where they move only the clock of a scheme that ignores time, it trains once. `targets`
+are accuracies that the table tells the time to, beside `target_accuracy`.
+"""
+
+import itertools
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from fedlq_ray.config.load import UNREADABLE, Config, change, digest, parse, plain, read, unreadable
+from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
+from fedlq_ray.federation.record import Record
+from fedlq_ray.files import expand
+from fedlq_ray.runs import rundir, storage
+from fedlq_ray.sweeps import reclock
+from fedlq_ray.tracking import stores
+from fedlq_ray.tracking.log import now_ms
+
+KEYS = ("base", "tune", "tuning", "runs", "populations", "seeds", "targets")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a sweep runs, checked.
+
+    Attributes:
+        runs: a configuration for each seed, by run's name.
+        tuning: what is tried for each run, by the settings that are tried (`train.lr=0.1`); empty without `tune`.
+    """
+
+    name: str
+    runs: dict[str, list[Config]]
+    tuning: dict[str, dict[str, Config]]
+    tries: dict[str, list[str]]
+    targets: tuple[float, ...] = ()
+
+
+class Finished(NamedTuple):
+    """One run: its settings, its records, its summary, None where it failed, and its folder."""
+
+    config: Config
+    records: list[Record]
+    summary: dict[str, Any] | None
+    folder: Path
+    diverged: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Runs to compare: by name, a seed each; for each name the settings that tuning chose."""
+
+    runs: dict[str, list[Finished]]
+    tuned: dict[str, str] = field(default_factory=dict)
+    targets: tuple[float, ...] = ()
+
+    @property
+    def failed(self) -> int:
+        """Runs without a summary."""
+        return sum(run.summary is None for runs in self.runs.values() for run in runs)
+
+
+Start = Callable[[Sequence[Config], str], Iterable[tuple[Config, FedLQError | None]]]
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
+    """Read and check a sweep: all its configurations, before any of them runs.
+
+    Args:
+        only: the runs to keep, by name; none: all.
+    Raises:
+        ConfigError: the file or one of its configurations is wrong.
+    """
+    try:
+        tree = plain(OmegaConf.create(read(path, under="base", named=("runs", "populations"))))
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path}: no such file") from exc
+    except UNREADABLE as exc:
+        raise unreadable(path, exc) from exc
+    if (
+        not isinstance(tree, Mapping)
+        or set(tree) - set(KEYS)
+        or not isinstance(tree.get("runs"), dict)
+        or not tree["runs"]
+    ):
+        raise ConfigError(f"{path}: a sweep has {', '.join(KEYS)}; runs is needed: a name and a list of key=value each")
+    tune = tree.get("tune") or {}
+    lists = {key: tree.get(key) or [] for key in ("seeds", "tuning")}
+    if not all(isinstance(found, list) for found in lists.values()):
+        raise ConfigError(f"{path}: seeds and tuning are lists, such as seeds: [0, 1, 2]")
+    if not all(type(seed) is int and seed >= 0 for seed in lists["seeds"]):
+        raise ConfigError(f"{path}: seeds are whole numbers from 0, such as [0, 1, 2]")
+    if not isinstance(tree.get("base") or {}, dict):
+        raise ConfigError(f"{path}: base is settings by name, such as base: {{rounds: 50}}")
+    if not all(isinstance(changes, list | None) for changes in tree["runs"].values()):
+        raise ConfigError(f"{path}: each of runs is a list of key=value, such as fedlq: [strategy.name=fedlq]")
+    if not isinstance(tune, dict) or not all(isinstance(values, list) and values for values in tune.values()):
+        raise ConfigError(f"{path}: tune is a list of values for each setting, such as train.lr: [0.03, 0.1]")
+    tuning_alone = [str(setting) for setting in lists["tuning"]]
+    populations, targets = tree.get("populations") or {}, tree.get("targets") or []
+    if not isinstance(populations, dict) or not all(isinstance(s, list | None) for s in populations.values()):
+        raise ConfigError(f"{path}: populations are a name and a list of key=value each")
+    if not isinstance(targets, list) or not all(isinstance(t, float | int) and 0 < t <= 1 for t in targets):
+        raise ConfigError(f"{path}: targets are accuracies, such as [0.8, 0.85]")
+    base = tree.get("base") or {}
+    name = str(base.get("name", Path(path).stem))
+    seeds = lists["seeds"] or [0]
+
+    def config(label: str, *settings: str) -> Config:
+        own_name = f"{name}-{label}".replace("@", "-")
+        return _with(base, [f"name={own_name}", *settings, *overrides], f"{path}, run {label}")
+
+    missing = sorted(set(only) - {str(label) for label in tree["runs"]})
+    if missing:
+        raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, tree['runs']))}")
+    chosen = {label: own for label, own in tree["runs"].items() if not only or str(label) in only}
+    runs, tuning = {}, {}
+    each = [[f"{key}={as_text(value)}" for value in values] for key, values in tune.items()]
+    tries = {" ".join(tried): list(tried) for tried in itertools.product(*each)} if tune else {}
+    for label, own in _multiplied(chosen, populations).items():
+        runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
+        apart = [*tuning_alone, f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
+        tuning[label] = {name: config(label, *own, *tried, *apart) for name, tried in tries.items()}
+    stops = [c.target_accuracy for configs in runs.values() for c in configs if c.stop_at_target and c.target_accuracy]
+    if stops and targets and max(targets) > min(stops):
+        raise ConfigError(f"{path}: targets are beyond target_accuracy={min(stops):g}, where stop_at_target ends runs")
+    return Comparison(name, runs, tuning, tries, tuple(float(target) for target in targets))
+
+
+def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict[str, list[str]]:
+    """The settings of each run under each population, those of a run one after another."""
+    own = {str(label): [str(change) for change in changes or []] for label, changes in runs.items()}
+    if not populations:
+        return own
+    return {
+        f"{label}@{name}": [*changes, *(str(change) for change in common or [])]
+        for label, changes in own.items()
+        for name, common in populations.items()
+    }
+
+
+def as_text(value: Any) -> str:
+    """A value as key=value takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Config:
+    """`base` with key=value settings, of which a later one wins."""
+    try:
+        tree = OmegaConf.create(dict(base))
+        for setting in settings:
+            change(tree, setting)
+        merged = plain(tree)
+    except UNREADABLE as exc:
+        raise unreadable(source, exc) from exc
+    return parse(merged, source=source)
+
+
+def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], None]) -> Outcome:
+    """Tune, then run what is not finished in `out` yet; a run that fails is told, and the others go on.
+
+    Args:
+        start: called with configurations and the name of the MLflow parent; runs each, with nothing but what it says,
+            or goes on with it where its folder holds an unfinished run; gives each as it ends, and why it failed.
+        tell: called with a line about what failed, about what tuning chose, and about variables of MLflow's.
+    Raises:
+        ConfigError: a run cannot be tracked as its settings say.
+    """
+    out = Path(expand(str(out), "out"))
+    configs = [config for configs in comparison.runs.values() for config in configs]
+    configs += [config for tries in comparison.tuning.values() for config in tries.values()]
+    for config in {repr(config.tracking): config for config in configs}.values():
+        stores.require(config.tracking)
+        for line in stores.heard(config.tracking):
+            tell(line)
+    parent = _parent(comparison, out)
+
+    def finish(wanted: Mapping[Path, Config]) -> dict[Path, Finished]:
+        return _finish(wanted, out, start, parent, tell)
+
+    trials = {
+        (label, settings): (out / "tune" / label / settings, config)
+        for label, tries in comparison.tuning.items()
+        for settings, config in tries.items()
+    }
+    tried = finish(dict(trials.values()))
+    left = {
+        label: _best_first({s: tried[trials[label, s][0]] for s in comparison.tuning[label]})
+        for label in comparison.runs
+    }
+    results: dict[str, list[Finished]] = {}
+    tuned: dict[str, str] = {}
+    while left:
+        wanted: dict[str, dict[Path, Config]] = {}
+        for label, usable in left.items():
+            while len(usable) > 1 and (out / "diverged" / label / usable[0]).exists():
+                usable.pop(0)
+            if usable[0]:
+                tuned[label] = usable[0]
+                tell(f"{label}: {usable[0]} did best on held-out training samples")
+            wanted[label] = {
+                out / f"{label}-{c.seed}": _with(c.model_dump(mode="json"), comparison.tries.get(usable[0], []), label)
+                for c in comparison.runs[label]
+            }
+        done = finish({folder: config for own in wanted.values() for folder, config in own.items()})
+        for label, own in wanted.items():
+            results[label] = [done[folder] for folder in own]
+            settings = left[label].pop(0)
+            if not left[label] or not any(run.diverged for run in results[label]):
+                del left[label]
+                continue
+            aside = out / "diverged" / label / settings
+            aside.mkdir(parents=True)
+            for folder in own:
+                if folder.exists():
+                    rundir.move(folder, aside / folder.name)
+    return Outcome({label: results[label] for label in comparison.runs}, tuned, comparison.targets)
+
+
+def _parent(comparison: Comparison, out: Path) -> str:
+    """What its runs have in MLflow as their parent: that of the runs that are in `out` already, else a new one."""
+    folders = [out / f"{label}-{config.seed}" for label, configs in comparison.runs.items() for config in configs]
+    folders += [out / "tune" / label / tried for label, tries in comparison.tuning.items() for tried in tries]
+    for file in (folder / "tracking.json" for folder in folders):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
+            found = json.loads(file.read_text(encoding="utf-8"))["parent"]
+            if isinstance(found, str):
+                return found
+    return f"{uuid.uuid4().hex}/{comparison.name}"
+
+
+def _best_first(tried: Mapping[str, Finished]) -> list[str]:
+    """Settings that finished their trial, by what tuning looks for; without tuning one, that changes nothing."""
+    usable = [settings for settings, run in tried.items() if run.summary] or list(tried)[:1] or [""]
+    return sorted(usable, key=lambda settings: _merit(tried[settings]) if tried else (), reverse=True)
+
+
+def _finish(
+    wanted: Mapping[Path, Config], out: Path, start: Start, parent: str, tell: Callable[[str], None]
+) -> dict[Path, Finished]:
+    """The runs' results, by folder: from there where they are finished.
+
+    Of those that only the clock sets apart one trains, and the others are clocked anew from it.
+    """
+    diverged: set[Path] = set()
+    left = dict(wanted)
+    while left:
+        finished = reclock.sources(out)
+        now: dict[str, Path] = {}
+        for folder, config in list(left.items()):
+            key = reclock.key(config) if reclock.reclockable(config) else str(folder)
+            if _is_finished(folder, config):
+                del left[folder]
+            elif key in finished:
+                _make_way(folder)
+                reclock.write(config.model_copy(update={"out": str(folder)}), finished[key], parent)
+                tell(f"{folder}: trains as {finished[key]} did, so that its bytes are only clocked anew")
+                del left[folder]
+            else:
+                now.setdefault(key, folder)
+        for folder in now.values():
+            if not (folder / "config.yaml").exists():
+                _make_way(folder)
+        started = [left.pop(folder).model_copy(update={"out": str(folder)}) for folder in now.values()]
+        for config, failure in start(started, parent):
+            if failure:
+                tell(f"{config.out}: failed: {failure}")
+                if isinstance(failure, DivergedError):
+                    diverged.add(Path(str(config.out)))
+    # A run may have failed before its folder was made.
+    found = {folder: rundir.read(folder) for folder in wanted if (folder / "config.yaml").exists()}
+    return {
+        folder: Finished(config, found[folder].records, found[folder].summary, folder, folder in diverged)
+        if folder in found
+        else Finished(config, [], None, folder, folder in diverged)
+        for folder, config in wanted.items()
+    }
+
+
+def _is_finished(folder: Path, config: Config) -> bool:
+    if not (folder / "config.yaml").exists():
+        return False
+    found = rundir.read(folder)
+    if digest(found.config) != digest(config):
+        raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
+    if found.summary:
+        storage.clear(folder, found.config)  # if it was killed before it did
+    return found.summary is not None
+
+
+def _make_way(folder: Path) -> None:
+    """Put aside what was cut short, and has nothing to go on from."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
+
+
+def _merit(run: Finished) -> tuple[float, ...]:
+    """What tuning looks for: reached the target, soonest; without one, or missing it, the accuracy at the end.
+
+    A single evaluation may be 2 points off where clients differ much: the end is the last five.
+    """
+    if run.summary is None:
+        return (-1.0,)
+    accuracy = fmean([r.accuracy for r in run.records if r.accuracy is not None][-5:])
+    reached = run.summary["time_to_target_s"]
+    return (1.0, -reached, accuracy) if reached is not None else (0.0, 0.0, accuracy)

@@ -1,0 +1,195 @@
+"""A client's round and the evaluation, as pure functions: no clock, no Ray, no state of their own."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedlq_ray.errors import ClientError, DivergedError, PayloadError
+from fedlq_ray.models import FlatModel, Layer
+from fedlq_ray.quantization import Family, Segment, send
+from fedlq_ray.quantization.wire import NUMBERS
+from fedlq_ray.seeding import numpy_rng, seeded, torch_rng
+from fedlq_ray.training.sgd import LocalSGD, samples_of
+
+__all__ = ["Plan"]
+
+EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same whoever evaluates
+
+
+Feedback = bool | Literal["ef21"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a client is to send in a round.
+
+    Args:
+        payload: "update" or "model".
+        segments: the pieces that cover the flat vector in order, each with its quantizer; or, where the client chooses
+            by what it has to send, a function from that vector (d,) to them, which pickles.
+        error_feedback: add what was lost in earlier rounds, and keep what is lost in this one; "ef21": send the
+            difference from what the server has of this client, and keep that.
+    """
+
+    payload: str
+    segments: tuple[Segment, ...] | Callable[[Tensor], tuple[Segment, ...]]
+    error_feedback: Feedback = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a client's round.
+
+    Attributes:
+        train_loss: mean over the samples that it went through.
+        square_error: |Q(x) - x|^2 of the vector x that the payload is to carry.
+        encode_s: wall seconds of quantizing, which go to timing.json alone.
+        moved: training changed a parameter.
+    """
+
+    payload: bytes
+    train_loss: float
+    samples: int
+    square_error: float
+    encode_s: float
+    moved: bool = True
+
+
+def client_round(
+    sgd: LocalSGD,
+    x: NDArray[Any],
+    y: NDArray[np.int64],
+    *,
+    normalise: Callable[[NDArray[Any]], Tensor],
+    weights: Tensor,
+    memory: Tensor | None,
+    plan: Plan,
+    samples: int,
+    seed: int,
+    round: int,
+    client: int,
+    custom: Family | None = None,
+) -> tuple[Reply, Tensor | None]:
+    """One client's round: (weights, memory, plan, seed) to (payload, memory).
+
+    Args:
+        sgd: with a model of the right shape; what it holds does not matter.
+        x, y: the client's training shard, as stored.
+        weights: the global flat vector (d,) float32; not changed.
+        memory: error feedback's (d,) float32, or None for none yet.
+        samples: to go through; the update of all but buffers is scaled to what the base work comes to (FedNova).
+        custom: the user's quantizer by level, where there is one.
+    Returns:
+        The reply, and the new memory (None without error feedback).
+    Raises:
+        ClientError: training or a user's part failed, or training diverged; names the layer.
+    """
+    model = sgd.model
+    try:
+        gpus = [] if model.device.type == "cpu" else [model.device]
+        # A model's dropout, and users' models and quantizers, draw from the global generators.
+        with seeded(seed, "model", round, client, gpus=gpus):
+            model.load(weights)
+            rng = numpy_rng(seed, "batches", round, client)
+            loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng)
+            trained = model.read()  # all that follows is the same on whatever device that was trained
+            _require_finite(trained, model.layers, round, client)
+            _require_constants(model, round, client)
+            started = time.perf_counter()
+            update = trained - weights
+            moved = bool(update[: model.num_parameters].any())
+            update[: model.num_parameters] *= sgd.settings.local_epochs * samples_of(len(y), sgd.settings) / samples
+            sent = update if plan.payload == "update" else weights + update
+            if plan.error_feedback and memory is not None:
+                sent = sent - memory if plan.error_feedback == "ef21" else sent + memory
+            segments = plan.segments(sent) if callable(plan.segments) else plan.segments
+            _require_known(segments, custom, round, client)
+            noise = torch_rng(seed, "quantize", round, client)
+            payload, received = send(
+                sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
+            )
+        lost = sent - received
+        if plan.error_feedback == "ef21" and memory is not None:
+            memory = memory + received
+        else:
+            memory = received if plan.error_feedback == "ef21" else lost
+        encode_s = time.perf_counter() - started
+    except ClientError:
+        raise
+    except PayloadError as exc:
+        raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
+    except Exception as exc:  # a user's model or quantizer may raise anything
+        raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
+    reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s, moved)
+    return reply, memory if plan.error_feedback else None
+
+
+def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: int, client: int) -> None:
+    """The server decodes this package's quantizers, and the user's own where `strategy.quantizer` names it."""
+    for kind in {type(segment.quantizer) for segment in segments}.difference(NUMBERS):
+        if custom is None or type(custom(1)) is not kind:
+            raise ClientError(
+                f"its plan sends by {kind.__name__}, which the server does not know; name it as strategy.quantizer",
+                round=round,
+                client=client,
+            )
+
+
+def _require_constants(model: FlatModel, round: int, client: int) -> None:
+    """A buffer that the trial step left alone is not sent, so that what training writes to it would be lost."""
+    if changed := model.changed_constants():
+        raise ClientError(
+            f"training changed buffer {changed[0]}, which the trial step before the run did not, so that it is not "
+            "sent; let every training step change it, or register it with persistent=False",
+            round=round,
+            client=client,
+        )
+
+
+def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, client: int) -> None:
+    if bool(torch.isfinite(vector).all()):
+        return
+    for layer in layers:
+        piece = vector[layer.start : layer.stop]
+        bad = int((~torch.isfinite(piece)).sum())
+        if bad:
+            raise DivergedError(
+                f"training diverged: layer {layer.name} has {bad} of {layer.size} values that are NaN or infinite; "
+                "lower train.lr",
+                round=round,
+                client=client,
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fraction of samples that are classified rightly, and the mean cross-entropy."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def sample_losses(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample's loss (n,) float64 and whether it is right (n,) bool, on the CPU; in evaluation mode."""
+    model.load(weights)
+    model.module.eval()
+    x, y = x.to(model.device), y.to(model.device)
+    outputs = [
+        model.module(x[start : start + EVALUATION_CHUNK]).float() for start in range(0, len(y), EVALUATION_CHUNK)
+    ]
+    logits = torch.cat(outputs)
+    return cross_entropy(logits, y, reduction="none").double().cpu(), (logits.argmax(1) == y).cpu()
+
+
+def evaluate(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> Evaluation:
+    """Accuracy and loss of a flat vector on normalised inputs (n, ...) and labels (n,)."""
+    losses, right = sample_losses(model, weights, x, y)
+    return Evaluation(int(right.sum()) / len(y), float(losses.mean()))

@@ -1,0 +1,158 @@
+"""The clients' SGD: passes over a shard, a step at a time, in place on a flat model."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedlq_ray.config.settings import TrainConfig
+from fedlq_ray.models import FlatModel
+
+_WARM_UP = 3  # steps before one is recorded, in which libraries choose their kernels and take their memory
+
+
+def samples_of(shard: int, settings: TrainConfig) -> int:
+    """Samples that a client with a shard of this size uses in a pass."""
+    return shard if settings.max_samples is None else min(shard, settings.max_samples)
+
+
+def _batches(samples: int, size: int) -> list[slice]:
+    """A pass in pieces of `size`; a last one of a single sample joins its neighbour (batch-norm needs two)."""
+    batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+    if len(batches) > 1 and samples % size == 1:
+        batches[-2:] = [slice(batches[-2].start, samples)]
+    return batches
+
+
+def batch_sizes(samples: int, size: int) -> list[int]:
+    """Samples in each step of a pass over so many, in batches of `size`."""
+    return [batch.stop - batch.start for batch in _batches(samples, size)]
+
+
+def _passes(shard: int, samples: int, settings: TrainConfig) -> Iterator[int]:
+    """The samples of each pass in which so many are gone through."""
+    seen = 0
+    while seen < samples:
+        # Two samples at least, where there are two (batch-norm needs them), though one were left to go through.
+        size = min(samples_of(shard, settings), max(2, samples - seen))
+        yield size
+        seen += size
+
+
+def steps_of(shard: int, samples: int, settings: TrainConfig) -> int:
+    """Steps in which a client with a shard of this size goes through so many samples."""
+    return sum(len(batch_sizes(size, settings.batch_size)) for size in _passes(shard, samples, settings))
+
+
+class LocalSGD:
+    """Trains one model for client after client; nothing but the model's weights goes from one to the next.
+
+    The step is that of torch.optim.SGD, bit for bit. That class imports PyTorch's compiler when it is first made, a
+    second and 70 MB in each process that trains.
+
+    Args:
+        model: holds the global weights when `train` begins, and the client's own when it ends.
+        record: on a GPU, record a step, for each size of batch that comes again, and replay it: one launch in place of
+            a hundred. For models that do the same operations at every step, on whatever input.
+    """
+
+    def __init__(self, model: FlatModel, settings: TrainConfig, *, record: bool = False) -> None:
+        self.model, self.settings = model, settings
+        self.velocity = torch.zeros_like(model.grad) if settings.momentum else None
+        self.anchor = torch.zeros_like(model.grad) if settings.prox_mu else None  # what FedProx pulls to
+        self.loss = torch.zeros((), dtype=torch.float64, device=model.device)  # sum over the samples seen
+        self.record = record and model.device.type == "cuda"
+        self.recorded: dict[int, _Recorded | None] = {}  # by the size of the batch; None: it came once
+
+    def train(
+        self,
+        x: NDArray[Any],
+        y: NDArray[np.int64],
+        *,
+        normalise: Callable[[NDArray[Any]], Tensor],
+        samples: int,
+        rng: np.random.Generator,
+    ) -> float:
+        """Train on one shard; gives the mean loss of all samples seen.
+
+        Args:
+            x, y: inputs (n, ...) as stored, labels (n,).
+            normalise: makes of stored inputs what the model takes, float32, where the model is.
+            samples: how many to go through, in as many passes as that takes.
+            rng: source of the order of samples.
+        """
+        self.model.module.train()
+        self.loss.zero_()
+        if self.velocity is not None:
+            self.velocity.zero_()
+        if self.anchor is not None:
+            self.anchor.copy_(self.model.storage[: len(self.anchor)])
+        step, seen = self._replay if self.record else self._step, 0
+        for size in _passes(len(y), samples, self.settings):
+            order = rng.permutation(len(y))[:size]
+            inputs, labels = normalise(x[order]), torch.from_numpy(y[order]).to(self.model.device)
+            for batch in _batches(len(order), self.settings.batch_size):
+                step(inputs[batch], labels[batch])
+            seen += len(order)
+        return float(self.loss) / seen
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        model, settings = self.model, self.settings
+        model.grad.zero_()
+        loss = cross_entropy(model.module(x), y)
+        loss.backward()
+        if self.anchor is not None:  # the gradient of mu / 2 |w - anchor|^2
+            model.grad.add_(model.storage[: len(self.anchor)] - self.anchor, alpha=settings.prox_mu)
+        if settings.max_grad_norm is not None:
+            norm = model.grad.norm().double().clamp_min(1e-30)
+            model.grad.mul_((settings.max_grad_norm / norm).clamp_max(1.0).float())
+        weights, gradient = model.storage[: len(model.grad)], model.grad
+        if settings.weight_decay:
+            gradient = gradient.add(weights, alpha=settings.weight_decay)
+        if self.velocity is not None:
+            gradient = self.velocity.mul_(settings.momentum).add_(gradient)
+        weights.add_(gradient, alpha=-settings.lr)
+        self.loss += loss.detach() * len(y)
+
+    def _replay(self, x: Tensor, y: Tensor) -> None:
+        """A step, by its record where there is one."""
+        size = len(y)
+        if size not in self.recorded and size != self.settings.batch_size:
+            self.recorded[size] = None
+            return self._step(x, y)
+        recorded = self.recorded.get(size) or self._record(x, y)
+        self.recorded[size] = recorded
+        recorded.x.copy_(x)
+        recorded.y.copy_(y)
+        recorded.graph.replay()
+
+    def _record(self, x: Tensor, y: Tensor) -> "_Recorded":
+        """The step as a graph; the model and all else is as it was."""
+        kept = [self.model.storage, self.loss, *([] if self.velocity is None else [self.velocity])]
+        kept += [buffer for buffer in self.model.module.buffers() if not buffer.is_floating_point()]
+        before = [tensor.clone() for tensor in kept]
+        recorded = _Recorded(torch.cuda.CUDAGraph(), x.clone(), y.clone())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._step(recorded.x, recorded.y)
+        # Records share their memory: nothing in it outlives a replay.
+        shared = next((known.graph.pool() for known in self.recorded.values() if known), None)
+        with torch.cuda.graph(recorded.graph, stream=stream, pool=shared):
+            self._step(recorded.x, recorded.y)
+        for tensor, value in zip(kept, before, strict=True):
+            tensor.copy_(value)
+        return recorded
+
+
+class _Recorded(NamedTuple):
+    """A step, and the batch that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    y: Tensor
