@@ -186,13 +186,14 @@ def _carry_out(
 ) -> Result:
     """Run in a folder that is ready, from its last checkpoint where it has one."""
     config = task.config
-    if watch:
-        watch({"started": [task.data.description, *stores.heard(config.tracking)]})
     records: list[dict[str, Any]] = []
     last: Event = {}
     timing: Event = {"made_by": provenance.made_by()}
     status, hurry = "FAILED", False
     interrupts = Interrupts()
+    if watch:
+        with interrupts.showing():
+            watch({"started": [task.data.description, *stores.heard(config.tracking)]})
     host = _serial if config.clients.hosting == "serial" else raysession.events
     try:
         for event in host(task, strategy, track, interrupts, folder.resolve()):

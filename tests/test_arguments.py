@@ -13,7 +13,7 @@ from fedlq_ray import Config, ConfigError, cli, resume, simulate, stores, submit
 from fedlq_ray.arguments import PATH, split
 from fedlq_ray.config import load
 from fedlq_ray.data import datasets
-from fedlq_ray.simulation import Terminated
+from fedlq_ray.interrupts import Terminated
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
