@@ -16,7 +16,7 @@ from fedlq_ray.cli import submit
 from fedlq_ray.cli.arguments import PATH, split
 from fedlq_ray.config.load import load
 from fedlq_ray.data import datasets
-from fedlq_ray.runs.simulation import Terminated
+from fedlq_ray.runs.interrupts import Terminated
 from fedlq_ray.tracking import stores
 
 pytestmark = pytest.mark.usefixtures("own_folder")

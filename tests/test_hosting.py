@@ -56,7 +56,7 @@ def test_auto_is_packed_where_actors_ask_for_more_than_there_is(laptop):
 def test_an_actor_takes_what_its_model_does(laptop, monkeypatch):
     def taken(name):
         shape = (32, 32, 3)
-        data = [torch.zeros(20, *shape, dtype=torch.uint8).numpy(), torch.arange(20).numpy() % 2] * 2
+        data = [torch.randint(256, (20, *shape), dtype=torch.uint8).numpy(), torch.arange(20).numpy() % 2] * 2
         settings = [f"model.name={name}", "train.batch_size=32", "clients.count=2", "clients.cohort=1"]
         return actor_bytes(prepare(load(None, settings), data=data))
 

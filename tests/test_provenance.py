@@ -1,4 +1,4 @@
-"""What made a result is told as far as it is known, and ends no run."""
+"""What made a result is reported as far as it is known; what is not known ends no run."""
 
 import getpass
 import os

@@ -163,6 +163,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
         yield from many.in_turn(begin)([config for config in configs if config.out not in apart], parent)
 
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False, markup=False))
+    out.mkdir(parents=True, exist_ok=True)  # all runs may have failed before they made their folders
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
     compare.save(table, file.read_text(encoding="utf-8"), cli_analysis.command(), out / "table.json")

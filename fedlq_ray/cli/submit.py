@@ -137,7 +137,7 @@ def _told(address: str) -> Iterator[None]:
     except BrokenPipeError:  # of the output: the job API's own errors are those below
         raise
     except (ConnectionError, requests.RequestException) as exc:
-        raise FedLQError(f"{address}: the connection was lost ({first_line(exc)}); the job goes on") from exc
+        raise FedLQError(f"{address}: the connection was lost ({first_line(exc)}); the job continues") from exc
     except (RuntimeError, ValueError) as exc:
         missing = re.search(r"status code 404: (Job .* does not exist)", str(exc))
         if missing:

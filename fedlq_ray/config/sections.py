@@ -4,6 +4,9 @@ Settings arrive as YAML, as `key=value`, or in Python. Values that mean the same
 tuples, NumPy's scalars and numbers, paths and text.
 """
 
+from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+
+# isort: split
 import difflib
 import os
 from collections.abc import Iterator, Mapping

@@ -142,13 +142,14 @@ def _carry_out(
 ) -> Outcome:
     """Run in a folder that is ready, from its last checkpoint where it has one."""
     config = task.config
-    if watch:
-        watch(Prepared([task.data.description, *stores.heard(config.tracking)]))
     records: list[Record] = []
     last: Ended | None = None
     timing: dict[str, Any] = {"made_by": provenance.made_by()}
     status, hurry = "FAILED", False
     interrupts = Interrupts()
+    if watch:
+        with interrupts.showing():
+            watch(Prepared([task.data.description, *stores.heard(config.tracking)]))
     host = _serial if config.clients.hosting == "serial" else supervise.events
     try:
         for event in host(task, strategy, track, interrupts, folder.resolve()):

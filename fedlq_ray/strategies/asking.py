@@ -24,7 +24,9 @@ def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) ->
             found = getattr(strategy, method)(*arguments)
     except FedLQError:
         raise
-    except Exception as exc:  # a user's strategy may raise anything
+    except Exception as exc:  # a user's strategy may raise anything; Ray's own errors are the host's
+        if type(exc).__module__.startswith("ray."):
+            raise
         raise FedLQError(f"{where} failed: {type(exc).__name__}: {exc}") from exc
     wrong = _WRONG[method](found, *arguments) if method in _WRONG else ""
     if wrong:
