@@ -23,7 +23,7 @@ test: install
 
 # What `test` has of docs/reliability.md, alone.
 reliability: install
-	$(PYTEST) $(addprefix tests/test_,fault_points.py resume.py identity.py storage.py fold.py hostile.py tracking_faults.py golden.py ray_faults.py ray_points.py)
+	$(PYTEST) $(addprefix tests/,runs federation/test_fold.py test_hostile.py tracking/test_tracking_faults.py hosts/test_ray_faults.py hosts/test_ray_points.py)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """The driver, a client's actor and a node are killed at the N-th point of a small run: the same bytes.
 
-CI tries a few N. All of them, some 20 min, told with their number: FEDLQ_POINTS=1 pytest -rP tests/test_ray_points.py
+CI tries a few N. All of them take some 20 min, each with its number:
+FEDLQ_POINTS=1 pytest -rP tests/hosts/test_ray_points.py
 """
 
 import itertools

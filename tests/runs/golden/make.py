@@ -1,4 +1,4 @@
-"""Writes runs that were cut short, as later versions must be able to read: `python tests/golden/make.py NAME`.
+"""Writes runs that were cut short, as later versions must be able to read: `python tests/runs/golden/make.py NAME`.
 
 A version that changes what it writes adds runs of its own; those that are here stay as they are.
 """
@@ -6,7 +6,7 @@ A version that changes what it writes adds runs of its own; those that are here 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from faults import SMALL, die, in_child
 
 from fedlq_ray import simulate

@@ -4,31 +4,21 @@ import random
 import sys
 import threading
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import config, layers
 from torch import nn
 
-from fedlq_ray import Config, ConfigError, simulate
+from fedlq_ray import ConfigError, simulate
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.task import prepare
 from fedlq_ray.federation.trial import Smallest, smallest_batch
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER
 from fedlq_ray.strategies import Strategy
-
-
-def config(out: Path | None = None, **sections) -> Config:
-    clients = {"count": 10, "cohort": 4, "hosting": "serial"} | sections.pop("clients", {})
-    base = {"rounds": 3, "target_accuracy": None, "tracking": {"uri": None}, "out": out}
-    return Config(**{**base, "clients": clients, **sections})
-
-
-def layers(*hidden: nn.Module, width: int = 64) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), *hidden, nn.Linear(width, 10))
 
 
 class Wrapped(nn.Module):

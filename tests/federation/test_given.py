@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_trial import config, layers
+from tiny import config, layers
 from torch import nn
 
 from fedlq_ray import ConfigError, simulate
