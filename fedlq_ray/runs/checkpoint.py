@@ -4,11 +4,8 @@ A file is MAGIC, a version, the SHA-256 of the rest, and a safetensors body whos
 with a name in place of each array. Nothing in it is code, and nothing is believed before the checksum holds.
 """
 
-import contextlib
-import dataclasses
 import hashlib
 import json
-import pickle
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +15,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from fedlq_ray.errors import CheckpointError, FedLQError
+from fedlq_ray.errors import CheckpointError
 
 MAGIC = b"FQCKPT"
 VERSION = 1

@@ -13,18 +13,18 @@ from typing import Any
 import ray
 import torch
 
-from fedlq_ray.runs import rundir
 from fedlq_ray.federation.events import Ended, Event, Hosting, Resumed, RoundDone, Warned
 from fedlq_ray.federation.host import Host
-from fedlq_ray.hosts.ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
-from fedlq_ray.runs.identity import identity
 from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.rounds import Timing, begin, run
-from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.federation.state import ServerState
+from fedlq_ray.federation.task import Task, Workplace
+from fedlq_ray.hosts.ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
+from fedlq_ray.hosts.serial import SerialHost
+from fedlq_ray.runs import rundir
+from fedlq_ray.runs.identity import identity
 from fedlq_ray.runs.storage import Saver, checkpoints, latest
 from fedlq_ray.strategies import make
-from fedlq_ray.federation.task import Task, Workplace
 from fedlq_ray.tracking.log import Tracker, Tracking
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedlq_ray.runs import rundir
-from fedlq_ray.tracking import stores
 from fedlq_ray.config.load import Config, load
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.federation.events import Closed, Event, Restarted, RoundDone
-from fedlq_ray.files import is_locked
 from fedlq_ray.federation.record import Record
+from fedlq_ray.files import is_locked
+from fedlq_ray.runs import rundir
+from fedlq_ray.tracking import stores
 
 
 def folder(path: Path, every_s: float = 1.0) -> tuple[Config, Iterator[Event]]:

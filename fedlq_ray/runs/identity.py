@@ -8,8 +8,8 @@ from typing import Any
 
 from fedlq_ray.config.load import WITHOUT_EFFECT, flat
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.quantization import Always
 from fedlq_ray.federation.task import Task
+from fedlq_ray.quantization import Always
 
 _FREE = ("rounds", *WITHOUT_EFFECT)
 FROZEN = "frozen parameters"

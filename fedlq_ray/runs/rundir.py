@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-from fedlq_ray.runs import provenance
-from fedlq_ray.tracking import stores
 from fedlq_ray.config.load import Config, digest, load, to_yaml
 from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.files import expand, locked, make_folder, write_durably
-from fedlq_ray.models import FlatModel
 from fedlq_ray.federation.profiles import Profile
 from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.task import Task
+from fedlq_ray.files import expand, locked, make_folder, write_durably
+from fedlq_ray.models import FlatModel
+from fedlq_ray.runs import provenance
+from fedlq_ray.tracking import stores
 from fedlq_ray.tracking.log import Tracking, now_ms
 
 PROFILE_COLUMNS = [field.name for field in fields(Profile)]

@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray.runs import provenance, rundir, storage, supervise
-from fedlq_ray.hosts.ray import session
-from fedlq_ray.tracking import stores, log as tracking
 from fedlq_ray.config.load import Config, digest, load, parse, to_yaml
-from fedlq_ray.training.device import reproducible, require_gpu
+from fedlq_ray.config.parts import require_picklable
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
+from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.task import Task, Workplace, prepare
 from fedlq_ray.files import expand, locked, write_durably
+from fedlq_ray.hosts.ray import session
+from fedlq_ray.runs import provenance, rundir, storage, supervise
 from fedlq_ray.runs.identity import identity, require_same
 from fedlq_ray.runs.interrupts import Interrupts
-from fedlq_ray.config.parts import require_picklable
-from fedlq_ray.federation.record import Record
 from fedlq_ray.strategies import make
 from fedlq_ray.strategies.budgets import require_rate
-from fedlq_ray.federation.task import Task, Workplace, prepare
+from fedlq_ray.tracking import log as tracking
+from fedlq_ray.tracking import stores
+from fedlq_ray.training.device import reproducible, require_gpu
 
 
 class Outcome(NamedTuple):
@@ -115,7 +116,9 @@ def _require_host(task: Task, strategy: Any) -> None:
         require_gpu()
 
 
-def run_or_resume(config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None) -> Outcome:
+def run_or_resume(
+    config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None
+) -> Outcome:
     """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
     if config.out is not None and (Path(expand(config.out, "out")) / "config.yaml").exists():
         return resume(config.out, watch=watch, parent=parent)

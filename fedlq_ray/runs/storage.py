@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
 from fedlq_ray.config.load import Config
-from fedlq_ray.errors import CheckpointError
-from fedlq_ray.files import expand, make_folder, write_durably
 from fedlq_ray.config.settings import CheckpointConfig
+from fedlq_ray.errors import CheckpointError
 from fedlq_ray.federation.state import FIELDS
+from fedlq_ray.files import expand, make_folder, write_durably
+from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
 
 SUFFIX = ".ckpt"
 _FIRST_S = 10.0  # before the first checkpoint: a shorter run is as soon run again

@@ -1,0 +1,1 @@
+"""A run: its folder, its checkpoints, and how it begins, ends and resumes."""

@@ -1,0 +1,110 @@
+"""The driver actor's events; a driver that dies starts again from its checkpoint."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlq_ray.errors import FedLQError, first_line
+from fedlq_ray.federation.events import Event, Restarted, RoundDone, Stopping
+from fedlq_ray.federation.task import Task
+from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray.session import start_ray
+from fedlq_ray.runs.interrupts import Interrupts
+
+_RESTARTS = 3  # of a driver that dies, without a round more than before
+
+
+def events(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
+    """The driver actor's events; a driver that dies, or loses what it needs, is started again from the checkpoint."""
+    import ray
+    from ray.exceptions import (
+        ObjectStoreFullError,
+        OutOfDiskError,
+        OutOfMemoryError,
+        RayActorError,
+        RayError,
+        RayTaskError,
+    )
+
+    start_ray()
+    with interrupts:
+        left, furthest, shared = _RESTARTS, -1, None
+        while True:
+            try:
+                shared = shared or ray.put(task)
+                for event in _driven(shared, strategy, track, interrupts, folder, task.config.clients.timeout_s):
+                    if isinstance(event, RoundDone) and event.record.round > furthest:
+                        left, furthest = _RESTARTS, event.record.round
+                    yield event
+                return
+            except RayTaskError as exc:
+                cause = exc.cause
+                if isinstance(cause, FedLQError | OSError):
+                    raise cause from None
+                if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+                    raise _full(cause, folder) from None
+                fault = f"the driver failed: {cause!r}"
+                if not isinstance(cause, RayError) or not left:
+                    raise FedLQError(fault) from None
+            except (RayActorError, OutOfMemoryError) as exc:
+                fault = f"the driver actor died: {first_line(exc)}"
+                if not left:
+                    raise FedLQError(fault) from None
+            except (ObjectStoreFullError, OutOfDiskError) as exc:
+                raise _full(exc, folder) from exc
+            except RayError as exc:
+                raise FedLQError(f"Ray: {first_line(exc)}") from exc
+            left -= 1
+            yield Restarted(fault)
+
+
+def _full(exc: Exception, folder: Path) -> FedLQError:
+    """What to do where Ray has no room for an object; to begin again at once would not help."""
+    return FedLQError(
+        f"Ray's object store has no room ({type(exc).__name__}: {first_line(exc)}): free /dev/shm, and disk "
+        f"in Ray's temporary folder, or take a smaller model or cohort; go on with: fedlq resume {folder}"
+    )
+
+
+def _driven(
+    task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path, timeout_s: float
+) -> Iterator[Event]:
+    """One driver actor's events. It is forked, as clients' are, and lives on this node: the run's folder is here.
+
+    Where it does not answer for `timeout_s`, it is ended for good: one that woke up later would write to the folder.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+
+    from fedlq_ray.hosts.ray.placement import options
+    from fedlq_ray.runs.driver import Driver
+
+    here = options(ray.get_runtime_context().get_node_id(), forkserver.command())
+    driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]
+    stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
+    told, pid, asked = False, None, time.monotonic()
+    alive = driver.alive.remote()
+    try:
+        while True:
+            if interrupts.received is not None and not told:
+                told = True
+                driver.stop.remote()
+                yield Stopping()
+            if ray.wait([stream], timeout=0.2)[0]:
+                try:
+                    yield ray.get(next(stream))
+                except StopIteration:
+                    return
+            elif ray.wait([alive], timeout=0)[0]:
+                if time.monotonic() - asked > timeout_s / 4 or pid is None:
+                    pid, asked, alive = ray.get(alive), time.monotonic(), driver.alive.remote()
+            elif pid and time.monotonic() - asked > timeout_s:
+                with contextlib.suppress(OSError):  # it is gone
+                    os.kill(pid, signal.SIGKILL)
+                raise RayActorError(error_msg=f"it said nothing for {timeout_s:g} s")
+    finally:
+        ray.kill(driver)
