@@ -27,9 +27,9 @@ from docstrings import as_markdown
 
 import fedlq_ray
 from fedlq_ray.cli.main import cli
-from fedlq_ray.config.load import describe
+from fedlq_ray.config.load import EVERY, describe
+from fedlq_ray.config.schemes import SCHEMES, StrategyConfig, own_settings, readers
 from fedlq_ray.config.sections import keys
-from fedlq_ray.config.settings import Config
 
 ROOT = Path(__file__).parent.parent
 FROM_ELSEWHERE = (
@@ -59,16 +59,32 @@ def settings_page() -> str:
         "command line it is `train.lr=0.05`. `fedlq config` prints all with the values that a run would have.",
     ]
     section = None
-    for path, field, default in keys(Config):
-        head = path.rpartition(".")[0]
+    for path, field, default in keys(EVERY):
+        head, _, name = path.rpartition(".")
         if head != section:
             section = head
             lines += [f"\n## {head or 'The run'}\n", "| key | default | meaning |", "| --- | --- | --- |"]
         plain = list(default) if isinstance(default, tuple) else default
         value = yaml.safe_dump(plain, default_flow_style=True, width=1000).split("\n")[0]
         meaning = describe(path, field).replace("|", "\\|").replace("<", "&lt;")
+        if head == "strategy" and name not in StrategyConfig.model_fields:
+            meaning += f" ({', '.join(readers(name)) or 'a strategy of your own'})"
         lines.append(f'| <span id="{path}">`{path}`</span> | `{value}` | {meaning} |')
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *own_settings_pages()]) + "\n"
+
+
+def own_settings_pages() -> list[str]:
+    """The settings that one strategy alone has, a table per strategy."""
+    lines = []
+    for name, kind in SCHEMES.items():
+        own = own_settings(kind)
+        if own:
+            lines += [f"\n## strategy, name={name}\n", "| key | default | meaning |", "| --- | --- | --- |"]
+        for setting in own:
+            field = kind.model_fields[setting]
+            meaning = describe(f"strategy.{setting}", field).replace("|", "\\|").replace("<", "&lt;")
+            lines.append(f"| `strategy.{setting}` | `{json.dumps(field.default)}` | {meaning} |")
+    return lines
 
 
 def cli_page() -> str:

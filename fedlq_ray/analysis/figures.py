@@ -275,8 +275,8 @@ def significance(runs: Runs) -> list[Shown]:
 def _of_significance(run: Finished) -> tuple[str, str]:
     """What a run's significance is, and what it is by."""
     strategy = run.config.strategy
-    estimated = strategy.metric in (None, "loss", "fisher", "taylor", "hawq")
-    return "loss" if estimated else str(strategy.metric), (
+    metric = getattr(strategy, "metric", None)
+    return "loss" if metric in (None, "loss", "fisher", "taylor", "hawq") else str(metric), (
         "squared error" if strategy.name == "fedlq_rd" else "memory saved"
     )
 

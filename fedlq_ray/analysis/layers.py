@@ -1,7 +1,7 @@
 """The paper's motivating analysis: what each layer saves and costs at each level, on a model trained a while."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlq_ray.config.load import Config
+from fedlq_ray.config.schemes import FedLQ, StrategyConfig
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Timed, Workplace, prepare
 from fedlq_ray.hosts.serial import Done, SerialHost
+from fedlq_ray.quantization import family
 from fedlq_ray.seeding import seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure, memory_saving
 from fedlq_ray.strategies import make
@@ -87,11 +90,13 @@ def analyses(
     watch: Callable[[Record], None] = _unheard,
 ) -> Iterator[LayerAnalysis]:
     """The same after each of these numbers of rounds of one training, for each payload, and in further metrics."""
-    settings = {"name": "fedavg", "payload": "update", "error_feedback": None}
+    measured = config.strategy
+    if not isinstance(measured, FedLQ):
+        raise ConfigError(f"strategy.name: {measured.name} has no levels to measure; use fedlq")
     last = max(rounds)
     plain = config.model_copy(
         update={
-            "strategy": config.strategy.model_copy(update=settings),
+            "strategy": StrategyConfig(name="fedavg"),
             "rounds": last,
             "evaluate_every": last,
             "target_accuracy": None,
@@ -108,12 +113,14 @@ def analyses(
             if step.state.round in rounds:
                 for payload in payloads:
                     with seeded(task.config.seed, "measure", step.record.round):
-                        found = _analysis(host.place, step.state, payload, metrics)
+                        found = _analysis(host.place, measured, step.state, payload, metrics)
                     yield found
 
 
-def _analysis(place: Workplace, state: ServerState, payload: str, metrics: Sequence[str]) -> LayerAnalysis:
-    setting = place.setting
+def _analysis(
+    place: Workplace, config: FedLQ, state: ServerState, payload: str, metrics: Sequence[str]
+) -> LayerAnalysis:
+    setting = replace(place.setting, config=config, quantizer=family(config.quantizer))
     levels, layers = tuple(level for level in setting.config.levels if level < 32), setting.quantized
     sizes = tuple(layer.size for layer in layers)
     sent = state.weights if payload == "model" else state.update

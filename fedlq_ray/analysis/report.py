@@ -60,6 +60,7 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
     told = "".join(f"<li>{escape(one)}</li>" for one in findings(block, config.target_accuracy))
     made = tables.columns(block, config.target_accuracy)
     names = list(made)
+    none = "-"  # the scheme does not read it
     head = "".join(f"<th scope='col'>{escape(heading)}</th>" for heading in made)
     body = []
     for index, cells in enumerate(zip(*made.values(), strict=True)):
@@ -149,16 +150,18 @@ def _origin(outcome: Outcome, command: str) -> list[str]:
     """Settings, versions, and the commands that make it again."""
     told = {label: flat(runs[0].config) for label, runs in outcome.runs.items()}
     first = next(iter(told.values()))
+    every = dict.fromkeys(path for one in told.values() for path in one)
     paths = [
-        path for path in first if path != "seed" and not path.startswith(("out", "name", "tracking", "checkpoint"))
+        path for path in every if path != "seed" and not path.startswith(("out", "name", "tracking", "checkpoint"))
     ]
-    differing = [path for path in paths if len({json.dumps(one[path]) for one in told.values()}) > 1]
+    differing = [path for path in paths if len({json.dumps(one.get(path)) for one in told.values()}) > 1]
+    none = "-"  # the scheme does not read it
     head = "".join(f"<th scope='col'>{escape(label)}</th>" for label in told)
+    cells = {path: [escape(as_text(one.get(path, none))) for one in told.values()] for path in differing}
     lines = "".join(
-        f"<tr><td>{path}</td>{''.join(f'<td>{escape(as_text(one[path]))}</td>' for one in told.values())}</tr>"
-        for path in differing
+        f"<tr><td>{path}</td>{''.join(f'<td>{v}</td>' for v in found)}</tr>" for path, found in cells.items()
     )
-    common = "\n".join(f"{path}: {as_text(first[path])}" for path in paths if path not in differing)
+    common = "\n".join(f"{path}: {as_text(first.get(path))}" for path in paths if path not in differing)
     parts = ["<h2>Settings, versions, and how to repeat it</h2>"]
     if lines:
         parts.append(
@@ -175,9 +178,11 @@ def _origin(outcome: Outcome, command: str) -> list[str]:
 
 def repeat(config: Config) -> str:
     """The command that makes a run again: what differs from the defaults."""
-    default = flat(Config())
+    default = flat(Config(strategy={"name": config.strategy.name}))  # type: ignore[arg-type]  # a dict is read
     changed = {path: value for path, value in flat(config).items() if value != default[path]}
-    kept = [p for p in changed if p not in ("out", "name") and not any(p.startswith(f"{k}.") for k in WITHOUT_EFFECT)]
+    if config.strategy.name != "fedlq":
+        changed = {"strategy.name": config.strategy.name} | changed
+    kept = [path for path in changed if path not in WITHOUT_EFFECT]
     return shlex.join(["fedlq", "run", *(f"{path}={as_text(changed[path])}" for path in kept)])
 
 

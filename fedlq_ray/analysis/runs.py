@@ -69,7 +69,8 @@ def _labelled(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 def _distinct(groups: Sequence[Sequence[Finished]], make: Callable[[Finished, Any], str | None]) -> list[str] | None:
     """A label a group, where `make` gives all runs of a group the same one and no two groups share it."""
     told = [flat(runs[0].config) for runs in groups]
-    differing = [path for path in told[0] if _matters(path) and len({str(one[path]) for one in told}) > 1]
+    paths = dict.fromkeys(path for one in told for path in one)
+    differing = [path for path in paths if _matters(path) and len({str(one.get(path)) for one in told}) > 1]
     made = [{make(run, differing) for run in runs} for runs in groups]
     labels = [label for names in made for label in names if label]
     return labels if len(labels) == len(set(labels)) == len(groups) and all(len(m) == 1 for m in made) else None
@@ -89,7 +90,8 @@ def _by_settings(run: Finished, differing: Sequence[str]) -> str | None:
     """The strategy, and what else differs between the groups."""
     settings = flat(run.config)
     return " ".join(
-        [run.config.strategy.name] + [f"{path}={settings[path]}" for path in differing if path != "strategy.name"]
+        [run.config.strategy.name]
+        + [f"{path}={settings[path]}" for path in differing if path != "strategy.name" and path in settings]
     )
 
 
@@ -97,7 +99,7 @@ _NAMES = (_by_folder, _by_name, _by_settings)
 
 
 def _matters(path: str) -> bool:
-    return path != "seed" and not any(path == key or path.startswith(f"{key}.") for key in WITHOUT_EFFECT)
+    return path != "seed" and path not in WITHOUT_EFFECT
 
 
 def population(label: str) -> str:

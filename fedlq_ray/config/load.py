@@ -6,7 +6,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,19 +14,16 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlq_ray.config.sections import is_optional, is_text, keys
+from fedlq_ray.config import schemes
+from fedlq_ray.config.sections import affects, is_optional, is_text, keys
 from fedlq_ray.config.settings import Config
 from fedlq_ray.errors import ConfigError
 
 __all__ = ["Config", "load", "parse", "to_yaml"]
 
-# Keys that cannot change a result: they are left out of config_sha256.
-WITHOUT_EFFECT = (
-    "name", "out", "tracking", "checkpoint", "clients.hosting", "clients.actors", "clients.retries",
-    "clients.timeout_s", "clients.on_failure", "clients.num_cpus", "clients.num_gpus", "clients.resources",
-    "clients.labels",
-)  # fmt: skip
-
+EVERY = Config(strategy={"name": "module:attribute"})  # type: ignore[arg-type]  # a dict is read as settings
+WITHOUT_EFFECT = frozenset(affects(EVERY, "nothing"))  # settings that are left out of config_sha256
+TEXTS = {path: is_optional(field) for path, field, _ in keys(EVERY) if is_text(field)}  # text: whether it may be null
 
 # What OmegaConf, and YAML's makers of numbers and dates, raise of what a file holds.
 UNREADABLE = (
@@ -50,27 +47,56 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     Raises:
         ConfigError: the file cannot be read, or the settings are wrong (all faults in one message).
     """
-    tree = OmegaConf.create({})
-    source = str(path or "the command line")
+    return merge(_read(path) if path is not None else {}, overrides, source=str(path) if path else None)
+
+
+def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The same for the config.yaml of a run's folder, which an earlier version may have written."""
+    base = _read(path)
+    if isinstance(base.get("strategy"), dict):
+        base["strategy"] = schemes.migrated(base["strategy"])
+    return merge(base, overrides, source=str(path))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
-        if path is not None:
-            found = read(path)
-            if not isinstance(found, dict):
-                raise ConfigError(f"{path}: must hold keys and values, such as `rounds: 10`")
-            tree = OmegaConf.create(found)
+        found = read(path)
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path}: no such file, and no key=value") from exc
+    except UNREADABLE as exc:
+        raise unreadable(path, exc) from exc
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: must hold keys and values, such as `rounds: 10`")
+    return found
+
+
+def merge(base: Mapping[str, Any], overrides: Iterable[str], *, source: str | None = None) -> Config:
+    """Checked settings: `base`, and `key=value` overrides of which a later one wins.
+
+    Where an override names another strategy, the settings of `base` that this one does not read are left out.
+
+    Raises:
+        ConfigError: an override is no `key=value`, or the settings are wrong.
+    """
+    where = source or "the command line"
+    try:
+        tree, given = OmegaConf.create(dict(base)), OmegaConf.create({})
         for override in overrides:
             name, equals, _ = override.partition("=")
             if not equals or not name.strip():
                 raise ConfigError(f"{override!r}: is neither a file nor key=value")
-            source = override
+            where = override
             change(tree, override)
-        source = str(path or "the command line")
-        settings = plain(tree)
-    except FileNotFoundError as exc:
-        raise ConfigError(f"{path}: no such file, and no key=value") from exc
+            change(given, override)
+        where = source or "the command line"
+        settings, changes = plain(tree), plain(given)
     except UNREADABLE as exc:
-        raise unreadable(source, exc) from exc
-    return parse(settings, source=str(path) if path else None)
+        raise unreadable(where, exc) from exc
+    before, after = base.get("strategy"), settings.get("strategy")
+    if isinstance(before, Mapping) and isinstance(after, dict) and before.get("name", "fedlq") != after.get("name"):
+        kept = changes.get("strategy")
+        settings["strategy"] = schemes.fitted(after, kept if isinstance(kept, Mapping) else {})
+    return parse(settings, source=source)
 
 
 def read(path: str | Path, *, under: str | None = None, named: Iterable[str] = ()) -> Any:
@@ -131,7 +157,7 @@ def change(tree: Any, override: str) -> None:
         OmegaConf.update(tree, path, _as_text(value.strip(), optional=TEXTS[path]), force_add=True)
         return
     made = OmegaConf.from_dotlist([override])
-    if isinstance(flat(Config()).get(path), dict):
+    if isinstance(_DEFAULTS.get(path), dict):
         OmegaConf.update(tree, path, None, force_add=True)
     tree.merge_with(made)
 
@@ -157,20 +183,19 @@ def parse(settings: Any, *, source: str | None = None) -> Config:
         raise ConfigError(f"in {source}:\n{exc}" if source else str(exc)) from None
 
 
-TEXTS = {path: is_optional(field) for path, field, _ in keys(Config) if is_text(field)}
-"""The settings that are text, and whether they may be null."""
-
-
 def flat(config: Config) -> dict[str, Any]:
     """Every setting's value, as JSON has it, by its dotted path."""
     settings = config.model_dump(mode="json")
     found: dict[str, Any] = {}
-    for path, _, _ in keys(Config):
+    for path, _, _ in keys(config):
         value: Any = settings
         for step in path.split("."):
             value = value[step]
         found[path] = value
     return found
+
+
+_DEFAULTS = flat(EVERY)
 
 
 def describe(path: str, field: Any) -> str:
@@ -198,7 +223,7 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
     settings = flat(config)
     lines: list[str] = []
     section = ""
-    for path, field, _ in keys(Config):
+    for path, field, _ in keys(config):
         head, dot, name = path.rpartition(".")
         if path == "out":
             continue
@@ -215,24 +240,17 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
 
 def differences(before: Config, after: Config) -> list[str]:
     """What turns one configuration into another, `out` left out, as overrides."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    changed = []
-    for path, *_ in keys(Config):
-        was, value = old, new
-        for step in path.split("."):
-            was, value = was[step], value[step]
-        if path != "out" and was != value:
-            changed.append(f"{path}={json.dumps(value)}")
-    return changed
+    old, new = flat(before), flat(after)
+    return [f"{p}={json.dumps(v)}" for p, v in new.items() if p != "out" and (p not in old or old[p] != v)]
 
 
 def digest(config: Config, *, without: Iterable[str] = ()) -> str:
     """SHA-256 (hex) of the settings that can change a result, but for those of `without`."""
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json") | {"strategy": schemes.whole(config.strategy)}
     for path in (*WITHOUT_EFFECT, *without):
-        *sections, name = path.split(".")
-        tree = settings
-        for step in sections:
-            tree = tree[step]
+        section, dot, name = path.rpartition(".")
+        tree = settings[section] if dot else settings
         del tree[name]
+        if not tree:
+            del settings[section]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

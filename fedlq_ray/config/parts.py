@@ -24,9 +24,7 @@ def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
         return builtin[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        near = difflib.get_close_matches(name, builtin, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{kind}: no {name!r}; known: {', '.join(builtin)}, or your own as module:attribute{hint}")
+        raise ConfigError(f"{kind}: {unknown(name, builtin)}")
     try:
         part: Any = importlib.import_module(module_name)
     except Exception as exc:  # a user's module may raise anything while it is imported
@@ -36,6 +34,13 @@ def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
             raise ConfigError(f"{kind}: module {module_name!r} has no {attribute!r}{_hidden(module_name)}")
         part = getattr(part, step)
     return part
+
+
+def unknown(name: str, builtin: Mapping[str, Any]) -> str:
+    """What to say where no part is called `name`."""
+    near = difflib.get_close_matches(name, builtin, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no {name!r}; known: {', '.join(builtin)}, or your own as module:attribute{hint}"
 
 
 def require_picklable(given: Mapping[str, Any]) -> None:

@@ -9,12 +9,12 @@ from fedlq_ray import startup  # noqa: F401  (before what a file of the user's c
 # isort: split
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
 from fedlq_ray.errors import ConfigError
 
@@ -64,9 +64,25 @@ Text = Annotated[str, BeforeValidator(_text)]
 Args = Annotated[dict[str, Any], BeforeValidator(_kept)]
 
 
-def key(default: Any, meaning: str, *, unit: str | None = None, **bounds: Any) -> Any:
-    """A setting: its default, what it means, its unit and its bounds."""
-    extra: Any = {"unit": unit} if unit else None
+Affects = Literal["result", "clock", "nothing"]
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str | None = None,
+    affects: Affects = "result",
+    own: bool = False,
+    **bounds: Any,
+) -> Any:
+    """A setting.
+
+    Args:
+        affects: what another value changes: the result; of schemes that ignore time, the clock alone; or nothing.
+        own: one strategy alone has it.
+    """
+    extra: Any = {"unit": unit, "affects": affects, "own": own}
     return Field(default, description=meaning, json_schema_extra=extra, **bounds)
 
 
@@ -113,14 +129,27 @@ class Section(BaseModel):
         return {name: value if name == "args" else _plain(value) for name, value in settings.items()}
 
 
-def keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every setting: its dotted path, its pydantic field, and its default, that without environment variables."""
-    for name, field in section.model_fields.items():
+def keys(section: Section | type[Section], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every setting: its dotted path, its pydantic field, and its default, that without environment variables.
+
+    Args:
+        section: settings, or a class of them; of one that has variants, the class has the default one.
+    """
+    kind = section if isinstance(section, type) else type(section)
+    for name, field in kind.model_fields.items():
+        value = field.default if isinstance(section, type) else getattr(section, name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from keys(field.annotation, f"{prefix}{name}.")
+        elif isinstance(value, Section):
+            yield from keys(value, f"{prefix}{name}.")
         else:
             extra: Any = field.json_schema_extra or {}
             yield f"{prefix}{name}", field, extra.get("default", field.default)
+
+
+def affects(section: Section | type[Section], what: Affects) -> list[str]:
+    """The settings of which another value changes `what`, by their dotted paths."""
+    return [path for path, field, _ in keys(section) if field.json_schema_extra.get("affects", "result") == what]
 
 
 def is_text(field: Any) -> bool:
@@ -139,15 +168,49 @@ def faults(section: type[Section], exc: ValidationError) -> list[str]:
     return [_fault(section, error) for error in exc.errors(include_url=False)]
 
 
+class _Variant(NamedTuple):
+    """The variant that a section's settings chose, such as a strategy."""
+
+    name: str
+    others: list[type[Section]]
+
+
+def _place(section: type[Section], steps: Sequence[Any]) -> tuple[type[Section], str, _Variant | None]:
+    """The section that a fault is in, the dotted path of its setting, and which variant the section is."""
+    path: list[str] = []
+    chosen: _Variant | None = None
+    variants: dict[str, type[Section]] = {}
+    for step in steps:
+        if variants:  # the step is the variant's tag, which is no part of the path
+            chosen = _Variant(str(step), list(variants.values()))
+            section, variants = variants.get(str(step), section), {}
+            continue
+        path.append(str(step))
+        field = section.model_fields.get(str(step))
+        if field is None:
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            section = field.annotation
+        elif any(isinstance(item, Discriminator) for item in field.metadata):
+            variants = {tag.tag: kind for kind, tag in map(get_args, get_args(field.annotation))}
+    return section, ".".join(path), chosen
+
+
 def _fault(section: type[Section], error: Any) -> str:
-    path = ".".join(str(step) for step in error["loc"])
+    kind, path, chosen = _place(section, error["loc"])
     shown = repr(error["input"])
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     given = f" (given: {shown})" if not isinstance(error["input"], Mapping) else ""
     if error["type"] == "extra_forbidden":
-        known = [name for name, _, _ in keys(section)]
+        head, _, name = path.rpartition(".")
+        known = [key for key, *_ in keys(section)]
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or [k for k in known if k.endswith("." + path)]
-        return f"{path}: unknown key{f'; did you mean {near[0]}?' if near else ''}"
+        if head:
+            near = [f"{head}.{field}" for field in difflib.get_close_matches(name, kind.model_fields, n=1)]
+        wrong = "unknown key"
+        if chosen and any(name in variant.model_fields for variant in chosen.others):
+            wrong = f"{chosen.name} does not read it; it reads {', '.join(kind.model_fields)}"
+        return f"{path}: {wrong}{f'; did you mean {near[0]}?' if near else ''}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path + ': ' if path else ''}{message}"

@@ -76,7 +76,7 @@ def plan(rules: Rules, state: ServerState) -> Planned:
     answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
     jobs = [Job(round, m.client, plans[m.client], samples_of_member(task, m)) for m in answering]
     probe = rules.ask("probe", round, round)
-    if probe and task.config.strategy.probe_on == "clients":
+    if probe and getattr(task.config.strategy, "probe_on", "proxy") == "clients":
         probe = replace(probe, clients=tuple(drawn))
     shares = rules.ask("weights", round, answering) if answering else []
     return Planned(round, members, offers, plans, jobs, shares, probe)

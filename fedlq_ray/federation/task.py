@@ -105,7 +105,7 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
         flops = training_flops(module, dataset.input_shape)
     layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
     builtin = model is None and config.model.name in ("auto", *MODELS)
-    quantizers = family(config.strategy.quantizer, quantizer)
+    quantizers = family(getattr(config.strategy, "quantizer", "minmax"), quantizer)
     return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, statistics)
 
 

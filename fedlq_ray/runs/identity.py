@@ -11,7 +11,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.task import Task
 from fedlq_ray.quantization import Always
 
-_FREE = ("rounds", *WITHOUT_EFFECT)
+_FREE = {"rounds", *WITHOUT_EFFECT}
 FROZEN = "frozen parameters"
 _GIVEN = ("data", "model", "strategy", "quantizer")  # what may be given as objects
 
@@ -24,7 +24,7 @@ def identity(task: Task, strategy: Any) -> dict[str, Any]:
     family = task.quantizer
     frozen = {} if task.frozen_digest is None else {FROZEN: task.frozen_digest}
     return {
-        **{path: value for path, value in settings if not any(f"{path}.".startswith(f"{name}.") for name in _FREE)},
+        **{path: value for path, value in settings if path not in _FREE},
         "data": task.data_digest,
         "model": f"{sum(layer.size for layer in task.layers)} numbers in {len(layers)} layers ({digest})",
         **frozen,

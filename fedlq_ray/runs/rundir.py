@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-from fedlq_ray.config.load import Config, digest, load, to_yaml
+from fedlq_ray.config.load import Config, digest, load_run, to_yaml
 from fedlq_ray.data.partition import label_counts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.profiles import Profile
@@ -299,7 +299,7 @@ def read(folder: str | Path) -> Run:
         if summary and summary["rounds"] != len(records):
             raise ValueError(f"rounds.jsonl has {len(records)} whole rounds of {summary['rounds']}")
         return Run(
-            load(file),
+            load_run(file),
             records,
             summary,
             Tracking(**tracking | {"uri": stores.absolute(tracking["uri"], folder)}) if tracking else None,

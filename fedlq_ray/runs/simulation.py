@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlq_ray.config.load import Config, digest, load, parse, to_yaml
+from fedlq_ray.config.load import Config, digest, load_run, parse, to_yaml
 from fedlq_ray.config.parts import require_picklable
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
@@ -84,7 +84,7 @@ def resume(
         with _told(folder):
             storage.clear(folder, found.config)  # if it was killed before it did
         raise ConfigError(f"{folder}: the run is finished, after {found.summary['rounds']} rounds")
-    config = load(folder / "config.yaml", overrides).model_copy(update={"out": str(folder)})
+    config = load_run(folder / "config.yaml", overrides).model_copy(update={"out": str(folder)})
     if digest(config, without=["rounds"]) != digest(found.config, without=["rounds"]):
         raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
     if config.rounds < found.config.rounds:

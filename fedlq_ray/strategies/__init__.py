@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedlq_ray.config import parts
+from fedlq_ray.config.schemes import every, own_settings, renamed
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.seeding import seeded
 from fedlq_ray.strategies import fixed
@@ -58,20 +59,24 @@ def make(setting: Setting, given: Any = None) -> Strategy:
         ConfigError: no such strategy, or it has no `plan`.
     """
     named = setting.config.name if given is None else given
+    if given is not None:
+        config = setting.config
+        setting = replace(setting, config=renamed(config, given) if isinstance(given, str) else every(config))
+    own = {name: getattr(setting.config, name) for name in own_settings(type(setting.config))}
     factory = parts.find("strategy.name", named, STRATEGIES) if isinstance(named, str) else named
     made = factory
     if isinstance(factory, type) or not hasattr(factory, "plan"):
 
         def call(feedback: Feedback) -> Any:
-            offered = {"setting": replace(setting, error_feedback=feedback)}
+            offered = {"setting": replace(setting, error_feedback=feedback), **own}
             with seeded(setting.seed, "strategy"):  # a user's strategy may draw from global generators
-                return parts.call("strategy.name", factory, offered, setting.config.args)
+                return parts.call("strategy.name", factory, offered, getattr(setting.config, "args", {}))
 
-        asked, own = setting.config.error_feedback, getattr(factory, "error_feedback", False)
-        made = call(own if asked is None else asked)
-        # A function tells of what class its strategies are by making one.
-        if asked is None and (told := getattr(made, "error_feedback", own)) != own:
-            made = call(told)
+        asked, default = setting.config.error_feedback, getattr(factory, "error_feedback", False)
+        made = call(default if asked is None else asked)
+        # Only what a function makes shows the default of its strategies.
+        if asked is None and (its := getattr(made, "error_feedback", default)) != default:
+            made = call(its)
     if not callable(getattr(made, "plan", None)):
         raise ConfigError(f"strategy.name: {type(made).__name__} has no method plan")
     missing = [name for name in vars(Strategy) if not name.startswith("_") and not hasattr(made, name)]

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 from torch import Tensor
+from typing_extensions import TypeVar
 
-from fedlq_ray.config.settings import StrategyConfig
+from fedlq_ray.config.schemes import Scoped, StrategyConfig
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import (
@@ -42,12 +43,15 @@ class Member:
     work: float = 1.0
 
 
+Chosen = TypeVar("Chosen", bound=StrategyConfig, default=Any, covariant=True)
+
+
 @dataclass(frozen=True)
-class Setting:
+class Setting(Generic[Chosen]):
     """What a strategy is made from: its configuration, the layers of the flat vector, the seed, the quantizer by level,
     and whether clients keep what quantization loses."""
 
-    config: StrategyConfig
+    config: Chosen
     layers: tuple[Layer, ...]
     seed: int
     quantizer: Family = MinMax
@@ -76,7 +80,7 @@ class Setting:
         """The pieces of a plan that is one quantizer: a segment a layer, or (`strategy.scope=model`) one for all."""
         layers = self.quantized
         segments = self.segments([quantizer] * len(layers))
-        if self.config.scope == "layer":
+        if not isinstance(self.config, Scoped) or self.config.scope == "layer":
             return segments
         return (Segment(quantizer, layers[0].start, layers[-1].stop), *segments[len(layers) :])
 

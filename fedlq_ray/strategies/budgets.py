@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from fedlq_ray.config.settings import StrategyConfig
+from fedlq_ray.config.schemes import Budgeted, Late
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq
 from fedlq_ray.quantization.rate import OneStep
@@ -16,7 +16,7 @@ Noise = Callable[[float], float]  # squared error of a payload at so many bits, 
 
 
 def budgets(
-    config: StrategyConfig,
+    config: Budgeted,
     cohort: Sequence[Member],
     bytes_at: Bytes,
     noise: Noise | None = None,
@@ -61,7 +61,7 @@ def budgets(
     return at_floor(min(possible, key=cost, default=config.cap_bits))[1]
 
 
-def sent_in_equal_time(config: StrategyConfig, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:
+def sent_in_equal_time(config: Budgeted, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:
     """Of these budgets, what each member sends if it sends for as long as the slowest link takes for the floor.
 
     Time that a member has beyond that may go into training (`train.adaptive_work`).
@@ -89,7 +89,7 @@ def in_time(member: Member, seconds: float, cap: float) -> float:
 
 
 def taking_part(
-    config: StrategyConfig, cohort: Sequence[Member], limits: Sequence[float], least: float, scrap: float
+    config: Late, cohort: Sequence[Member], limits: Sequence[float], least: float, scrap: float
 ) -> dict[int, float]:
     """Each member's budget by client, of those that take part: what becomes of the late is `strategy.late`.
 

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from fedlq_ray.config import schemes
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
 from fedlq_ray.strategies.costs import layer_sizes, require_update, squared_errors
@@ -25,7 +26,7 @@ class FedHQ(Strategy):
 
     remembers = ("chosen", "errors")
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting[schemes.FedHQ]) -> None:
         require_update(setting)
         self.setting = setting
         self.sizes = setting.fixed_size + layer_sizes(setting, setting.config.levels).sum(axis=0)

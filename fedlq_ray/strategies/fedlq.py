@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlq_ray.config import schemes
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER
 from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_saving
@@ -27,7 +28,7 @@ class FedLQ(Strategy):
 
     remembers = ("drops", "square", "spread")
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting[schemes.FedLQ]) -> None:
         self.setting = setting
         config = setting.config
         if len(config.levels) < 2:

@@ -7,12 +7,12 @@ feedback carries what was lost; the reconstruction is the one of least error, so
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from fedlq_ray.config import schemes
 from fedlq_ray.quantization import Ecsq
 from fedlq_ray.significance import Drops
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
@@ -40,7 +40,7 @@ class FedLQRD(Strategy):
     remembers = ("drops", "spread", "rms")
     error_feedback = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting[schemes.FedLQRD]) -> None:
         self.setting = setting
         self.spread, self.rms = 1.0, 0.0  # News.spread, and root mean square of the update, of the last round
         self.drops = Drops(setting.config.probe_decay)
@@ -103,5 +103,6 @@ class EcsqFixed(FedLQRD):
 
     timeless = True
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(replace(setting, config=setting.config.model_copy(update={"budget": "bits", "metric": None})))
+    def __init__(self, setting: Setting[schemes.Rated]) -> None:
+        config = schemes.FedLQRD.model_construct(**dict(setting.config), budget="bits")
+        super().__init__(Setting(config, setting.layers, setting.seed, error_feedback=setting.error_feedback))

@@ -16,6 +16,7 @@ from functools import partial
 
 from torch import Tensor
 
+from fedlq_ray.config import schemes
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
 from fedlq_ray.strategies.costs import BITS, layer_sizes, require_update
@@ -27,7 +28,7 @@ class FedMPQ(Strategy):
 
     remembers = ("base",)
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting[schemes.FedMPQ]) -> None:
         require_update(setting)
         self.setting = setting
         self.sizes = layer_sizes(setting, BITS)

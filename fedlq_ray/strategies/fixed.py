@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedlq_ray.config.schemes import ScopedRated
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import Eden, Float16, QsgdElias, Quantizer, Sign, Stc, TernGrad, TopK
 from fedlq_ray.strategies.base import Member, Setting, Strategy
@@ -124,5 +125,5 @@ class EdenFixed(Fixed):
 
     error_feedback = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting[ScopedRated]) -> None:
         super().__init__(setting, Eden(setting.config.bits, unbiased=not setting.error_feedback))

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlq_ray.config import schemes
 from fedlq_ray.quantization import Segment
 from fedlq_ray.significance import Allocation, exact, greedy
 from fedlq_ray.strategies.base import Member, Setting, Strategy
@@ -32,7 +33,7 @@ STEPS = 1000
 class ByError:
     """A client's choice: the levels of least squared error, on what it has to send, within a payload's bytes."""
 
-    setting: Setting
+    setting: Setting[schemes.Kimad]
     budget: float
 
     def __call__(self, vector: Tensor) -> tuple[Segment, ...]:
@@ -69,7 +70,7 @@ class Kimad(Strategy):
         round_s: simulated seconds from a round's start to the end of the upload; None: a budget by `strategy.budget`.
     """
 
-    def __init__(self, setting: Setting, round_s: float | None = None) -> None:
+    def __init__(self, setting: Setting[schemes.Kimad], round_s: float | None = None) -> None:
         if round_s is not None and not round_s > 0:
             raise ValueError(f"round_s must be above 0, got {round_s}")
         self.setting, self.round_s = setting, round_s

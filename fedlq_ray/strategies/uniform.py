@@ -8,6 +8,7 @@ so that over rounds a parameter takes that many bits on average. Who sends which
 import math
 from collections.abc import Mapping, Sequence
 
+from fedlq_ray.config import schemes
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.strategies.base import Member, Setting, Strategy
@@ -20,7 +21,7 @@ class Uniform(Strategy):
 
     timeless = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting[schemes.Uniform]) -> None:
         self.setting = setting
         bits = setting.config.bits
         if bits < 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedlq_ray.config import parts
 from fedlq_ray.config.load import Config, digest
+from fedlq_ray.config.sections import affects
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.accounting import clock
 from fedlq_ray.federation.clock import round_time
@@ -20,17 +21,17 @@ from fedlq_ray.runs import rundir
 from fedlq_ray.strategies import STRATEGIES
 from fedlq_ray.tracking import log as tracking
 
-CLOCK = ("clients.profiles", "clients.variation", "network.bill", "network.uplink_free")
-
 
 def key(config: Config) -> str:
     """What runs have in common that differ in their clock alone."""
-    return digest(config, without=CLOCK)
+    return digest(config, without=affects(config, "clock"))
 
 
 def reclockable(config: Config) -> bool:
     """Whether nothing that trains depends on the clock."""
-    if config.train.adaptive_work > 1 or config.strategy.budget == "deadline":  # the late may be left out
+    if (
+        config.train.adaptive_work > 1 or getattr(config.strategy, "budget", None) == "deadline"
+    ):  # the late may be left out
         return False
     down = config.network.downlink_bits
     if down is not None and down < config.network.downlink_cap_bits:  # the faster a link, the nearer the model it gets

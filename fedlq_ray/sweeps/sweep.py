@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from fedlq_ray.config.load import UNREADABLE, Config, change, digest, parse, plain, read, unreadable
+from fedlq_ray.config.load import UNREADABLE, Config, digest, merge, plain, read, unreadable
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.federation.record import Record
 from fedlq_ray.files import expand
@@ -160,14 +160,7 @@ def as_text(value: Any) -> str:
 
 def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Config:
     """`base` with key=value settings, of which a later one wins."""
-    try:
-        tree = OmegaConf.create(dict(base))
-        for setting in settings:
-            change(tree, setting)
-        merged = plain(tree)
-    except UNREADABLE as exc:
-        raise unreadable(source, exc) from exc
-    return parse(merged, source=source)
+    return merge(base, settings, source=source)
 
 
 def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], None]) -> Outcome:

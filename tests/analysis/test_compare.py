@@ -86,7 +86,7 @@ def test_runs_that_differ_in_seed_alone_are_a_row_and_named_by_what_differs(tmp_
         run("strategy.name=uniform", "strategy.bits=2", f"seed={seed}", "tracking.uri=null")
     found = runs.find(["runs"], None, tmp_path)
     assert {label: [r.config.seed for r in one] for label, one in found.runs.items()} == {
-        "fedavg strategy.bits=4.0": [0, 1],
+        "fedavg": [0, 1],
         "uniform strategy.bits=4.0": [0, 1],
         "uniform strategy.bits=2.0": [0, 1],
     }

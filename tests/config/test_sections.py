@@ -63,7 +63,7 @@ def test_python_takes_what_means_the_same():
         seed=np.int64(1),
         rounds=np.int32(4),
         stop_at_target=np.bool_(False),
-        strategy={"levels": [1, 2, 4], "bits": np.float32(2.5)},
+        strategy={"levels": [1, 2, 4], "budget": "bits", "bits": np.float32(2.5)},
         data={"path": Path("d.npz"), "alpha": np.float64(0.5)},
         train=TrainConfig(lr=np.float64(0.2)),
     )

@@ -7,7 +7,8 @@ import torch
 
 from fedlq_ray import simulate
 from fedlq_ray.config.load import load
-from fedlq_ray.config.settings import StrategyConfig, TrainConfig
+from fedlq_ray.config.schemes import strategy_config
+from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.task import prepare
 from fedlq_ray.quantization import Absent
@@ -79,14 +80,14 @@ def test_the_late_wait_or_drop_or_send_in_part():
     cohort, limits = [member(0, 1.0), member(1, 8.0), member(2, 9.9)], [900.0, 200.0, 10.0]
 
     def taking(late, limits=limits, **other):
-        config = StrategyConfig(budget="deadline", deadline_s=10.0, late=late, **other)
+        config = strategy_config(budget="deadline", deadline_s=10.0, late=late, **other)
         return taking_part(config, cohort, limits, least=300.0, scrap=50.0)
 
     assert taking("wait") == {0: 900, 1: 300, 2: 300}
     assert taking("drop") == {0: 900}
     assert taking("partial") == {0: 900, 1: 200}
     assert taking("drop", [0.0, 0.0, 0.0]) == {0: 300} and taking("partial", [0.0, 0.0, 0.0]) == {0: 50}
-    config = StrategyConfig(budget="cohort", late="drop")
+    config = strategy_config(budget="cohort", late="drop")
     assert taking_part(config, cohort, limits, 300.0, 50.0) == {0: 900, 1: 200, 2: 10}
 
 

@@ -259,7 +259,7 @@ def frozen_body() -> nn.Module:
 @pytest.mark.parametrize("strategy", ["fedlq", "uniform", "fedavg", "fedlq_rd", "ef_signsgd"])
 def test_frozen_parameters_are_not_sent_planned_or_moved(strategy, payload, tmp_path):
     feedback = None if payload == "update" else False
-    chosen = {"name": strategy, "payload": payload, "bits": 4, "error_feedback": feedback}
+    chosen = {"name": strategy, "payload": payload, "error_feedback": feedback}
     settings = config(tmp_path / "r", strategy=chosen)
     task = prepare(settings, model=frozen_body)
     result = simulate(settings, model=frozen_body)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlq_ray.config.settings import StrategyConfig
+from fedlq_ray.config.schemes import strategy_config
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax, Qsgd
 from fedlq_ray.significance.bounds import Problem, convergence_bound, fedpaq_bound, mean_error, worst_case_bound
@@ -235,7 +235,7 @@ def test_it_is_evaluated_for_the_plans_of_a_strategy_and_more_bytes_never_loosen
     losses, worst = Quadratics(), []
     for seconds in (0.21, 0.23, 0.25, 0.3, 0.32):
         members = [Member(i, int(100 * p), 0.2, 1000.0 * (i + 1)) for i, p in enumerate(SHARES)]
-        config = StrategyConfig(budget="deadline", deadline_s=seconds, levels=(3, 4, 6, 8))
+        config = strategy_config(budget="deadline", deadline_s=seconds, levels=(3, 4, 6, 8))
         fedlq = FedLQ(Setting(config, layers, seed=0))
         plans = fedlq.plan(0, members)
         q = plan_q([plans[m.client] for m in members])

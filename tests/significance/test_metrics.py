@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, softmax
 
 from fedlq_ray import simulate
 from fedlq_ray.config.load import load
-from fedlq_ray.config.settings import StrategyConfig
+from fedlq_ray.config.schemes import Probed, strategy_config
 from fedlq_ray.models import FlatModel
 from fedlq_ray.quantization import Float32, MinMax
 from fedlq_ray.significance import METRICS, Drops, Measurement, gather, in_blocks, measure
@@ -200,7 +200,7 @@ def test_what_is_not_finite_counts_as_the_worst():
 
 
 def test_names_in_the_configuration_are_the_metrics():
-    names, _ = get_args(StrategyConfig.model_fields["metric"].annotation)  # or None
+    names, _ = get_args(Probed.model_fields["metric"].annotation)  # or None
     assert get_args(names) == tuple(METRICS)
 
 
@@ -261,7 +261,7 @@ def test_fedlq_runs_with_it(metric, tmp_path, monkeypatch):
 
 def test_fedlq_probes_with_the_quantizers_of_its_levels():
     layers = evidence().model.layers
-    probe = FedLQ(Setting(StrategyConfig(levels=(2, 32), metric="fisher"), layers, seed=0)).probe(1)
+    probe = FedLQ(Setting(strategy_config(levels=(2, 32), metric="fisher"), layers, seed=0)).probe(1)
     assert probe.quantizers == (MinMax(2), Float32()) and probe.metric == "fisher"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlq_ray.config.settings import StrategyConfig
+from fedlq_ray.config.schemes import strategy_config
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax
@@ -34,7 +34,7 @@ ALL = (AdaQuantFL, DAdaQuant, FedDQ, AdaGQ, FedHQ, FedMPQ, FedFQ, LGreCo, Kimad)
 
 
 def setting(**config):
-    return Setting(StrategyConfig(**config), LAYERS, seed=0)
+    return Setting(strategy_config(**config), LAYERS, seed=0)
 
 
 def cohort(rates=(500.0, 1000.0, 4000.0), samples=(10, 20, 70), fixed=(1.0, 1.0, 1.0)):

@@ -289,7 +289,7 @@ def test_a_users_own_strategy_is_clocked_anew_only_if_it_says_so_itself(tmp_path
     found = [reclock.reclockable(load_settings(None, [f"strategy.name={name}"])) for name in names]
     assert found == [True, False, False, True]
     coded = ["network.downlink_bits=1"]
-    for timed in (["train.adaptive_work=4"], ["strategy.budget=deadline", "strategy.deadline_s=9"], coded):
+    for timed in (["train.adaptive_work=4"], coded):
         assert not reclock.reclockable(load_settings(None, ["strategy.name=fedavg", *timed]))
 
 
