@@ -68,7 +68,7 @@ def simulate(
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
-        watch: called with each event (fedlq_ray.events).
+        watch: called with each event (fedlq_ray.federation.events).
         parent: a comparison that this run belongs to, for MLflow: any text; what follows the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.

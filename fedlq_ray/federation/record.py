@@ -69,7 +69,7 @@ _ABSENT: dict[str, Any] = {
     **dict.fromkeys(("train_loss", "update_norm", "quantization_error", "accuracy", "test_loss")),
     **dict.fromkeys(("cohort", "answered", "skipped"), []),
     **dict.fromkeys((name for name in NAMES if name.startswith("client_")), []),
-    **dict.fromkeys(("uplink_bytes", "downlink_bytes"), 0),
+    **dict.fromkeys(("uplink_bytes", "downlink_bytes", "sim_time_s"), 0),
     "bits_per_parameter": {},
     "client_bits_per_parameter": {},
 }

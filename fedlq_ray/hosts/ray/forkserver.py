@@ -120,7 +120,7 @@ def serve(address: Path, raylet: int) -> None:
 
     import torch
 
-    import fedlq_ray.task  # noqa: F401  (what a worker needs, but Ray)
+    import fedlq_ray.federation.task  # noqa: F401  (what a worker needs, but Ray)
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # a link for each worker
