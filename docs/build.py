@@ -10,6 +10,7 @@ MkDocs gets a copy of docs/ in build/docs, to which this adds what is not writte
 import argparse
 import base64
 import importlib
+import json
 import os
 import pkgutil
 import re

@@ -20,7 +20,7 @@ from fedlq_ray.quantization.ecsq import TOP, Design, Magnitudes, _decoded
 from fedlq_ray.quantization.qsgd_elias import _Codes, _read, _write
 from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.strategies import Member
-from fedlq_ray.strategies.fedlq_rd import FedLQRD
+from fedlq_ray.strategies.fedlq_rd import FedLQRD, Seen
 from fedlq_ray.training.local import Plan
 
 NOTHING = Ecsq(1.0).design(Magnitudes.of(torch.zeros(1)))  # the server decodes without a design
@@ -90,6 +90,6 @@ class EliasOneStep:
 class EliasRD(FedLQRD):
     """FedLQ-RD with these codes."""
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        plans = super().plan(round, cohort)
+    def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+        plans = super().plan(seen, round, cohort)
         return {client: replace(plan, segments=EliasOneStep(plan.segments)) for client, plan in plans.items()}

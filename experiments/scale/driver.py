@@ -23,6 +23,7 @@ from fedlq_ray.config.load import load
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.downlink import Downlink
 from fedlq_ray.federation.fold import Fold
+from fedlq_ray.federation.planning import shares_of
 from fedlq_ray.federation.task import Job, Workplace, prepare
 from fedlq_ray.hosts.ray.hosting import RayHost
 from fedlq_ray.hosts.ray.session import start_ray
@@ -53,9 +54,9 @@ class Case:
         self.offers = down.offer({}, weights, {c: cohorts.downlink(self.task, c) for c in drawn}, 0)
         members = [cohorts.member(self.task, c, self.offers[c].num_bytes) for c in drawn]
         strategy = make(place.setting, None)
-        plans = strategy.plan(0, members)
+        plans = strategy.plan(strategy.init(), 0, members)
         self.jobs = [Job(0, m.client, plans[m.client], 16) for m in members]
-        self.shares = strategy.weights(members)
+        self.shares = shares_of(members, plans)
         self.replies = {job.client: place.train(job, weights, None)[0] for job in self.jobs}
         self.parameters, self.weights = len(weights), weights
         self.bytes = sum(len(reply.payload) for reply in self.replies.values()) / COHORT

@@ -48,7 +48,7 @@ PAYLOADS = ("update", "model")
 def states(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """After so many rounds of training: the weights (d,), and the last cohort's mean update (d,)."""
     strategy = make(host.place.setting)
-    for step in run(host.place.task, strategy, host, begin(host.place.initial_weights(), strategy), Timing()):
+    for step in run(host.place.task, strategy, host, begin(host.place.task, strategy), Timing()):
         if step.state.round in rounds:
             yield step.state.round, step.state.weights.clone(), step.state.update.clone()
 
@@ -89,8 +89,7 @@ def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict
 
 def smoothed(measured: Measurement, sizes: list[int]) -> np.ndarray:
     """What FedLQ makes of this one probe: scaled distortion where it is not above its noise."""
-    drops = Drops(0.0)
-    drops.add(measured)
+    drops = Drops(0.0).add(measured)
     return drops.estimate(sizes, LEVELS)
 
 

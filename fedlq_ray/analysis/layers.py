@@ -107,7 +107,7 @@ def analyses(
     with reproducible(plain.train.device):
         host: Any = _Unwatched(task)
         strategy = make(host.place.setting)
-        state = begin(host.place.initial_weights(), strategy)
+        state = begin(task, strategy)
         for step in run(task, strategy, host, state, Timing()):
             watch(step.record)
             if step.state.round in rounds:

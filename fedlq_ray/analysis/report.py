@@ -60,7 +60,6 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
     told = "".join(f"<li>{escape(one)}</li>" for one in findings(block, config.target_accuracy))
     made = tables.columns(block, config.target_accuracy)
     names = list(made)
-    none = "-"  # the scheme does not read it
     head = "".join(f"<th scope='col'>{escape(heading)}</th>" for heading in made)
     body = []
     for index, cells in enumerate(zip(*made.values(), strict=True)):

@@ -209,7 +209,7 @@ def _fault(section: type[Section], error: Any) -> str:
             near = [f"{head}.{field}" for field in difflib.get_close_matches(name, kind.model_fields, n=1)]
         wrong = "unknown key"
         if chosen and any(name in variant.model_fields for variant in chosen.others):
-            wrong = f"{chosen.name} does not read it; it reads {', '.join(kind.model_fields)}"
+            wrong = f"{chosen.name} does not read it; fedlq config {head}.name={chosen.name} shows what it reads"
         return f"{path}: {wrong}{f'; did you mean {near[0]}?' if near else ''}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":

@@ -12,7 +12,6 @@ from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Job, Task, Workplace
 from fedlq_ray.strategies import Member, Probe, Strategy
 from fedlq_ray.strategies.asking import asked
-from fedlq_ray.strategies.remembering import fingerprints
 from fedlq_ray.training.local import Plan
 
 
@@ -45,7 +44,6 @@ class Rules:
     task: Task
     strategy: Strategy
     downlink: Downlink
-    constant: Mapping[str, bytes]  # digests of what the strategy must not change
 
     @staticmethod
     def of(task: Task, strategy: Strategy) -> "Rules":
@@ -54,7 +52,7 @@ class Rules:
         down = Downlink(
             place.setting, network.downlink_bits, network.downlink_cap_bits, initial, place.broadcast_size()
         )
-        return Rules(task, strategy, down, fingerprints(strategy))
+        return Rules(task, strategy, down)
 
     def ask(self, method: str, round: int, *arguments: Any) -> Any:
         """What a method of the strategy returns."""
@@ -70,16 +68,22 @@ def plan(rules: Rules, state: ServerState) -> Planned:
     members = [cohorts.member(task, client, offers[client].num_bytes) for client in drawn]
     if task.config.train.adaptive_work > 1:
         known = state.payload_bytes and [state.payload_bytes] * len(members)
-        expected = rules.ask("expected_bytes", round, members) or known
+        expected = rules.ask("expected_bytes", round, state.strategy, members) or known
         members = cohorts.with_own_work(task, members, expected) if expected else members
-    plans = rules.ask("plan", round, round, members)
+    plans = rules.ask("plan", round, state.strategy, round, members)
     answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
     jobs = [Job(round, m.client, plans[m.client], samples_of_member(task, m)) for m in answering]
-    probe = rules.ask("probe", round, round)
+    probe = rules.ask("probe", round, state.strategy, round)
     if probe and getattr(task.config.strategy, "probe_on", "proxy") == "clients":
         probe = replace(probe, clients=tuple(drawn))
-    shares = rules.ask("weights", round, answering) if answering else []
-    return Planned(round, members, offers, plans, jobs, shares, probe)
+    return Planned(round, members, offers, plans, jobs, shares_of(answering, plans), probe)
+
+
+def shares_of(members: Sequence[Member], plans: Mapping[int, Plan]) -> list[float]:
+    """Each member's share of the sum: its weight over the sum of weights."""
+    weights = [m.samples if (own := plans[m.client].weight) is None else own for m in members]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def samples_of_member(task: Task, member: Member) -> int:

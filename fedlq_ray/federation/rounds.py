@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation import server
@@ -26,7 +25,7 @@ from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import News, Strategy
-from fedlq_ray.strategies.remembering import remembered, remind, require_unchanged
+from fedlq_ray.strategies.asking import asked
 
 
 @dataclass
@@ -63,8 +62,9 @@ class Step:
     resumable: bool
 
 
-def begin(weights: Tensor, strategy: Strategy) -> ServerState:
+def begin(task: Task, strategy: Strategy) -> ServerState:
     """The state before the first round."""
+    weights = task.flat_model().read()
     return ServerState(
         round=0,
         weights=weights,
@@ -74,7 +74,7 @@ def begin(weights: Tensor, strategy: Strategy) -> ServerState:
         server=Moments(),
         held={},
         tracked={},
-        strategy=remembered(strategy),
+        strategy=asked(strategy, task.config.seed, "init", 0),
         memories={},
     )
 
@@ -95,7 +95,6 @@ def run(
         ClientError: a client failed.
         FedLQError: the average is not finite, or nothing was learned.
     """
-    remind(strategy, state.strategy)
     host.remember(state.memories)
     rules, pending = Rules.of(task, strategy), None
     published = host.publish(state.weights)
@@ -167,9 +166,9 @@ def commit(
     norm = float(update[:parameters].double().norm())
     error = work * fold.mean_error if update is mean else None
     record = record_of(task, planned, fold, times, norm, error, sim_time_s)
-    rules.ask("learn", round, round, News(measurement, update, record.train_loss, round_time_s, fold.spread))
-    record = replace(record, report=dict(rules.ask("report", round)))
-    require_unchanged(rules.strategy, rules.constant)
+    news = News(measurement, update, record.train_loss, round_time_s, fold.spread)
+    learned = rules.ask("learn", round, state.strategy, round, news)
+    record = replace(record, report=dict(rules.ask("report", round, learned)))
     return ServerState(
         round=round + 1,
         weights=weights,
@@ -179,7 +178,7 @@ def commit(
         server=moments,
         held={**state.held, **fetched} if rules.downlink.bits is not None else state.held,
         tracked=fold.tracked,
-        strategy=remembered(rules.strategy),
+        strategy=learned,
         memories={client: memory for client, memory in memories.items() if memory is not None},
     ), record
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlq_ray.federation.server import Moments
+from fedlq_ray.strategies.state import plain, restored
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ServerState:
         server: the server optimizer's moments.
         held: by client, what it holds of the model (d,), where the downlink is coded.
         tracked: by client, what the server has of it (d,), by EF21.
-        strategy: what the strategy remembers, by attribute.
+        strategy: the strategy's own state.
         memories: by client, what it keeps for error feedback, in the host's form.
     """
 
@@ -34,17 +35,19 @@ class ServerState:
     server: Moments
     held: Mapping[int, Tensor]
     tracked: Mapping[int, Tensor]
-    strategy: Mapping[str, Any]
+    strategy: Any
     memories: Mapping[int, Any]
 
     def snapshot(self) -> dict[str, Any]:
         """The fields by name, as checkpoints hold them."""
-        return dict(vars(self))
+        return vars(self) | {"strategy": plain(self.strategy)}
 
     @staticmethod
-    def from_snapshot(saved: Mapping[str, Any]) -> "ServerState":
-        """A state from a checkpoint, which may hold more."""
-        return ServerState(**{name: saved[name] for name in FIELDS} | {"server": Moments(*saved["server"])})
+    def from_snapshot(saved: Mapping[str, Any], initial: Any) -> "ServerState":
+        """A state from a checkpoint, which may hold more; `initial`: the strategy's state before the first round."""
+        strategy = restored(initial, saved["strategy"])
+        own = {"server": Moments(*saved["server"]), "strategy": strategy}
+        return ServerState(**{name: saved[name] for name in FIELDS} | own)
 
 
 FIELDS = tuple(field.name for field in fields(ServerState))

@@ -43,7 +43,9 @@ def drive(
     where = checkpoints(folder, config)
     written = rundir.journal(folder)
     before, faults = latest(where, len(written), partial(rundir.checksum, folder))
-    state = begin(place.initial_weights(), strategy) if before is None else ServerState.from_snapshot(before)
+    state = begin(task, strategy)
+    if before is not None:
+        state = ServerState.from_snapshot(before, state.strategy)
     records, timing = written[: state.round], Timing()
     if before or faults:
         yield Resumed(records, faults)

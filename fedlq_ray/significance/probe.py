@@ -97,7 +97,7 @@ def _tables(evidence: Evidence, metrics: Sequence[str]) -> list[Table]:
     return [METRICS[name](evidence) for name in (*metrics, "squared_error")]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Drops:
     """The running estimate of A_l(b), kept over rounds: an exponential average, above its noise, falling in b.
 
@@ -111,16 +111,18 @@ class Drops:
     variance: Table | None = None
     distortion: Table | None = None
 
-    def add(self, measurement: Measurement) -> None:
-        """Fold one measurement in."""
+    def add(self, measurement: Measurement) -> "Drops":
+        """The estimate with one more measurement."""
         drop, variance, distortion = measurement.drop, measurement.noise**2, measurement.distortion
         if self.measured is None or self.variance is None or self.distortion is None:
-            self.measured, self.variance, self.distortion = drop, variance, distortion
-            return
+            return Drops(self.decay, drop, variance, distortion)
         keep, new = self.decay, 1 - self.decay
-        self.measured = keep * self.measured + new * drop
-        self.variance = keep**2 * self.variance + new**2 * variance
-        self.distortion = keep * self.distortion + new * distortion
+        return Drops(
+            self.decay,
+            keep * self.measured + new * drop,
+            keep**2 * self.variance + new**2 * variance,
+            keep * self.distortion + new * distortion,
+        )
 
     def curvature(self, sizes: Sequence[int], floor: float = 1e-3) -> Table:
         """s_l = sum_b A_l(b) / sum_b D_l(b), the drop per unit of squared error of each layer: (L,), above zero.

@@ -13,6 +13,7 @@ brought is seen in the next one's loss; the third, at s, ends with the decision.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedlq_ray.strategies.base import Member, News, Setting, Strategy
@@ -20,7 +21,24 @@ from fedlq_ray.strategies.budgets import bytes_at_levels
 from fedlq_ray.training.local import Plan
 
 
-class AdaGQ(Strategy):
+@dataclass(frozen=True)
+class Trials:
+    """What three rounds have brought.
+
+    Attributes:
+        s: levels.
+        before: the last round's loss and seconds.
+        rates: (loss drop per second, levels), of s and of its half.
+        norm: the mean update's, at the last decision.
+    """
+
+    s: float
+    before: tuple[float, float] | None = None
+    rates: list[tuple[float, float]] = field(default_factory=list)
+    norm: float | None = None
+
+
+class AdaGQ(Strategy[Trials]):
     """Bits that follow loss, time and gradient norm, shared out so that no client waits for another.
 
     Args:
@@ -28,42 +46,38 @@ class AdaGQ(Strategy):
         lam: levels that a doubling of the norm adds.
     """
 
-    remembers = ("s", "before", "rates", "norm")
-
     def __init__(self, setting: Setting, s0: float = 255.0, lam: float = 10.0) -> None:
         if not 1 <= s0 <= 255:
             raise ValueError(f"s0 must be 1 to 255, got {s0}")
-        self.setting, self.s, self.lam = setting, float(s0), lam
-        self.before: tuple[float, float] | None = None  # the last round's loss and seconds
-        self.rates: list[tuple[float, float]] = []  # (loss drop a second, levels), of s and of its half
-        self.norm: float | None = None
+        self.setting, self.s0, self.lam = setting, float(s0), lam
 
-    def levels(self, round: int) -> float:
-        """Levels of a round: s, and in the second of three its half."""
-        return max(1.0, self.s // 2) if round % 3 == 1 else self.s
+    def init(self) -> Trials:
+        return Trials(self.s0)
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        bits = equalised(self.setting, cohort, math.log2(self.levels(round) + 1))
+    def plan(self, state: Trials, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+        bits = equalised(self.setting, cohort, math.log2(levels_of(state, round) + 1))
         plans = {b: self.setting.at_levels([b] * len(self.setting.quantized)) for b in set(bits)}
         return {member.client: plans[b] for member, b in zip(cohort, bits, strict=True)}
 
-    def learn(self, round: int, news: News) -> None:
-        if round % 3 == 0:
-            self.rates = []
-        elif self.before is not None and news.train_loss is not None:
-            loss, seconds = self.before
-            self.rates = [*self.rates, ((loss - news.train_loss) / max(seconds, 1e-12), self.levels(round - 1))]
-        self.before = None if news.train_loss is None else (news.train_loss, news.round_time_s)
-        if len(self.rates) == 2:
-            self._decide(float(news.update.double().norm()))
+    def learn(self, state: Trials, round: int, news: News) -> Trials:
+        rates = [] if round % 3 == 0 else state.rates
+        if round % 3 and state.before is not None and news.train_loss is not None:
+            loss, seconds = state.before
+            rates = [*rates, ((loss - news.train_loss) / max(seconds, 1e-12), levels_of(state, round - 1))]
+        before = None if news.train_loss is None else (news.train_loss, news.round_time_s)
+        if len(rates) < 2:
+            return Trials(state.s, before, rates, state.norm)
+        norm = float(news.update.double().norm())
+        change = math.log2(norm / state.norm) if state.norm and norm > 0 else 0.0
+        return Trials(min(255.0, max(1.0, max(rates)[1] + self.lam * change)), before, rates, norm)
 
-    def _decide(self, norm: float) -> None:
-        better = max(self.rates)[1]
-        change = math.log2(norm / self.norm) if self.norm and norm > 0 else 0.0
-        self.s, self.norm = min(255.0, max(1.0, better + self.lam * change)), norm
+    def report(self, state: Trials) -> dict[str, Any]:
+        return {"quantization_levels": state.s}
 
-    def report(self) -> dict[str, Any]:
-        return {"quantization_levels": self.s}
+
+def levels_of(state: Trials, round: int) -> float:
+    """Levels of a round: s, and in the second of three its half."""
+    return max(1.0, state.s // 2) if round % 3 == 1 else state.s
 
 
 def equalised(setting: Setting, cohort: Sequence[Member], mean: float) -> list[int]:

@@ -10,6 +10,7 @@ value, which the paper has not, since a loss may come near 0.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedlq_ray.quantization import Quantizer
@@ -18,7 +19,15 @@ from fedlq_ray.strategies.base import Member, News, Setting, Strategy
 from fedlq_ray.training.local import Plan
 
 
-class AdaQuantFL(Strategy):
+@dataclass(frozen=True)
+class Progress:
+    """The first round's loss, and the levels of the next round."""
+
+    first_loss: float | None
+    levels: int
+
+
+class AdaQuantFL(Strategy[Progress]):
     """More levels as the training loss falls.
 
     Args:
@@ -26,31 +35,30 @@ class AdaQuantFL(Strategy):
         s_max: levels at most.
     """
 
-    remembers = ("first_loss", "levels")
     timeless = True
 
     def __init__(self, setting: Setting, s0: int = 2, s_max: int = 1024) -> None:
         if not 1 <= s0 <= s_max:
             raise ValueError(f"s0 must be 1 to s_max ({s_max}), got {s0}")
         self.setting, self.s0, self.s_max = setting, s0, s_max
-        self.first_loss: float | None = None
-        self.levels = s0
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        plan = same_for_all(self.setting, QsgdElias(levels=self.levels, bucket=None, norm="l2"))
+    def init(self) -> Progress:
+        return Progress(None, self.s0)
+
+    def plan(self, state: Progress, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+        plan = same_for_all(self.setting, QsgdElias(levels=state.levels, bucket=None, norm="l2"))
         return {member.client: plan for member in cohort}
 
-    def learn(self, round: int, news: News) -> None:
+    def learn(self, state: Progress, round: int, news: News) -> Progress:
         if news.train_loss is None:
-            return
-        if self.first_loss is None:
-            self.first_loss = news.train_loss
+            return state
+        first = news.train_loss if state.first_loss is None else state.first_loss
         # A loss of 0 asks for more levels than there are; a float beyond the top is cut before it becomes an int.
-        wanted = self.s0 * math.sqrt(max(self.first_loss, 0.0) / max(news.train_loss, 1e-12))
-        self.levels = max(1, min(self.s_max, math.ceil(wanted)))
+        wanted = self.s0 * math.sqrt(max(first, 0.0) / max(news.train_loss, 1e-12))
+        return Progress(first, max(1, min(self.s_max, math.ceil(wanted))))
 
-    def report(self) -> dict[str, Any]:
-        return {"quantization_levels": self.levels}
+    def report(self, state: Progress) -> dict[str, Any]:
+        return {"quantization_levels": state.levels}
 
 
 def same_for_all(setting: Setting, quantizer: Quantizer) -> Plan:

@@ -34,21 +34,22 @@ def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) ->
     return found
 
 
-def _wrong_plans(plans: Any, round: int, cohort: Any) -> str:
+def _wrong_plans(plans: Any, state: Any, round: int, cohort: Any) -> str:
     if not isinstance(plans, Mapping):
-        return f"returned a {type(plans).__name__}, where a dict of plans by client is due"
+        return f"returned a {type(plans).__name__}, but must return a dict of plans by client"
     kinds = {client: type(plan).__name__ for client, plan in plans.items() if not isinstance(plan, Plan)}
-    return "".join(
-        f"returned a {kind} for client {client}, where a Plan is due" for client, kind in [*kinds.items()][:1]
-    )
+    for client, kind in kinds.items():
+        return f"returned a {kind} for client {client}; it must return a Plan"
+    for client, plan in plans.items():
+        if plan.weight is not None and not (isinstance(plan.weight, int | float) and 0 < plan.weight < math.inf):
+            return f"gave client {client} the weight {plan.weight!r}; it must be above 0 and finite, or None"
+    return ""
 
 
-def _wrong_shares(shares: Any, members: Any) -> str:
-    try:
-        whole = len(shares) == len(members) and all(math.isfinite(share) for share in shares)
-    except TypeError:
-        whole = False
-    return "" if whole else f"must return one finite number for each of {len(members)} members, and returned {shares!r}"
+def _wrong_state(found: Any, state: Any, round: int, news: Any) -> str:
+    if type(found) is type(state):
+        return ""
+    return f"returned a {type(found).__name__}; it must return the next state, a {type(state).__name__} as before"
 
 
 def _wrong_update(found: Any, update: Tensor) -> str:
@@ -58,7 +59,7 @@ def _wrong_update(found: Any, update: Tensor) -> str:
     return f"must return a tensor {tuple(update.shape)} {update.dtype}, and returned {what}"
 
 
-def _wrong_report(report: Any) -> str:
+def _wrong_report(report: Any, state: Any) -> str:
     try:
         json.dumps(dict(report), allow_nan=False)
     except (TypeError, ValueError) as exc:
@@ -68,7 +69,7 @@ def _wrong_report(report: Any) -> str:
 
 _WRONG: dict[str, Callable[..., str]] = {
     "plan": _wrong_plans,
-    "weights": _wrong_shares,
+    "learn": _wrong_state,
     "combine": _wrong_update,
     "report": _wrong_report,
 }

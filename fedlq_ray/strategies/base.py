@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from fedlq_ray.config.schemes import Scoped, StrategyConfig
-from fedlq_ray.errors import ConfigError
+from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import (
     LAYER_HEADER,
@@ -110,11 +110,17 @@ class Setting(Generic[Chosen]):
         return PAYLOAD_HEADER + sum(self.size(layer, 32) for layer in self.layers if layer.buffer)
 
 
+def by_samples(cohort: Sequence[Member]) -> list[float]:
+    """The members' shares of the average where no plan has a weight: by samples of a pass."""
+    total = sum(member.samples for member in cohort)
+    return [member.samples / total for member in cohort]
+
+
 @dataclass(frozen=True)
 class Probe:
     """A measurement that a strategy asks for, of the weights that enter a round.
 
-    It runs while that round trains; the strategy hears of it when the round is over.
+    It runs while that round trains; `News` has the result when the round is over.
 
     Args:
         quantizers: tried on each layer alone; those of the levels to choose from, for one.
@@ -149,43 +155,53 @@ class News:
     spread: float | None = None
 
 
-class Strategy:
-    """A plan and nothing else. A user's own needs `plan`; the rest has these defaults.
+State = TypeVar("State", default=Any)
 
-    All that changes from round to round is in the attributes that `remembers` names: plain values, lists, dicts,
-    arrays, tensors, or a dataclass of such. Checkpoints hold them; another that changes is told as an error.
+
+class Strategy(Generic[State]):
+    """A strategy. Your own needs `plan`; the rest has these defaults.
+
+    What changes from round to round is the state: `init` makes it, `learn` returns the next one, and the rounds pass it
+    in. It is a plain value: a number, text, a tensor, an array, a list or dict of such, or a frozen dataclass with such
+    fields. Checkpoints hold it. Attributes are constants.
     """
-
-    remembers: tuple[str, ...] = ()
 
     error_feedback: Feedback = False  # what `strategy.error_feedback=null` means
     timeless = False  # uses neither fixed_s nor uplink_bytes_per_s nor round_time_s; your own class says so itself
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        """Each member's plan for a round, by client; who is left out sits the round out, and nobody waits for it."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        if vars(self).get("_made"):
+            raise FedLQError(
+                f"{type(self).__name__} changes its attribute {name} during a run, which a resumed run would not have; "
+                "make it part of the state that `learn` returns"
+            )
+        super().__setattr__(name, value)
+
+    def init(self) -> State:
+        """The state before the first round."""
+        return None  # type: ignore[return-value]  # a strategy without state
+
+    def plan(self, state: State, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+        """Each member's plan for a round, by client. Clients without a plan skip the round and do not delay it."""
         raise TypeError(f"{type(self).__name__} has no plan")
 
-    def expected_bytes(self, cohort: Sequence[Member]) -> Sequence[float] | None:
-        """Bytes that each member is to leave time for when it trains for as long as it can (`train.adaptive_work`);
-        None: as many as a payload had in the round before."""
+    def expected_bytes(self, state: State, cohort: Sequence[Member]) -> Sequence[float] | None:
+        """Bytes for which each member leaves time when it trains for as long as it can (`train.adaptive_work`); None:
+        the mean payload of the round before."""
         return None
 
-    def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
-        """The members' shares of the average: by samples of a pass, so that `train.max_samples` caps them."""
-        total = sum(member.samples for member in cohort)
-        return [member.samples / total for member in cohort]
-
     def combine(self, update: Tensor) -> Tensor:
-        """What the server takes for the cohort's mean update (d,): by default just that."""
+        """What the server takes for the cohort's mean update (d,): by default that update."""
         return update
 
-    def probe(self, round: int) -> Probe | None:
+    def probe(self, state: State, round: int) -> Probe | None:
         """What to measure while this round trains."""
         return None
 
-    def learn(self, round: int, news: News) -> None:
-        """Hear what came of the round."""
+    def learn(self, state: State, round: int, news: News) -> State:
+        """The state after a round."""
+        return state
 
-    def report(self) -> dict[str, Any]:
+    def report(self, state: State) -> dict[str, Any]:
         """What to log with a round, such as significance by layer; plain numbers."""
         return {}

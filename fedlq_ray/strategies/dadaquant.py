@@ -11,15 +11,25 @@ G starts at the first loss; phi is in rounds, where the paper has a tenth of the
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
 from fedlq_ray.strategies.adaquantfl import same_for_all
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.base import Member, News, Setting, Strategy, by_samples
 from fedlq_ray.training.local import Plan
 
 
-class DAdaQuant(Strategy):
+@dataclass(frozen=True)
+class Stall:
+    """The levels, the running loss, and its last values since the levels were raised (at most phi)."""
+
+    q: int
+    running: float | None = None
+    since: list[float] = field(default_factory=list)
+
+
+class DAdaQuant(Strategy[Stall]):
     """Levels that double when training stalls, more of them for clients of more weight.
 
     Args:
@@ -28,7 +38,6 @@ class DAdaQuant(Strategy):
         phi: rounds across which it is compared.
     """
 
-    remembers = ("q", "running", "since")
     timeless = True
 
     def __init__(self, setting: Setting, q_min: int = 1, q_max: int = 16, psi: float = 0.9, phi: int = 10) -> None:
@@ -36,26 +45,28 @@ class DAdaQuant(Strategy):
             raise ValueError(f"q_min must be 1 to q_max ({q_max}), got {q_min}")
         if not 0 <= psi < 1 or phi < 2:
             raise ValueError(f"psi must be in [0, 1) and phi at least 2, got {psi} and {phi}")
-        self.setting, self.q, self.q_max, self.psi, self.phi = setting, q_min, q_max, psi, phi
-        self.running: float | None = None
-        self.since: list[float] = []  # the running loss after each round since q was raised, the last phi of them
+        self.setting, self.q_min, self.q_max, self.psi, self.phi = setting, q_min, q_max, psi, phi
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        levels = client_levels(self.q, self.weights(cohort))
+    def init(self) -> Stall:
+        return Stall(self.q_min)
+
+    def plan(self, state: Stall, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+        levels = client_levels(state.q, by_samples(cohort))
         plans = {q: same_for_all(self.setting, QsgdElias(levels=q, bucket=None, norm="l2")) for q in set(levels)}
         return {member.client: plans[q] for member, q in zip(cohort, levels, strict=True)}
 
-    def learn(self, round: int, news: News) -> None:
+    def learn(self, state: Stall, round: int, news: News) -> Stall:
         if news.train_loss is None:
-            return
-        last = news.train_loss if self.running is None else self.running
-        self.running = self.psi * last + (1 - self.psi) * news.train_loss
-        self.since = [*self.since, self.running][-self.phi :]
-        if len(self.since) == self.phi and self.since[-1] >= self.since[0]:
-            self.q, self.since = min(2 * self.q, self.q_max), []
+            return state
+        last = news.train_loss if state.running is None else state.running
+        running = self.psi * last + (1 - self.psi) * news.train_loss
+        since = [*state.since, running][-self.phi :]
+        if len(since) == self.phi and since[-1] >= since[0]:
+            return Stall(min(2 * state.q, self.q_max), running)
+        return Stall(state.q, running, since)
 
-    def report(self) -> dict[str, Any]:
-        return {"quantization_levels": self.q}
+    def report(self, state: Stall) -> dict[str, Any]:
+        return {"quantization_levels": state.q}
 
 
 def client_levels(q: int, weights: Sequence[float]) -> list[int]:

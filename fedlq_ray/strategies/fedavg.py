@@ -18,5 +18,5 @@ class FedAvg(Strategy):
     def __init__(self, setting: Setting) -> None:
         self._plan = setting.at_levels([32] * len(setting.quantized))
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

@@ -54,5 +54,5 @@ class FedDQ(Strategy):
         config = setting.config
         self._plan = Plan(config.payload, ByRange(setting, resolution), setting.error_feedback)
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

@@ -26,5 +26,5 @@ class FedFQ(Strategy):
     def __init__(self, setting: Setting, bits: float = 4.0) -> None:
         self._plan = same_for_all(setting, FineGrained(bits))
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

@@ -10,6 +10,7 @@ each level, on the last mean update with the clients' quantizer; before the firs
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -21,35 +22,40 @@ from fedlq_ray.strategies.costs import layer_sizes, require_update, squared_erro
 from fedlq_ray.training.local import Plan
 
 
-class FedHQ(Strategy):
-    """One level a client, by its link; less weight to a client of more error."""
+@dataclass(frozen=True)
+class Errors:
+    """q by level, of the last mean update."""
 
-    remembers = ("chosen", "errors")
+    errors: dict[int, float] = field(default_factory=dict)
+
+
+class FedHQ(Strategy[Errors]):
+    """One level a client, by its link; less weight to a client of more error."""
 
     def __init__(self, setting: Setting[schemes.FedHQ]) -> None:
         require_update(setting)
         self.setting = setting
         self.sizes = setting.fixed_size + layer_sizes(setting, setting.config.levels).sum(axis=0)
-        self.errors: dict[int, float] = {}  # q by level, of the last mean update
-        self.chosen: dict[int, int] = {}  # this round's level by client
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def init(self) -> Errors:
+        return Errors()
+
+    def plan(self, state: Errors, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         config = self.setting.config
         levels: tuple[int, ...] = config.levels
         limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=float(self.sizes[0]))
         fitting = [np.flatnonzero(self.sizes <= limit) for limit in limits]
         chosen = [levels[int(fits[-1]) if len(fits) else 0] for fits in fitting]
-        self.chosen = {member.client: bits for member, bits in zip(cohort, chosen, strict=True)}
         plans = {bits: self.setting.at_levels([bits] * len(self.setting.quantized)) for bits in set(chosen)}
-        return {client: plans[bits] for client, bits in self.chosen.items()}
+        return {
+            m.client: replace(plans[bits], weight=m.samples / (1 + state.errors.get(bits, 0.0)))
+            for m, bits in zip(cohort, chosen, strict=True)
+        }
 
-    def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
-        shares = [m.samples / (1 + self.errors.get(self.chosen[m.client], 0.0)) for m in cohort]
-        return [share / sum(shares) for share in shares]
-
-    def learn(self, round: int, news: News) -> None:
+    def learn(self, state: Errors, round: int, news: News) -> Errors:
         levels, layers = self.setting.config.levels, self.setting.quantized
         energy = sum(float(news.update[layer.start : layer.stop].double().square().sum()) for layer in layers)
-        if energy > 0:  # where nobody answered, the errors of the round before still hold
-            errors = squared_errors(self.setting, news.update, levels).sum(axis=0) / energy
-            self.errors = dict(zip(levels, errors.tolist(), strict=True))
+        if not energy > 0:  # where no client answered, the errors of the round before still hold
+            return state
+        errors = squared_errors(self.setting, news.update, levels).sum(axis=0) / energy
+        return Errors(dict(zip(levels, errors.tolist(), strict=True)))

@@ -8,6 +8,7 @@ compute; under that budget levels by the greedy significance-aware algorithm, or
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,17 @@ from fedlq_ray.strategies.costs import layer_sizes
 from fedlq_ray.training.local import Plan
 
 
-class FedLQ(Strategy):
-    """Levels by layer and client, from significance measured during training."""
+@dataclass(frozen=True)
+class Seen:
+    """What training has shown: the drops, the square of the last round's mean update, and its `News.spread`."""
 
-    remembers = ("drops", "square", "spread")
+    drops: Drops
+    square: float = 0.0
+    spread: float = 1.0
+
+
+class FedLQ(Strategy[Seen]):
+    """Levels by layer and client, from significance measured during training."""
 
     def __init__(self, setting: Setting[schemes.FedLQ]) -> None:
         self.setting = setting
@@ -43,33 +51,35 @@ class FedLQ(Strategy):
         self.sizes = layer_sizes(setting, config.levels)
         self.cheapest = setting.fixed_size + int(self.sizes[:, 0].sum())
         self.counts = [layer.size for layer in setting.quantized]
-        self.drops = Drops(config.probe_decay)
-        self.square, self.spread = 0.0, 1.0  # of the last round's update, and News.spread
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def init(self) -> Seen:
+        return Seen(Drops(self.setting.config.probe_decay))
+
+    def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         bodies = self.sizes[:, 0] - LAYER_HEADER
         scrap = self.cheapest - int(bodies.sum() - bodies.min())  # one layer, and the headers of all
-        limits = taking_part(self.setting.config, cohort, self.budgets(cohort), self.cheapest, scrap)
-        made = {limit: self.setting.at_levels(self.levels(limit)) for limit in set(limits.values())}
+        limits = taking_part(self.setting.config, cohort, self.budgets(seen, cohort), self.cheapest, scrap)
+        made = {limit: self.setting.at_levels(self.levels(seen, limit)) for limit in set(limits.values())}
         return {client: made[limit] for client, limit in limits.items()}
 
-    def budgets(self, cohort: Sequence[Member]) -> list[float]:
+    def budgets(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload: (tau - fixed_n) R_n, at most those of the cap."""
-        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), self.noise, self.cheapest)
+        noise = partial(self.noise, seen)
+        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), noise, self.cheapest)
 
-    def expected_bytes(self, cohort: Sequence[Member]) -> list[float]:
-        return sent_in_equal_time(self.setting.config, cohort, self.budgets(cohort))
+    def expected_bytes(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
+        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, cohort))
 
-    def levels(self, budget: float) -> list[int]:
+    def levels(self, seen: Seen, budget: float) -> list[int]:
         """A level for each layer under a payload's bytes; 0, which sends nothing, only where not even the lowest level
         fits and the late may send in part: then for the layers of least significance."""
         config = self.setting.config
-        levels: list[int] = [config.levels[choice] for choice in self.allocate(budget).choice]
+        levels: list[int] = [config.levels[choice] for choice in self.allocate(seen, budget).choice]
         room = budget - self.setting.fixed_size - LAYER_HEADER * len(levels)
         if config.budget != "deadline" or config.late != "partial":
             return levels
         bodies = self.sizes[:, 0] - LAYER_HEADER
-        lost = self.drops.estimate(self.counts, config.levels)[:, 0]
+        lost = seen.drops.estimate(self.counts, config.levels)[:, 0]
         for layer in np.argsort(-lost / bodies, kind="stable"):
             if bodies[layer] > room:
                 levels[layer] = 0
@@ -77,21 +87,21 @@ class FedLQ(Strategy):
                 room -= bodies[layer]
         return levels
 
-    def noise(self, bits: float) -> float:
+    def noise(self, seen: Seen, bits: float) -> float:
         """Squared error of a payload at so many bits a parameter over the square of the mean update: as probed, the
         logarithm straight between levels; that of a Gaussian before."""
         levels = [level for level in self.setting.config.levels if level < 16]
         if not levels or bits < levels[0]:
             return math.inf
-        if self.drops.distortion is None or not self.square:
+        if seen.drops.distortion is None or not seen.square:
             return minmax_noise(bits)
-        errors = self.drops.distortion.sum(0)[: len(levels)] / self.square
-        return self.spread * float(np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
+        errors = seen.drops.distortion.sum(0)[: len(levels)] / seen.square
+        return seen.spread * float(np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
 
-    def allocate(self, budget: float) -> Allocation:
+    def allocate(self, seen: Seen, budget: float) -> Allocation:
         """Levels under a payload's bytes."""
         config = self.setting.config
-        drops = self.drops.estimate(self.counts, config.levels)
+        drops = seen.drops.estimate(self.counts, config.levels)
         left = budget - self.setting.fixed_size
         if config.allocation == "exact":
             return exact(drops, self.sizes, left)
@@ -105,7 +115,7 @@ class FedLQ(Strategy):
         margins: np.ndarray[Any, Any] = alpha * lost / max(lost.max(), 1e-30) - (1 - alpha) * saved / saved.max()
         return margins
 
-    def probe(self, round: int) -> Probe | None:
+    def probe(self, seen: Seen, round: int) -> Probe | None:
         # Round 0 has no update yet to measure on, and its weights are random.
         config = self.setting.config
         if round == 0 or (round - 1) % config.probe_every:
@@ -113,22 +123,20 @@ class FedLQ(Strategy):
         quantizers = tuple(self.setting.quantizer_at(bits) for bits in config.levels)
         return Probe(quantizers, config.probe_samples, config.metric or "loss")
 
-    def learn(self, round: int, news: News) -> None:
-        if news.measurement is not None:
-            self.drops.add(news.measurement)
-        self.square = float(news.update.double().square().sum())
-        # What is probed is a whole model where clients send models: its error is that of each, without a spread.
-        if news.spread is not None and self.setting.config.payload == "update":
-            self.spread = news.spread
+    def learn(self, seen: Seen, round: int, news: News) -> Seen:
+        drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
+        # Where clients send models, a whole model is probed: its error is that of each, without a spread.
+        spread = news.spread if self.setting.config.payload == "update" else None
+        return Seen(drops, float(news.update.double().square().sum()), seen.spread if spread is None else spread)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, seen: Seen) -> dict[str, Any]:
         """Significance A/M of each layer at the lowest level, and the noise of A there."""
-        if self.drops.measured is None or self.drops.variance is None:
+        if seen.drops.measured is None or seen.drops.variance is None:
             return {}
         names = [layer.name for layer in self.setting.quantized]
-        estimate = self.drops.estimate(self.counts, self.setting.config.levels)
+        estimate = seen.drops.estimate(self.counts, self.setting.config.levels)
         ratio = estimate / memory_saving(self.counts, self.setting.config.levels)
         return {
             "significance": dict(zip(names, ratio[:, 0].tolist(), strict=True)),
-            "drop_noise": dict(zip(names, np.sqrt(self.drops.variance[:, 0]).tolist(), strict=True)),
+            "drop_noise": dict(zip(names, np.sqrt(seen.drops.variance[:, 0]).tolist(), strict=True)),
         }

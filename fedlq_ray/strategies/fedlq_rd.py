@@ -7,6 +7,7 @@ feedback carries what was lost; the reconstruction is the one of least error, so
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,66 +35,74 @@ SCRAP = 0.02  # bits a parameter: a smaller payload says nothing; nor does one o
 PROBED = (3.0, 8.0)  # steps to measure significance with, in root mean squares of the update: about 1 and 0.3 bits
 
 
-class FedLQRD(Strategy):
+@dataclass(frozen=True)
+class Seen:
+    """What training has shown: the drops, the last round's `News.spread`, and its update's root mean square."""
+
+    drops: Drops
+    spread: float = 1.0
+    rms: float = 0.0
+
+
+class FedLQRD(Strategy[Seen]):
     """One step size for each client, from its budget."""
 
-    remembers = ("drops", "spread", "rms")
     error_feedback = True
 
     def __init__(self, setting: Setting[schemes.FedLQRD]) -> None:
         self.setting = setting
-        self.spread, self.rms = 1.0, 0.0  # News.spread, and root mean square of the update, of the last round
-        self.drops = Drops(setting.config.probe_decay)
         self.counts = [layer.size for layer in setting.quantized]
         self.scrap = max(SCRAP, 2 * headers_rate(setting))
         for key in ("bits",) if setting.config.budget == "bits" else ("floor_bits", "cap_bits"):
             if (rate := getattr(setting.config, key)) is not None:
                 require_rate(setting, rate, f"strategy.{key}")
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def init(self) -> Seen:
+        return Seen(Drops(self.setting.config.probe_decay))
+
+    def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         setting, config = self.setting, self.setting.config
         least = bytes_at_rate(setting, config.floor_bits or self.scrap)
-        limits = taking_part(config, cohort, self.budgets(cohort), least, bytes_at_rate(setting, self.scrap))
-        weights = np.sqrt(self.drops.curvature(self.counts)).tolist()
+        limits = taking_part(config, cohort, self.budgets(seen, cohort), least, bytes_at_rate(setting, self.scrap))
+        weights = np.sqrt(seen.drops.curvature(self.counts)).tolist()
         return {
             client: Plan(config.payload, one_step(setting, limit, weights), setting.error_feedback)
             for client, limit in limits.items()
         }
 
-    def budgets(self, cohort: Sequence[Member]) -> list[float]:
+    def budgets(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload."""
-        return budgets(self.setting.config, cohort, partial(bytes_at_rate, self.setting), self.noise)
+        return budgets(self.setting.config, cohort, partial(bytes_at_rate, self.setting), partial(self.noise, seen))
 
-    def expected_bytes(self, cohort: Sequence[Member]) -> list[float]:
-        return sent_in_equal_time(self.setting.config, cohort, self.budgets(cohort))
+    def expected_bytes(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
+        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, cohort))
 
-    def noise(self, bits: float) -> float:
+    def noise(self, seen: Seen, bits: float) -> float:
         """Squared error at a rate. With error feedback it is made good later: what it then adds to the rounds goes as
         q / (1 - q)^2 (Karimireddy et al., ICML 2019, Theorem II); a heuristic, outside our theorem."""
         if bits < self.scrap:
             return math.inf
         q = float(np.exp(np.interp(bits, RATES, np.log(ERRORS))))
-        return self.spread * (q / (1 - q) ** 2 if self.setting.error_feedback else q)
+        return seen.spread * (q / (1 - q) ** 2 if self.setting.error_feedback else q)
 
-    def probe(self, round: int) -> Probe | None:
+    def probe(self, seen: Seen, round: int) -> Probe | None:
         config = self.setting.config
         # Squared error weighs all layers alike, which needs no measuring.
-        if config.metric in (None, "squared_error") or not self.rms or (round - 1) % config.probe_every:
+        if config.metric in (None, "squared_error") or not seen.rms or (round - 1) % config.probe_every:
             return None
-        return Probe(tuple(Ecsq(step * self.rms) for step in PROBED), config.probe_samples, config.metric)
+        return Probe(tuple(Ecsq(step * seen.rms) for step in PROBED), config.probe_samples, config.metric)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, seen: Seen) -> dict[str, Any]:
         """Significance of each layer: the drop per unit of squared error, where it is measured."""
-        if self.drops.measured is None:
+        if seen.drops.measured is None:
             return {}
         names = [layer.name for layer in self.setting.quantized]
-        return {"significance": dict(zip(names, self.drops.curvature(self.counts).tolist(), strict=True))}
+        return {"significance": dict(zip(names, seen.drops.curvature(self.counts).tolist(), strict=True))}
 
-    def learn(self, round: int, news: News) -> None:
-        if news.measurement is not None:
-            self.drops.add(news.measurement)
-        self.rms = float(news.update.double().square().mean().sqrt())
-        self.spread = news.spread if news.spread is not None else self.spread
+    def learn(self, seen: Seen, round: int, news: News) -> Seen:
+        drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
+        spread = seen.spread if news.spread is None else news.spread
+        return Seen(drops, spread, float(news.update.double().square().mean().sqrt()))
 
 
 class EcsqFixed(FedLQRD):

@@ -12,6 +12,7 @@ update: on one grid for all layers, of 8 planes for the layer of greatest magnit
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -23,28 +24,35 @@ from fedlq_ray.strategies.costs import BITS, layer_sizes, require_update
 from fedlq_ray.training.local import Plan
 
 
-class FedMPQ(Strategy):
-    """Bits by layer: those that the last mean update occupied, pruned and grown to each client's budget."""
+@dataclass(frozen=True)
+class Planes:
+    """Bit planes that the last mean update occupied, by layer; None: the same for all."""
 
-    remembers = ("base",)
+    base: list[int] | None = None
+
+
+class FedMPQ(Strategy[Planes]):
+    """Bits by layer: those that the last mean update occupied, pruned and grown to each client's budget."""
 
     def __init__(self, setting: Setting[schemes.FedMPQ]) -> None:
         require_update(setting)
         self.setting = setting
         self.sizes = layer_sizes(setting, BITS)
-        self.base: list[int] | None = None  # planes that the last mean update occupied; None: the same for all
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def init(self) -> Planes:
+        return Planes()
+
+    def plan(self, state: Planes, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         cheapest = self.setting.fixed_size + int(self.sizes[:, 0].sum())
         limits = budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), cheapest=cheapest)
-        plans = {limit: self.setting.at_levels(self.fitted(limit)) for limit in set(limits)}
+        plans = {limit: self.setting.at_levels(self.fitted(state, limit)) for limit in set(limits)}
         return {member.client: plans[limit] for member, limit in zip(cohort, limits, strict=True)}
 
-    def fitted(self, budget: float) -> list[int]:
+    def fitted(self, state: Planes, budget: float) -> list[int]:
         """Bits by layer within a payload's bytes; the lowest for all where not even they fit."""
         room, layers = budget - self.setting.fixed_size, self.setting.quantized
         same = max((b for b in BITS if self.sizes[:, b - 1].sum() <= room), default=1)
-        bits = [same] * len(layers) if self.base is None else list(self.base)
+        bits = [same] * len(layers) if state.base is None else list(state.base)
         weight = [layer.size * (BITS[-1] - b + 1) for layer, b in zip(layers, bits, strict=True)]
         order = sorted(range(len(bits)), key=lambda i: (-weight[i], i))
 
@@ -59,10 +67,9 @@ class FedMPQ(Strategy):
                 bits[i] += 1
         return bits
 
-    def learn(self, round: int, news: News) -> None:
+    def learn(self, state: Planes, round: int, news: News) -> Planes:
         peaks = [_peak(news.update[layer.start : layer.stop]) for layer in self.setting.quantized]
-        if max(peaks) > 0:
-            self.base = [planes(peak, max(peaks)) for peak in peaks]
+        return Planes([planes(peak, max(peaks)) for peak in peaks]) if max(peaks) > 0 else state
 
 
 def planes(peak: float, top: float) -> int:

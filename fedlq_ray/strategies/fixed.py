@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ class Fixed(Strategy):
         segments = setting.one(quantizer)
         self._plan = Plan(setting.config.payload, segments, setting.error_feedback)
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}
 
 
@@ -76,10 +77,8 @@ class SignSGD(Fixed):
                 "false, or strategy.name=ef_signsgd"
             )
         super().__init__(setting, Sign(scaled=False))
+        self._plan = replace(self._plan, weight=1.0)
         self.step, self.voted = step, [(layer.start, layer.stop) for layer in setting.quantized]
-
-    def weights(self, cohort: Sequence[Member]) -> Sequence[float]:
-        return [1 / len(cohort)] * len(cohort)
 
     def combine(self, update: Tensor) -> Tensor:
         stepped = update.clone()

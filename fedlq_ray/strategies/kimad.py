@@ -76,7 +76,7 @@ class Kimad(Strategy):
         self.setting, self.round_s = setting, round_s
         self.cheapest = setting.fixed_size + int(layer_sizes(setting, setting.config.levels)[:, 0].sum())
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         config = self.setting.config
         if self.round_s is None:
             limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=self.cheapest)

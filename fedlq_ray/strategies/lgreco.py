@@ -10,6 +10,7 @@ Where no levels within the constraint are smaller than the reference, it is kept
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,15 @@ from fedlq_ray.training.local import Plan
 BUCKETS = 10_000
 
 
-class LGreCo(Strategy):
+@dataclass(frozen=True)
+class Chosen:
+    """The levels by layer, and the sum of the updates seen since the window began."""
+
+    levels: list[int]
+    seen: Tensor | None = None
+
+
+class LGreCo(Strategy[Chosen]):
     """Levels by layer that cost less than `bits` for all, at no more error.
 
     Args:
@@ -32,7 +41,6 @@ class LGreCo(Strategy):
         window: rounds before an adjustment whose mean updates are averaged.
     """
 
-    remembers = ("levels", "seen")
     timeless = True
 
     def __init__(self, setting: Setting, bits: int = 4, alpha: float = 1.0, every: int = 10, window: int = 1) -> None:
@@ -41,25 +49,27 @@ class LGreCo(Strategy):
             raise ValueError(f"bits must be 1 to 8, alpha above 0, window 1 to every; got {bits, alpha, window, every}")
         self.setting, self.bits, self.alpha, self.every, self.window = setting, bits, alpha, every, window
         self.sizes = layer_sizes(setting, BITS)
-        self.levels = [bits] * len(setting.quantized)
-        self.seen: Tensor | None = None
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        plan = self.setting.at_levels(self.levels)
+    def init(self) -> Chosen:
+        return Chosen([self.bits] * len(self.setting.quantized))
+
+    def plan(self, state: Chosen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+        plan = self.setting.at_levels(state.levels)
         return {member.client: plan for member in cohort}
 
-    def learn(self, round: int, news: News) -> None:
-        step = round % self.every
+    def learn(self, state: Chosen, round: int, news: News) -> Chosen:
+        step, seen = round % self.every, state.seen
         if step >= self.every - self.window:
-            self.seen = news.update.clone() if self.seen is None else self.seen + news.update
-        if step == self.every - 1 and self.seen is not None:
-            errors = np.sqrt(squared_errors(self.setting, self.seen / self.window, BITS))
-            reference = BITS.index(self.bits)
-            found = smallest(errors, self.sizes, self.alpha * float(errors[:, reference].sum()))
-            rows = np.arange(len(self.levels))
-            if found is None or self.sizes[rows, found].sum() >= self.sizes[:, reference].sum():
-                found = [reference] * len(self.levels)
-            self.levels, self.seen = [BITS[c] for c in found], None
+            seen = news.update.clone() if seen is None else seen + news.update
+        if step < self.every - 1 or seen is None:
+            return Chosen(state.levels, seen)
+        errors = np.sqrt(squared_errors(self.setting, seen / self.window, BITS))
+        reference = BITS.index(self.bits)
+        found = smallest(errors, self.sizes, self.alpha * float(errors[:, reference].sum()))
+        rows = np.arange(len(state.levels))
+        if found is None or self.sizes[rows, found].sum() >= self.sizes[:, reference].sum():
+            found = [reference] * len(state.levels)
+        return Chosen([BITS[c] for c in found])
 
 
 def smallest(errors: Table, sizes: NDArray[np.int64], target: float, buckets: int = BUCKETS) -> list[int] | None:

@@ -31,7 +31,7 @@ class Uniform(Strategy):
         if setting.config.scope == "model" and bits > 8:
             raise ConfigError("strategy.bits: scope=model needs at most 8 bits")
 
-    def plan(self, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
+    def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         span = self.above - self.below
         share = (self.setting.config.bits - self.below) / span if span else 0.0
         # Whole clients so that the count over all rounds so far is within one of share x clients.

@@ -36,11 +36,13 @@ class Plan:
             by what it has to send, a function from that vector (d,) to them, which pickles.
         error_feedback: add what was lost in earlier rounds, and keep what is lost in this one; "ef21": send the
             difference from what the server has of this client, and keep that.
+        weight: the client's weight in the average, over the sum of all that answer; None: the samples of a pass.
     """
 
     payload: str
     segments: tuple[Segment, ...] | Callable[[Tensor], tuple[Segment, ...]]
     error_feedback: Feedback = False
+    weight: float | None = None
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,10 @@ class Waits(Fixed):
         super().__init__(setting, setting.quantizer_at(4))
         self.folder = folder
 
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         while round in (3, 5) and not (self.folder / str(round)).exists():
             time.sleep(0.05)
-        return super().plan(round, cohort)
+        return super().plan(state, round, cohort)
 
 
 @pytest.mark.parametrize("hosting", ["packed", pytest.param("dedicated", marks=FULL)])
@@ -182,7 +182,7 @@ class Hungers(Strategy):
     def __init__(self, setting, folder):
         self.setting, self.folder = setting, folder
 
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
         hungry = Hungry(segments, self.folder)
         return {c.client: Plan("update", hungry if c.client == 3 else segments) for c in cohort}

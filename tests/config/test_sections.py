@@ -15,7 +15,7 @@ AS_WRITTEN = ["0123", "1:30", "1_000", "1234e8", "0x1F", "0b11", "1e3", "yes", "
 
 @pytest.mark.parametrize("text", AS_WRITTEN)
 def test_text_stays_as_it_is_written(text, tmp_path):
-    paths = ("tracking.experiment", "data.path", "strategy.name", "clients.profiles", "out")
+    paths = ("tracking.experiment", "data.path", "strategy.quantizer", "clients.profiles", "out")
     for path in paths:
         section, _, name = path.rpartition(".")
         (tmp_path / "c.yaml").write_text(f"{section}:\n  {name}: {text}\n" if section else f"{name}: {text}\n")
@@ -119,7 +119,7 @@ def test_arguments_that_config_yaml_cannot_hold_are_refused(section, value, what
     with pytest.raises(
         ConfigError, match=rf"^{section}\.args: {what}, and config\.yaml holds only .*functools\.partial"
     ):
-        Config(**{section: {"args": {"act": value}}})
+        Config(**{section: {"name": "own:part", "args": {"act": value}}})
 
 
 def test_numpy_and_paths_in_arguments_become_plain(tmp_path):

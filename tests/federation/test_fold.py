@@ -95,13 +95,13 @@ class Federation(RuleBasedStateMachine):
     def run(self, host, saved=None):
         place = Workplace(TASK)
         strategy = make(place.setting)
-        self.start = ServerState.from_snapshot(saved) if saved else begin(place.model.storage.clone(), strategy)
+        self.start = ServerState.from_snapshot(saved, strategy.init()) if saved else begin(TASK, strategy)
         plan = strategy.plan
 
-        def of_who_joined(round, *arguments):
-            return {c: p for c, p in plan(round, *arguments).items() if self.joined.get(c, ROUNDS) <= round}
+        def of_who_joined(state, round, *arguments):
+            return {c: p for c, p in plan(state, round, *arguments).items() if self.joined.get(c, ROUNDS) <= round}
 
-        strategy.plan = of_who_joined
+        vars(strategy)["plan"] = of_who_joined
         return run(TASK, strategy, host, self.start, Timing())
 
     @rule(data=st.data())
@@ -201,7 +201,7 @@ def test_a_refused_payload_is_named_or_its_client_is_skipped(policy):
     task = prepare(load(None, [*SETTINGS, f"clients.on_failure={policy}", "rounds=1", "clients.dropout=0"]))
     place = Workplace(task)
     strategy = make(place.setting)
-    rounds = run(task, strategy, Damaging(task), begin(place.model.storage.clone(), strategy), Timing())
+    rounds = run(task, strategy, Damaging(task), begin(task, strategy), Timing())
     cohort = cohorts.draw(task, 0)
     if policy == "fail":
         with pytest.raises(ClientError, match=rf"^round 0, client {cohort[1]}: its payload is refused: the checksum"):

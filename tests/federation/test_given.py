@@ -69,7 +69,7 @@ class Held:
     def size(self, count):
         return 4 * count
 
-    def plan(self, round, cohort, evaluation=None):
+    def plan(self, state, round, cohort, evaluation=None):
         return {}
 
 

@@ -1,6 +1,7 @@
 """Whole runs without Ray: what a record holds, what seeds decide, and that bytes and clock are right."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,18 +130,26 @@ class EightBits(Strategy):
     def __init__(self, setting):
         self.setting = setting
 
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         return {m.client: self.setting.at_levels([8] * len(self.setting.quantized)) for m in cohort}
 
 
-class Halved(EightBits):
-    def weights(self, cohort):
-        return [share / 2 for share in super().weights(cohort)]
+class Weighted(EightBits):
+    """The same weights as by default, in another unit."""
+
+    def plan(self, state, round, cohort):
+        plans = super().plan(state, round, cohort)
+        return {m.client: replace(plans[m.client], weight=m.samples / 2) for m in cohort}
 
 
-def test_weights_need_not_sum_to_one():
-    whole, half = run(strategy=EightBits), run("server.lr=2", strategy=Halved)
-    torch.testing.assert_close(torch.from_numpy(half.weights), torch.from_numpy(whole.weights), rtol=0, atol=1e-3)
+class OneVoteEach(EightBits):
+    def plan(self, state, round, cohort):
+        return {client: replace(plan, weight=3.0) for client, plan in super().plan(state, round, cohort).items()}
+
+
+def test_weights_of_plans_are_relative():
+    default, same, other = run(strategy=EightBits), run(strategy=Weighted), run(strategy=OneVoteEach)
+    assert same.summary["weights_sha256"] == default.summary["weights_sha256"] != other.summary["weights_sha256"]
 
 
 class Signs:
@@ -158,8 +167,8 @@ class Signs:
 
 
 class ForAll(EightBits):
-    def plan(self, round, cohort):
-        (plan,) = set(super().plan(round, cohort[:1]).values())
+    def plan(self, state, round, cohort):
+        (plan,) = set(super().plan(state, round, cohort[:1]).values())
         return dict.fromkeys(range(8), plan)
 
 
@@ -249,9 +258,9 @@ def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(opt
     heard, probed = [], []
 
     class Hears(STRATEGIES["fedlq"]):
-        def learn(self, round, news):
+        def learn(self, seen, round, news):
             heard.append(news.update)
-            super().learn(round, news)
+            return super().learn(seen, round, news)
 
     class Probes(SerialHost):
         def probe(self, probe, base, sent, round):
@@ -263,7 +272,7 @@ def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(opt
 
     def steps(state=None):
         strategy = make(place.setting, Hears)
-        state = state or rounds.begin(place.model.storage.clone(), strategy)
+        state = state or rounds.begin(task, strategy)
         return list(rounds.run(task, strategy, Probes(task), state, rounds.Timing()))
 
     weights, moments = place.model.storage.clone(), Moments()
@@ -292,7 +301,7 @@ def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late
     task = prepare(load(None, [*QUICK, *settings, *deadline]))
     place = Workplace(task)
     host, strategy = SerialHost(task), make(place.setting)
-    state = rounds.begin(place.model.storage.clone(), strategy)
+    state = rounds.begin(task, strategy)
     steps = list(rounds.run(task, strategy, host, state, rounds.Timing()))
     answered = {client for step in steps for client in step.record.answered}
     tracked = steps[-1].state.tracked

@@ -306,7 +306,7 @@ class Drawing(Strategy):
     def __init__(self, setting) -> None:
         self.setting = setting
 
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         level = random.choice([2, 4, 8]) if np.random.random() < 0.5 else 3
         return {m.client: self.setting.at_levels([level] * len(self.setting.quantized)) for m in cohort}
 

@@ -133,7 +133,7 @@ from fedlq_ray.strategies import Strategy
 class Five(Strategy):
     def __init__(self, setting):
         self.setting = setting
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         return {m.client: self.setting.at_levels([5] * len(self.setting.quantized)) for m in cohort}
 
 def data():

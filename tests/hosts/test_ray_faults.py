@@ -44,7 +44,7 @@ def records(*overrides, hosting="packed", strategy=None, **given):
     place = Workplace(task)
     host = on_ray.RayHost(task, hosting)
     made = make(place.setting, strategy)
-    for step in rounds.run(task, made, host, rounds.begin(place.initial_weights(), made), rounds.Timing()):
+    for step in rounds.run(task, made, host, rounds.begin(task, made), rounds.Timing()):
         yield step.record
 
 
@@ -171,7 +171,7 @@ class Picky(Strategy):
     def __init__(self, setting):
         self.setting = setting
 
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
         return {m.client: Plan("update", Choice(segments, m.client, 3)) for m in cohort}
 
@@ -193,8 +193,8 @@ def test_a_client_that_fails_for_good(hosting):
 class Deadly(Picky):
     """Client 3 ends the actor that it is at; from round 3 on, it stops it."""
 
-    def plan(self, round, cohort):
-        plans = super().plan(round, cohort)
+    def plan(self, state, round, cohort):
+        plans = super().plan(state, round, cohort)
         number = signal.SIGKILL if round < 3 else signal.SIGSTOP
         return {c: Plan("update", Signal(p.segments.segments, number if c == 3 else 0)) for c, p in plans.items()}
 
@@ -221,7 +221,7 @@ def test_who_ends_its_actor_is_skipped_alone_and_who_is_only_silent_is_never_ski
 class Large(Picky):
     """Finds no room for its plan."""
 
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         raise OutOfDiskError("local disk is full")
 
 

@@ -1,12 +1,12 @@
 """A run that ended anywhere goes on to the same bytes, or says why not."""
 
+import dataclasses
 import gc
 import json
 import os
 import signal
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,7 +26,7 @@ from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
 from fedlq_ray.runs.simulation import resume, run_or_resume, simulate
 from fedlq_ray.runs.storage import Folder, Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
-from fedlq_ray.strategies.remembering import remembered
+from fedlq_ray.strategies.state import plain, restored
 
 STRATEGIES = ["adaquantfl", "dadaquant", "feddq", "adagq", "fedhq", "fedmpq", "lgreco", "kimad", "stc"]
 
@@ -37,7 +37,7 @@ def test_a_packed_snapshot_is_let_go_at_once():
     try:
         value = np.zeros(3)
         held = weakref.ref(value)
-        unpack(pack({"memories": {1: value}, "strategy": remembered(SimpleNamespace(remembers=("x",), x=[value]))}))
+        unpack(pack({"memories": {1: value}, "strategy": plain([value])}))
         del value
         assert held() is None
     finally:
@@ -308,48 +308,44 @@ def test_a_resume_does_not_train_past_the_target(tmp_path: Path) -> None:
     assert 1 < done < 6 and kept == list(range(1, done))  # none from which a round would follow the last
 
 
-def test_what_is_remembered_is_what_was_so_then() -> None:
-    class Appends:
-        remembers = ("rates", "of", "counts", "again", "norm")
+@dataclasses.dataclass(frozen=True)
+class Table:
+    rates: list[float]
+    of: dict[str, tuple[list[float]]]
+    counts: Any
+    again: list[Any]
+    norm: torch.Tensor
+    inner: Any = None
 
-        def __init__(self) -> None:
-            self.rates, self.of = [1.0], {"a": ([2.0],)}
-            self.counts, self.norm = np.zeros(1), torch.zeros(1)
-            self.again = [self.counts]
 
-    strategy = Appends()
-    before = remembered(strategy)
-    strategy.rates.append(3.0)
-    strategy.of["a"][0].append(4.0)
-    strategy.counts += 1
-    strategy.norm += 1
-    same = {
-        "rates": [1.0],
-        "of": {"a": ([2.0],)},
-        "counts": np.zeros(1),
-        "again": [np.zeros(1)],
-        "norm": torch.zeros(1),
-    }
-    assert before == same
+def test_a_plain_state_is_a_copy_that_gives_the_state_back() -> None:
+    counts = np.zeros(1)
+    state = Table([1.0], {"a": ([2.0],)}, counts, [counts], torch.zeros(1), Table([0.5], {}, 1, [], torch.ones(1)))
+    before = plain(state)
+    state.rates.append(3.0)
+    state.of["a"][0].append(4.0)
+    state.counts[0] += 1
+    state.norm[0] += 1
+    assert (before["rates"], before["of"], before["counts"][0], float(before["norm"])) == ([1.0], {"a": ([2.0],)}, 0, 0)
     assert before["again"][0] is before["counts"]  # changed in one place, changed in the other
-    unpack(pack(before))["counts"] += 1  # and a resumed strategy may change it too
+    unpacked = unpack(pack(before))
+    unpacked["counts"] += 1  # and a resumed strategy may change it too
+    back = restored(dataclasses.replace(state, rates=[], inner=Table([], {}, 0, [], torch.zeros(1))), before)
+    assert isinstance(back, Table) and back.rates == [1.0] and back.inner.rates == [0.5]
+    assert restored(state, {"rates": [9.0]}).of is state.of  # what a checkpoint lacks stays as init makes it
+    assert restored(None, {}) is None
 
 
 def test_an_array_changed_in_place(tmp_path: Path) -> None:
     """By `plan`, of a round that a signal then cuts short: that round is not counted, nor what it changed."""
 
     class Counts(BY_NAME["uniform"]):  # type: ignore[valid-type,misc]
-        remembers = ("counts",)
+        def init(self) -> Any:
+            return np.zeros(1, int)
 
-        def __init__(self, setting: Any) -> None:
-            super().__init__(setting)
-            self.counts = np.zeros(1, int)
-
-        def plan(self, round: int, cohort: Any) -> Any:
-            self.counts[0] += 1
-            return {
-                m.client: self.setting.at_levels([int(self.counts[0])] * len(self.setting.quantized)) for m in cohort
-            }
+        def plan(self, counts: Any, round: int, cohort: Any) -> Any:
+            counts[0] += 1
+            return {m.client: self.setting.at_levels([int(counts[0])] * len(self.setting.quantized)) for m in cohort}
 
     def settings(name: str) -> configuration.Config:
         return configuration.load(None, [*SMALL, "checkpoint.every_rounds=null", f"out={tmp_path / name}"])
@@ -366,8 +362,8 @@ def test_an_array_changed_in_place(tmp_path: Path) -> None:
 
 def test_strategy_that_forgets(tmp_path: Path) -> None:
     class Forgetful(BY_NAME["uniform"]):  # type: ignore[valid-type,misc]
-        def learn(self, round: int, news: object) -> None:
+        def learn(self, state: None, round: int, news: object) -> None:
             self.seen = round
 
-    with pytest.raises(FedLQError, match=r"Forgetful changes seen .*remembers = \('seen',\)"):
+    with pytest.raises(FedLQError, match=r"Forgetful changes its attribute seen during a run"):
         simulate(configuration.load(None, [*SMALL, f"out={tmp_path / 'run'}"]), strategy=Forgetful)

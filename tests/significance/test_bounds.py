@@ -13,6 +13,7 @@ from fedlq_ray.quantization import MinMax, Qsgd
 from fedlq_ray.significance.bounds import Problem, convergence_bound, fedpaq_bound, mean_error, worst_case_bound
 from fedlq_ray.significance.error_factors import minmax_error, minmax_q, plan_q, qsgd_q
 from fedlq_ray.strategies import Member, Setting
+from fedlq_ray.strategies.base import by_samples
 from fedlq_ray.strategies.fedlq import FedLQ
 
 LAYERS = (3, 9, 28)  # of different sizes; small enough that QSGD at 1 bit, with q = 27, does not diverge
@@ -237,11 +238,11 @@ def test_it_is_evaluated_for_the_plans_of_a_strategy_and_more_bytes_never_loosen
         members = [Member(i, int(100 * p), 0.2, 1000.0 * (i + 1)) for i, p in enumerate(SHARES)]
         config = strategy_config(budget="deadline", deadline_s=seconds, levels=(3, 4, 6, 8))
         fedlq = FedLQ(Setting(config, layers, seed=0))
-        plans = fedlq.plan(0, members)
+        plans = fedlq.plan(fedlq.init(), 0, members)
         q = plan_q([plans[m.client] for m in members])
         worst.append(
             worst_case_bound(
-                losses.problem, lr=step(losses), local_steps=STEPS, rounds=ROUNDS, shares=fedlq.weights(members), q=q
+                losses.problem, lr=step(losses), local_steps=STEPS, rounds=ROUNDS, shares=by_samples(members), q=q
             )
         )
     assert all(a > b for a, b in itertools.pairwise(worst))

@@ -208,17 +208,17 @@ def test_curvature_by_hand():
     drops, sizes = Drops(0.5), [10, 30, 60]
     assert (drops.curvature(sizes) == 1).all()  # nothing is known
     error = np.array([[4.0, 1.0], [2.0, 0.0], [8.0, 2.0]])
-    drops.add(Measurement(np.array([[8.0, 2.0], [0.5, 0.5], [-1.0, 0.0]]), np.zeros((3, 2)), error))
+    drops = drops.add(Measurement(np.array([[8.0, 2.0], [0.5, 0.5], [-1.0, 0.0]]), np.zeros((3, 2)), error))
     # 10/5, 1/2 and noise: the mean is (10 x 2 + 30 x .5) / 100 = .35, of which the third has a thousandth.
     assert drops.curvature(sizes) == pytest.approx([2, 0.5, 0.35e-3])
-    drops.add(Measurement(np.array([[0.0, 0.0], [1.5, 1.5], [4.0, 2.0]]), np.zeros((3, 2)), error))
+    drops = drops.add(Measurement(np.array([[0.0, 0.0], [1.5, 1.5], [4.0, 2.0]]), np.zeros((3, 2)), error))
     # Averages of the sums: 5/5, 2/2, 2.5/10.
     assert drops.curvature(sizes) == pytest.approx([1, 1, 0.25])
     drops = Drops(0.5)
-    drops.add(Measurement(-error, np.zeros((3, 2)), error))
+    drops = drops.add(Measurement(-error, np.zeros((3, 2)), error))
     assert (drops.curvature(sizes) == 1).all()  # nothing stands out
     drops = Drops(0.5)
-    drops.add(Measurement(np.array([[6.0], [0.0]]), np.zeros((2, 1)), np.array([[2.0], [0.0]])))
+    drops = drops.add(Measurement(np.array([[6.0], [0.0]]), np.zeros((2, 1)), np.array([[2.0], [0.0]])))
     assert (drops.curvature([1, 9]) == 3).all()  # a layer without error has the mean of the others
 
 
@@ -228,15 +228,15 @@ def test_what_is_not_above_its_noise_is_the_scaled_distortion_by_hand():
     first = drops.estimate(sizes, levels)  # nothing is known: d / (6 (2^b - 1)^2)
     assert first == pytest.approx(np.array([[10, 10 / 9, 10 / 225], [30, 30 / 9, 30 / 225]]) / 6)
     error = np.array([[4.0, 1.0, 0.1], [8.0, 2.0, 0.2]])
-    drops.add(Measurement(np.array([[8.0, 4.0, -0.3], [1.0, -1.0, 0.1]]), np.full((2, 3), 1.0), error))
+    drops = drops.add(Measurement(np.array([[8.0, 4.0, -0.3], [1.0, -1.0, 0.1]]), np.full((2, 3), 1.0), error))
     # The first layer's ratios are 2 and 4, so 3 for its third level; the second has none, so 3 too, at most 2 noises.
     assert drops.estimate(sizes, levels) == pytest.approx(np.array([[8, 4, 0.3], [2, 2, 0.6]]))
     drops = Drops(0.5)
-    drops.add(Measurement(np.array([[8.0, 4.0, -0.3], [40.0, -1.0, 0.1]]), np.full((2, 3), 1.0), error))
+    drops = drops.add(Measurement(np.array([[8.0, 4.0, -0.3], [40.0, -1.0, 0.1]]), np.full((2, 3), 1.0), error))
     # The second layer's ratio is 5, of its first level: its own, not the median of all, 4.
     assert drops.estimate(sizes, levels) == pytest.approx(np.array([[8, 4, 0.3], [40, 2, 1]]))
     drops = Drops(0.5)
-    drops.add(Measurement(np.ones((2, 3)), np.full((2, 3), 1.0), error))
+    drops = drops.add(Measurement(np.ones((2, 3)), np.full((2, 3), 1.0), error))
     assert (drops.estimate(sizes, levels) == error).all()  # none stands out
 
 
@@ -245,7 +245,7 @@ def test_curvature_of_squared_error_is_one():
     for seed in range(4):
         given = evidence(seed=seed)
         (found,) = measure([given], "squared_error").values()
-        drops.add(found)
+        drops = drops.add(found)
         assert (found.drop == found.distortion).all() and np.allclose(found.drop, squared_error(given), rtol=1e-12)
         assert (drops.curvature([layer.size for layer in given.layers]) == 1).all()
 
@@ -261,7 +261,8 @@ def test_fedlq_runs_with_it(metric, tmp_path, monkeypatch):
 
 def test_fedlq_probes_with_the_quantizers_of_its_levels():
     layers = evidence().model.layers
-    probe = FedLQ(Setting(strategy_config(levels=(2, 32), metric="fisher"), layers, seed=0)).probe(1)
+    strategy = FedLQ(Setting(strategy_config(levels=(2, 32), metric="fisher"), layers, seed=0))
+    probe = strategy.probe(strategy.init(), 1)
     assert probe.quantizers == (MinMax(2), Float32()) and probe.metric == "fisher"
 
 

@@ -1,6 +1,7 @@
 """A user's strategy that does something wrong ends the run with one message; a run's folder keeps what was there."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ class Plain(Strategy):
     def __init__(self, setting) -> None:
         self.setting = setting
 
-    def plan(self, round, cohort):
+    def plan(self, state, round, cohort):
         return {m.client: self.setting.at_levels([4] * len(self.setting.quantized)) for m in cohort}
 
 
@@ -28,30 +29,37 @@ def run(tmp_path, strategy):
     return simulate(config, strategy=strategy)
 
 
+def weighted(weight):
+    def plan(self, state, round, cohort):
+        return {c: replace(plan, weight=weight) for c, plan in Plain.plan(self, state, round, cohort).items()}
+
+    return plan
+
+
 WRONG = {
     "plan": [
         (lambda self, *a: 1 / 0, r"plan failed: ZeroDivisionError: division by zero"),
-        (lambda self, *a: None, r"plan returned a NoneType, where a dict of plans by client is due"),
+        (lambda self, *a: None, r"plan returned a NoneType, but must return a dict of plans by client"),
         (
-            lambda self, round, cohort: {cohort[0].client: 4},
-            r"plan returned a int for client \d, where a Plan is due",
+            lambda self, state, round, cohort: {cohort[0].client: 4},
+            r"plan returned a int for client \d; it must return a Plan",
         ),
-    ],
-    "weights": [
-        (lambda self, cohort: [1.0], r"weights must return one finite number for each of 3 members, and returned \[1"),
-        (lambda self, cohort: [math.nan] * 3, r"weights must return one finite number"),
-        (lambda self, cohort: None, r"weights must return one finite number"),
+        *((weighted(w), rf"plan gave client \d the weight {w}; it must be above 0") for w in (0, -1.0, math.nan)),
     ],
     "combine": [
         (lambda self, update: update[:5], r"combine must return a tensor \(\d+,\) torch\.float32, and returned \(5,\)"),
         (lambda self, update: update.tolist(), r"combine must return a tensor .*, and returned a list"),
     ],
     "report": [
-        (lambda self: {"x": torch.ones(2)}, r"report must return plain finite numbers.*Tensor"),
-        (lambda self: {"x": math.inf}, r"report must return plain finite numbers"),
+        (lambda self, state: {"x": torch.ones(2)}, r"report must return plain finite numbers.*Tensor"),
+        (lambda self, state: {"x": math.inf}, r"report must return plain finite numbers"),
     ],
-    "learn": [(lambda self, *a: {}["x"], r"learn failed: KeyError: 'x'")],
-    "probe": [(lambda self, round: int("x"), r"probe failed: ValueError: invalid literal")],
+    "learn": [
+        (lambda self, *a: {}["x"], r"learn failed: KeyError: 'x'"),
+        (lambda self, *a: 3, r"learn returned a int; it must return the next state, a NoneType as before"),
+    ],
+    "init": [(lambda self: 1 / 0, r"init failed: ZeroDivisionError")],
+    "probe": [(lambda self, state, round: int("x"), r"probe failed: ValueError: invalid literal")],
 }
 
 
@@ -66,6 +74,6 @@ def test_a_strategy_without_the_base_class_is_refused(tmp_path):
     class Bare:
         plan = Plain.plan
 
-    with pytest.raises(ConfigError, match=r"^strategy\.name: Bare has no remembers, .*; derive it from fedlq_ray"):
+    with pytest.raises(ConfigError, match=r"^strategy\.name: Bare has no .*, .*; derive it from fedlq_ray"):
         run(tmp_path, Bare())
     assert not (tmp_path / "r").exists()

@@ -9,15 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kept import Kept
 
 from fedlq_ray.config.schemes import strategy_config
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.federation.planning import shares_of
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.wire import encode
 from fedlq_ray.strategies import STRATEGIES, Member, News, Setting, make
-from fedlq_ray.strategies.adagq import AdaGQ, equalised
+from fedlq_ray.strategies.adagq import AdaGQ, equalised, levels_of
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
 from fedlq_ray.strategies.budgets import FLOORS, budgets, bytes_at_levels, bytes_at_rate
 from fedlq_ray.strategies.costs import BITS, layer_sizes, squared_errors
@@ -33,8 +35,10 @@ LAYERS = (Layer("a", 0, 100), Layer("b", 100, 500), Layer("c", 500, 1300), Layer
 ALL = (AdaQuantFL, DAdaQuant, FedDQ, AdaGQ, FedHQ, FedMPQ, FedFQ, LGreCo, Kimad)
 
 
-def setting(**config):
-    return Setting(strategy_config(**config), LAYERS, seed=0)
+def setting(made=None, **config):
+    """Of a strategy, or of one that reads every setting."""
+    name = next((name for name, kind in STRATEGIES.items() if kind is made), config.pop("name", "own:any"))
+    return Setting(strategy_config(name=name, **config), LAYERS, seed=0)
 
 
 def cohort(rates=(500.0, 1000.0, 4000.0), samples=(10, 20, 70), fixed=(1.0, 1.0, 1.0)):
@@ -67,7 +71,7 @@ def levels(plan, x=None):
 
 @pytest.mark.parametrize("made", ALL)
 def test_plans_cover_the_vector_and_what_changes_pickles(made):
-    strategy, x = made(setting()), vector()
+    strategy, x = Kept(made(setting(made))), vector()
     for round in range(25):
         plans = strategy.plan(round, cohort())
         assert set(plans) == {0, 3, 6}
@@ -75,7 +79,7 @@ def test_plans_cover_the_vector_and_what_changes_pickles(made):
             pieces = segments(pickle.loads(pickle.dumps(plan)), x)
             assert [pieces[0].start, *[p.stop for p in pieces]] == [0, 100, 500, 1300, 1310]
             assert payload(plan, x) == payload(plan, x)
-        assert sum(strategy.weights(cohort())) == pytest.approx(1)
+        assert sum(shares_of(cohort(), plans)) == pytest.approx(1)
         strategy.learn(round, news(1 / (round + 1), vector(round)))
         copy = pickle.loads(pickle.dumps(strategy))
         again, here = copy.plan(round + 1, cohort()), strategy.plan(round + 1, cohort())
@@ -91,7 +95,7 @@ def test_plans_cover_the_vector_and_what_changes_pickles(made):
 @pytest.mark.parametrize("made", [FedHQ, FedMPQ, LGreCo])
 def test_those_that_learn_levels_from_updates_refuse_models(made):
     with pytest.raises(ConfigError, match="payload"):
-        made(setting(payload="model"))
+        made(setting(made, payload="model"))
 
 
 def test_budgets_by_hand():
@@ -125,7 +129,7 @@ def test_the_floor_that_the_bound_finds_best():
 
 
 def test_adaquantfl_raises_levels_by_the_root_of_the_loss():
-    strategy = AdaQuantFL(setting(), s0=2, s_max=50)
+    strategy = Kept(AdaQuantFL(setting(AdaQuantFL), s0=2, s_max=50))
     seen = []
     for loss in (2.0, 0.5, 0.4, None, 0.0, 2.0):
         quantizer = strategy.plan(0, cohort())[0].segments[0].quantizer
@@ -138,12 +142,12 @@ def test_adaquantfl_raises_levels_by_the_root_of_the_loss():
 
 def test_scope_model_takes_one_norm_for_all_layers():
     for made in (AdaQuantFL, DAdaQuant, FedFQ):
-        pieces = made(setting(scope="model")).plan(0, cohort())[0].segments
+        pieces = made(setting(made, scope="model")).plan(made(setting(made)).init(), 0, cohort())[0].segments
         assert [(p.start, p.stop) for p in pieces] == [(0, 1300), (1300, 1310)]
 
 
 def test_dadaquant_doubles_when_the_running_loss_stalls():
-    strategy = DAdaQuant(setting(), q_min=1, q_max=4, psi=0.5, phi=3)
+    strategy = Kept(DAdaQuant(setting(DAdaQuant), q_min=1, q_max=4, psi=0.5, phi=3))
     seen = []
     for loss in (4.0, 2.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0):
         strategy.learn(0, news(loss))
@@ -172,8 +176,8 @@ def test_feddq_bits_follow_the_range():
     x = torch.zeros(1310)
     x[0], x[1] = -0.03, 0.04  # range .07: 3.8 bits
     x[100] = 1.0  # 7.6 bits; the third layer is constant
-    assert levels(FedDQ(setting()).plan(0, cohort())[0], x) == [4, 8, 1]
-    assert levels(FedDQ(setting(), resolution=0.05).plan(0, cohort())[0], x) == [1, 5, 1]
+    assert levels(FedDQ(setting(FedDQ)).plan(None, 0, cohort())[0], x) == [4, 8, 1]
+    assert levels(FedDQ(setting(FedDQ), resolution=0.05).plan(None, 0, cohort())[0], x) == [1, 5, 1]
 
 
 def test_adagq_equalises_the_finish():
@@ -191,10 +195,10 @@ def test_adagq_equalises_the_finish():
 
 
 def test_adagq_keeps_the_better_rate_and_follows_the_norm():
-    strategy = AdaGQ(setting(), s0=60.0, lam=8.0)
+    strategy = Kept(AdaGQ(setting(AdaGQ), s0=60.0, lam=8.0))
     one = torch.zeros(1310)
     one[0] = 1.0
-    assert [strategy.levels(r) for r in range(4)] == [60, 30, 60, 60]
+    assert [levels_of(strategy.state, r) for r in range(4)] == [60, 30, 60, 60]
     # Round 0 (60 levels) brings 2.0 -> 1.5 in 1 s; round 1 (30) brings 1.5 -> 1.2 in .5 s: .5 against .6 a second.
     for r, (loss, seconds) in enumerate([(2.0, 1.0), (1.5, 0.5), (1.2, 1.0)]):
         strategy.learn(r, news(loss, one, seconds))
@@ -211,12 +215,12 @@ def test_adagq_keeps_the_better_rate_and_follows_the_norm():
 
 def test_fedhq_gives_levels_by_budget_and_weights_by_error():
     s = setting()
-    strategy = FedHQ(s)
+    strategy = Kept(FedHQ(s))
     plans = strategy.plan(0, cohort())
     # Bytes at b bits: 121 + 162.5 b (a layer's are whole: 13, 50, 100 a bit). Budgets 446, 892, 1421: 2, 4 (of 1, 2, 3,
     # 4, 6, 8: 6 would take 1099), 8.
     assert [levels(plans[c])[0] for c in (0, 3, 6)] == [2, 4, 8]
-    assert strategy.weights(cohort()) == pytest.approx([0.1, 0.2, 0.7])
+    assert shares_of(cohort(), strategy.plan(0, cohort())) == pytest.approx([0.1, 0.2, 0.7])
     x = vector()
     strategy.learn(0, news(update=x))
     for bits, q in strategy.errors.items():
@@ -228,16 +232,16 @@ def test_fedhq_gives_levels_by_budget_and_weights_by_error():
         assert 0 < q < 1.2 * bound / energy
     q = strategy.errors
     shares = np.array([10 / (1 + q[2]), 20 / (1 + q[4]), 70 / (1 + q[8])])
-    assert strategy.weights(cohort()) == pytest.approx(shares / shares.sum())
+    assert shares_of(cohort(), strategy.plan(0, cohort())) == pytest.approx(shares / shares.sum())
     # Of those that answered alone: the shares still add up to one, and the coarse client has less than its samples ask.
-    answered = strategy.weights(cohort()[:2])
+    answered = shares_of(cohort()[:2], strategy.plan(0, cohort()))
     assert sum(answered) == pytest.approx(1) and answered[0] < 10 / 30
 
 
 def test_fedmpq_counts_planes_and_fits_budgets():
     assert [planes(p, 8.0) for p in (8.0, 4.1, 4.0, 1.0, 8 / 2**20, 0.0)] == [8, 8, 7, 5, 1, 1]
     s = setting()
-    strategy = FedMPQ(s)
+    strategy = Kept(FedMPQ(s))
     assert strategy.fitted(bytes_at_levels(s, 3) + 1)[1:] == [3, 3]  # nothing learnt: one level; ceilings leave room
     x = torch.zeros(1310)
     x[0], x[100], x[500] = 8.0, -4.0, 1.0  # planes 8, 7, 5; weights d (8 - b + 1): 100, 800, 3200
@@ -257,7 +261,7 @@ def test_fedmpq_counts_planes_and_fits_budgets():
 
 
 def test_fedfq_sends_its_rate_the_map_included():
-    plan = FedFQ(setting(), bits=3.5).plan(0, cohort())[0]
+    plan = FedFQ(setting(FedFQ), bits=3.5).plan(None, 0, cohort())[0]
     assert [s.quantizer for s in plan.segments[:3]] == [FineGrained(3.5)] * 3
     # Header 18, a buffer of 49; a layer has 9 + 12 bytes of headers, and 4 pieces that are filled up to bytes.
     assert len(payload(plan, vector())) <= 18 + 49 + 3 * (9 + 12 + 4) + 1300 * 3.5 / 8
@@ -281,7 +285,7 @@ def test_lgreco_costs_less_at_no_more_error_and_adjusts_on_time():
     s = setting()
     assert smallest(np.array([[1.0, 0.5]]), np.array([[1, 2]]), 0.1) is None
     assert smallest(np.array([[1.00005, 0.5]]), np.array([[1, 2]]), 1.0) == [1]  # too much by half a bucket is too much
-    strategy = LGreCo(s, bits=4, every=4, window=2)
+    strategy = Kept(LGreCo(s, bits=4, every=4, window=2))
     for round in range(4):
         assert levels(strategy.plan(round, cohort())[0]) == [4, 4, 4]
         strategy.learn(round, news(update=vector(round)))
@@ -312,13 +316,13 @@ def test_kimad_is_the_best_within_a_payload():
 def test_kimad_sends_no_more_than_the_link_does_in_time():
     s, x = setting(levels=(1, 2, 4, 8)), vector()
     # 2 s less 1 s of compute: 500, 1000 and 4000 bytes, of which 1421 are 8 bits.
-    plans = Kimad(s, round_s=2.0).plan(0, cohort())
+    plans = Kimad(s, round_s=2.0).plan(None, 0, cohort())
     sizes = [len(payload(plans[c], x)) for c in (0, 3, 6)]
     assert sizes[0] <= 500 and sizes[1] <= 1000 and levels(plans[6], x) == [8, 8, 8]
     assert levels(plans[0], x)[0] > levels(plans[0], x)[2]  # few parameters with most of the energy, and the reverse
-    late = Kimad(s, round_s=0.5).plan(0, cohort())
+    late = Kimad(s, round_s=0.5).plan(None, 0, cohort())
     assert levels(late[0], x) == [1, 1, 1]
-    slowest = Kimad(s).plan(0, cohort())[0]
+    slowest = Kimad(s).plan(None, 0, cohort())[0]
     assert len(payload(slowest, x)) <= bytes_at_levels(s, 2) + 1
 
 
@@ -336,12 +340,11 @@ def test_error_tables_are_those_of_a_slow_loop():
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
     members = [SimpleNamespace(client=client, samples=samples) for client, samples in ((0, 10), (3, 20), (6, 70))]
-    strategy = make(setting(name=name))
+    strategy = Kept(make(setting(name=name)))
 
     def train():
         for round in range(12):
             strategy.plan(round, members)
-            strategy.weights(members)
             update = torch.randn(1310, generator=torch.Generator().manual_seed(round))
             strategy.combine(update)
             strategy.probe(round)
@@ -361,7 +364,8 @@ def test_a_function_that_makes_a_strategy_has_its_class_error_feedback_unless_on
 
     for given in (FedLQRD, lambda setting: FedLQRD(setting)):
         for asked, due in ((None, True), (False, False), ("ef21", "ef21")):
-            plan = make(setting(error_feedback=asked), given).plan(0, cohort())[0]
+            made = make(setting(error_feedback=asked), given)
+            plan = made.plan(made.init(), 0, cohort())[0]
             assert plan.error_feedback == due
-    plain = make(setting(), lambda setting: Kimad(setting)).plan(0, cohort())[0]
+    plain = make(setting(), lambda setting: Kimad(setting)).plan(None, 0, cohort())[0]
     assert plain.error_feedback is False

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from kept import Kept
 
-from fedlq_ray.config.schemes import strategy_config
+from fedlq_ray.config.schemes import SCHEMES, strategy_config
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import Absent, decode, encode
@@ -17,8 +18,13 @@ LAYERS = (Layer("a", 0, 1000), Layer("b", 1000, 1300), Layer("c", 1300, 1310, bu
 COHORT = [Member(0, 10, 1.0, 500.0), Member(1, 10, 1.0, 4000.0)]
 
 
+def settings(name, config):
+    """Those that the strategy reads."""
+    return {key: value for key, value in config.items() if key in SCHEMES[name].model_fields}
+
+
 def strategy(name="fedlq", **config):
-    return make(Setting(strategy_config(name=name, **config), LAYERS, seed=0))
+    return Kept(make(Setting(strategy_config(name=name, **settings(name, config)), LAYERS, seed=0)))
 
 
 def news(levels, error=1.0, spread=2.0):
@@ -58,7 +64,7 @@ def test_a_floor_by_the_bound_whatever_levels_and_cap(name, config):
 )
 def test_a_round_takes_what_the_slowest_needs_for_the_cheapest_payload(name, config, bits):
     """100,000 parameters at 4 bits take 10 kB/s to 1 + 5 s, by when 20 kB/s and more have sent 8 bits."""
-    made = make(Setting(strategy_config(name=name, **config), (Layer("a", 0, 100_000),), seed=0))
+    made = Kept(make(Setting(strategy_config(name=name, **config), (Layer("a", 0, 100_000),), seed=0)))
     plans = made.plan(0, [Member(i, 10, 1.0, 1e4 * (i + 1)) for i in range(3)])
     vector = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     pieces = [p.segments(vector) if callable(p.segments) else p.segments for p in plans.values()]

@@ -1,0 +1,26 @@
+"""A strategy's state as plain values, which checkpoints hold, and back."""
+
+import copy
+import dataclasses
+from typing import Any
+
+
+def plain(state: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A copy of a state, in which a dataclass is a dict of its fields."""
+    memo = {} if memo is None else memo
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        return {field.name: plain(getattr(state, field.name), memo) for field in dataclasses.fields(state)}
+    return copy.deepcopy(state, memo)
+
+
+def restored(initial: Any, saved: Any) -> Any:
+    """The state that `plain` made `saved` of.
+
+    Args:
+        initial: what the strategy's `init` makes; it has the types, and what `saved` lacks.
+    """
+    if dataclasses.is_dataclass(initial) and not isinstance(initial, type):
+        names = [field.name for field in dataclasses.fields(initial) if field.name in saved]
+        found = {name: restored(getattr(initial, name), saved[name]) for name in names}
+        return dataclasses.replace(initial, **found)
+    return None if initial is None and saved == {} else saved  # earlier versions saved {} where there is no state
