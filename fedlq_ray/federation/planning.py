@@ -1,5 +1,6 @@
 """A round before it trains: who takes part, what each may fetch, and what each is to send."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +71,7 @@ def plan(rules: Rules, state: ServerState) -> Planned:
         known = state.payload_bytes and [state.payload_bytes] * len(members)
         expected = rules.ask("expected_bytes", round, state.strategy, members) or known
         members = cohorts.with_own_work(task, members, expected) if expected else members
-    plans = rules.ask("plan", round, state.strategy, round, members)
+    plans = rules.ask("plan", round, copy.deepcopy(state.strategy), round, members)
     answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
     jobs = [Job(round, m.client, plans[m.client], samples_of_member(task, m)) for m in answering]
     probe = rules.ask("probe", round, state.strategy, round)

@@ -4,6 +4,7 @@ Knows nothing of Ray: a `Host` trains and evaluates. The records are the same wh
 which replies arrive.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -167,7 +168,7 @@ def commit(
     error = work * fold.mean_error if update is mean else None
     record = record_of(task, planned, fold, times, norm, error, sim_time_s)
     news = News(measurement, update, record.train_loss, round_time_s, fold.spread)
-    learned = rules.ask("learn", round, state.strategy, round, news)
+    learned = rules.ask("learn", round, copy.deepcopy(state.strategy), round, news)  # a user's may change it in place
     record = replace(record, report=dict(rules.ask("report", round, learned)))
     return ServerState(
         round=round + 1,

@@ -23,4 +23,5 @@ def restored(initial: Any, saved: Any) -> Any:
         names = [field.name for field in dataclasses.fields(initial) if field.name in saved]
         found = {name: restored(getattr(initial, name), saved[name]) for name in names}
         return dataclasses.replace(initial, **found)
-    return None if initial is None and saved == {} else saved  # earlier versions saved {} where there is no state
+    stateless = initial is None and isinstance(saved, dict) and not saved  # as earlier versions saved it
+    return None if stateless else saved
