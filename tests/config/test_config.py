@@ -65,7 +65,7 @@ def test_a_dict_takes_the_place_of_the_one_before(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.path=nowhere.npz"], "data.path: digits comes with scikit-learn"),
+        (["data.path=nowhere.npz"], "data.path: digits comes from scikit-learn"),
         (["strategy.name=dadaquant", "strategy.args={phi: 2.5}"], "phi must be a whole number, got 2.5"),
         (["strategy.name=fedpaq", "strategy.args.levels=7.5"], "levels must be a whole number"),
     ],
