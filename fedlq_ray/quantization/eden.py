@@ -35,7 +35,7 @@ class Eden:
     random sparsification. The rotation makes all coordinates equivalent, so choosing them needs no random draw.
 
     Source: Vargaftik et al., "DRIVE", NeurIPS 2021, arXiv:2105.08339, and "EDEN", ICML 2022, arXiv:2108.08842.
-    Differences: the rotation (see `hadamard`) needs no padding; below one bit, coordinates are dropped after the
+    Departs from it: the rotation (see `hadamard`) needs no padding; below one bit, coordinates are dropped after the
     rotation instead of before it, when their share of |z|^2 is known (the unbiased scale is then n/sent times that of
     the sent coordinates alone, and has no pole if few are sent); seeds have 4 bytes.
     Body: level and unused bits (1 byte: 8 level + unused), seed (uint32), scale (float32), codes in one bit stream.

@@ -4,7 +4,7 @@ Source: Elias, IEEE Trans. Inf. Theory 21(2), 1975. Gamma codes v as w = floor(l
 the w bits of v below its leading bit: 2w + 1 bits. Omega, the recursive code of the QSGD paper, writes v in binary,
 preceded by its length minus 1 in binary, and so on down to 2 or 3; a zero ends the code. It is shorter than gamma for
 v >= 128 and longer for w = 2, 4 and 5.
-Differences: integers are not written one after another. All unary codes come first, then the first remaining bit of
+Departs from it: integers are not written one after another. All unary codes come first, then the first remaining bit of
 all integers that have one, then the second; for omega, the first group of all integers, then the second. The result is
 as long as the original, and unambiguous because the reader knows the number of integers. Neither side loops over
 elements, only over the bits of the largest integer.

@@ -25,10 +25,10 @@ class FineGrained:
 
     Source: Li et al., FedFQ, arXiv:2408.08977: the choice of bits, the objective, and stochastic rounding of
     |x| / max|x| within each group of equal bits, as in the authors' code.
-    Differences: bits are found exactly, not by simulated annealing (the objective is a sum of convex terms, so taking
-    the steps with the most gain per bit is optimal, up to the last step that fits); the b bits include the sign, so
-    they give 2**(b-1) - 1 steps from 0 to the maximum, whereas the authors' code has 2**b and a separate sign; the map
-    is billed.
+    Departs from it: bits are found exactly, not by simulated annealing (the objective is a sum of convex terms, so
+    taking the steps with the most gain per bit is optimal, up to the last step that fits); the b bits include the sign,
+    so they give 2**(b-1) - 1 steps from 0 to the maximum, whereas the authors' code has 2**b and a separate sign; the
+    map is billed.
     An element of 0 bits decodes to 0, so the quantizer is biased.
     Body: the maxima of the groups of 2, 4 and 8 bits (float32 each), the map (2 bits per element), each group's codes.
     """

@@ -2,7 +2,7 @@
 
 Source: Sattler et al., IEEE TNNLS 2019, arXiv:1903.02891, Golomb encoding of positions: if each element is chosen with
 probability p, a position takes b* + 1 / (1 - (1 - p)^(2^b*)) bits on average.
-Differences: p is the chosen fraction k / n, which both sides know. One bit string holds all remainders, then all
+Departs from it: p is the chosen fraction k / n, which both sides know. One bit string holds all remainders, then all
 quotients. It is as long as the paper's, which puts each quotient next to its remainder, but since the count is known,
 neither side needs a loop.
 """

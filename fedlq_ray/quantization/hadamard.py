@@ -3,7 +3,7 @@
 Purpose: the coordinates of a rotated vector resemble draws from N(0, |x|^2/n), whatever x is.
 Source: the randomised Hadamard transform H D of DRIVE (Vargaftik et al., NeurIPS 2021, arXiv:2105.08339)
 and EDEN (ICML 2022, arXiv:2108.08842): random signs D, then a Walsh-Hadamard matrix H over sqrt(n).
-Differences:
+Departs from it:
 - Any length, without padding, so that n elements cost n codes: H D acts on the first p elements, then on the last p,
   where p is the largest power of two that is at most n. If n is a power of two, H D is applied once.
 - Two passes, with the elements shuffled in between. One pass of H D maps a vector with few large elements to few

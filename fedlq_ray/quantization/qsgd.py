@@ -19,8 +19,8 @@ class Qsgd:
 
     Source: Alistarh et al., NeurIPS 2017, arXiv:1610.02132, section 3.1: E|Q(x) - x|^2 <= min(n/s^2, sqrt(n)/s) |x|^2,
     with the layer's Euclidean norm.
-    Differences: codes have a fixed length instead of Elias's; s = 2**(bits - 1) - 1. One bit leaves no room for zero,
-    so the two values are -norm and norm, unbiased with E|Q(x) - x|^2 = (n - 1) |x|^2.
+    Departs from it: codes have a fixed length instead of Elias's; s = 2**(bits - 1) - 1. One bit leaves no room for
+    zero, so the two values are -norm and norm, unbiased with E|Q(x) - x|^2 = (n - 1) |x|^2.
     Body: bits (1 byte), norm (float32), codes of `bits` bits.
     """
 

@@ -26,8 +26,8 @@ class QsgdElias:
     The paper has two ways to send levels: `sparse` sends the distance from the previous nonzero element and the level,
     for each nonzero element; `dense` sends level + 1 for every element. Both use Elias's omega code, as in the paper,
     or his gamma code, which is shorter for most small integers. The encoder uses the shortest of the four.
-    Differences: distances continue across buckets; distances, levels and signs are grouped by kind (see `elias`), which
-    takes no more bits.
+    Departs from it: distances continue across buckets; distances, levels and signs are grouped by kind (see `elias`),
+    which takes no more bits.
     On N(0, 1) with the defaults and s = 1 / 4 / 16: error 16.9 / 3.5 / .33 of |x|^2; .43 / 1.03 / 2.33 bits per
     element, .06 of them for norms; the entropy of the signed levels is .25 / .73 / 1.76.
     Body: way (1 byte), levels and bucket (uint32 each; bucket 0 is the whole layer), a float32 norm per bucket, codes.

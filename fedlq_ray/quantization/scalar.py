@@ -69,7 +69,7 @@ class MinMax:
     """Round at random, without bias, to one of 2**bits evenly spaced values from a layer's minimum to its maximum.
 
     Source: Suresh et al., ICML 2017, arXiv:1611.00429, stochastic k-level quantization.
-    Differences: the range is that of a layer (or, with `strategy.scope=model`, of the whole vector); no rotation.
+    Departs from it: the range is that of a layer (or, with `strategy.scope=model`, of the whole vector); no rotation.
     Body: bits (1 byte), low and step (float32 each), codes of `bits` bits.
     """
 

@@ -20,7 +20,7 @@ class Sign:
     (1 - |x|_1^2 / (n |x|^2)) |x|^2, a contraction. It is biased: use it with error feedback, as the authors do.
     Unscaled, each element is 1 or -1: a vote, as in signSGD with majority vote (Bernstein et al., ICML 2018,
     arXiv:1802.04434).
-    Differences: sgn(0) is 1, because one bit has no third value; an all-zero layer decodes to zeros.
+    Departs from it: sgn(0) is 1, because one bit has no third value; an all-zero layer decodes to zeros.
     Body: scale (float32), one bit per element; 1 is plus.
 
     Args:

@@ -27,7 +27,7 @@ class TopK:
 
     Source: Stich et al., NeurIPS 2018, arXiv:1809.07599, top_k: |Q(x) - x|^2 <= (1 - k/n) |x|^2. It is biased: use it
     with error feedback, as the authors do.
-    Differences: k applies per layer; positions are sent by Golomb's code.
+    Departs from it: k applies per layer; positions are sent by Golomb's code.
     Body: GOLOMB or BITMAP (1 byte), elements sent (4 bytes), their values (float32 each), their positions.
     """
 
@@ -66,8 +66,8 @@ class Stc:
     Source: sparse ternary compression. Sattler et al., IEEE TNNLS 2019, arXiv:1903.02891, Algorithm 1. It is biased:
     use it with error feedback, as the authors do. Each element sent takes one bit for its sign and
     b* + 1 / (1 - (1 - p)^(2^b*)) bits for its position.
-    Differences: k applies per layer, not to the whole update; mu is the mean of the elements sent, so chosen zeros do
-    not count.
+    Departs from it: k applies per layer, not to the whole update; mu is the mean of the elements sent, so chosen zeros
+    do not count.
     Body: GOLOMB or BITMAP (1 byte), elements sent (4 bytes), mu (float32), signs (1 bit each; 1 is minus), positions.
     """
 

@@ -23,9 +23,9 @@ class TernGrad:
     Source: Wen et al., NeurIPS 2017, arXiv:1705.07878: ternarizing, layer-wise scales, clipping at 2.5 standard
     deviations. Without clipping it is unbiased, with E|Q(x) - x|^2 = sum |x| (m - |x|); with clipping, the mean is the
     clipped x.
-    Differences: the deviation is measured from zero, not from the layer's mean. Otherwise a layer of one element, or of
-    nearly equal elements, would be clipped to nearly nothing (the authors' code exempts small layers). Five elements
-    share a byte, 1.6 bits each; the paper counts 2 bits or log2(3).
+    Departs from it: the deviation is measured from zero, not from the layer's mean. Otherwise a layer of one element,
+    or of nearly equal elements, would be clipped to nearly nothing (the authors' code exempts small layers). Five
+    elements share a byte, 1.6 bits each; the paper counts 2 bits or log2(3).
     Body: m (float32), five elements per byte.
 
     Args:
