@@ -116,7 +116,7 @@ REFUSED = {
     "a tuple": (lambda: Wrapped(lambda m, x: (x, x)), "forward pass returns a tuple"),
     "a tuple in training": (lambda: Wrapped(lambda m, x: (x, x) if m.training else x), "forward pass returns a tuple"),
     "whole numbers": (lambda: Wrapped(lambda m, x: x.argmax(1)), r"returns a tensor of torch\.int64"),
-    "too few outputs": (lambda: Wrapped(lambda m, x: x[:, :3]), r"gives \(2, 3\) for 2 samples"),
+    "too few outputs": (lambda: Wrapped(lambda m, x: x[:, :3]), r"returns \(2, 3\) for 2 samples"),
     "a generator without a seed": (
         lambda: Wrapped(lambda m, x: x * np.random.default_rng().random()),
         "returns other outputs when it is repeated",
