@@ -1,16 +1,16 @@
-"""The few errors of this package. Each says where, what rule, what came and what to do, and survives pickle."""
+"""The errors of this package. Each states where it occurred, the rule, the value and the remedy, and can be pickled."""
 
 
 class FedLQError(Exception):
-    """Anything that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(FedLQError):
-    """The user's input is wrong: configuration, data, profiles or an import path. The exit code is 2."""
+    """The user's input is wrong: a configuration, data, profiles or an import path. The exit code is 2."""
 
 
 class PayloadError(FedLQError):
-    """Bytes that are not a well-formed payload of this program."""
+    """The bytes are not a well-formed payload of this program."""
 
 
 class CheckpointError(FedLQError):
@@ -21,7 +21,7 @@ class ClientError(FedLQError):
     """A client's round failed. The exit code is 1.
 
     Args:
-        message: what went wrong, and what to do.
+        message: the problem and its remedy.
         round: the round, from 0.
         client: the client's number, from 0.
     """
@@ -42,11 +42,11 @@ def _client_error(kind: type[ClientError], message: str, round: int, client: int
 
 
 class DivergedError(ClientError):
-    """A client's training left the finite numbers: its settings are to blame, not the machine."""
+    """A client's training produced non-finite numbers; the cause is its settings, not the machine."""
 
 
 def first_line(exc: BaseException) -> str:
-    """The first line of an exception's message, with the next one where it ends in a colon; else the type's name."""
+    """Returns the first line of an exception's message, plus the next if it ends in a colon; else the type's name."""
     try:
         lines = [line.strip() for line in str(exc).splitlines()]
     except Exception:  # a broken __str__

@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Atomic and durable writes, and locks on folders."""
 
 import fcntl
 import os
@@ -11,10 +11,10 @@ from fedlq_ray.errors import ConfigError
 
 
 def expand(path: str, setting: str) -> str:
-    """A path whose first part is `~` or `~USER` with that home folder in its place; any other text as it is.
+    """Replaces a leading `~` or `~USER` by that home folder; returns any other text unchanged.
 
     Args:
-        setting: that has the path, for messages.
+        setting: name of the setting that holds the path, for messages.
     Raises:
         ConfigError: the home folder is not known.
     """
@@ -28,7 +28,7 @@ def expand(path: str, setting: str) -> str:
 
 
 def write_durably(file: Path, data: bytes | str) -> None:
-    """A file that is there whole, or as it was before, whatever happens: written beside, synced, renamed, synced."""
+    """Writes a file atomically: to a temporary file next to it, synced, then renamed; the folder is synced too."""
     part = file.with_name(f".{file.name}.part")
     try:
         with part.open("wb") as stream:
@@ -43,7 +43,7 @@ def write_durably(file: Path, data: bytes | str) -> None:
 
 
 def make_folder(folder: Path, exist_ok: bool = False) -> None:
-    """A new folder, and those above it, that are on the disk when this returns."""
+    """Creates a folder and its parents, and syncs them to disk."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=exist_ok)
     for path in new:
@@ -51,7 +51,7 @@ def make_folder(folder: Path, exist_ok: bool = False) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Put a folder's entries on the disk."""
+    """Syncs a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -61,13 +61,13 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A run's folder for this process alone; the system frees it when the process ends, however it does.
+    """Locks a run's folder for this process; the system releases the lock when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process holds the lock.
     """
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
-        for left in reversed(range(5)):  # who only looks (`is_locked`) holds it for an instant
+        for left in reversed(range(5)):  # a process that only checks (`is_locked`) holds the lock for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -79,7 +79,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process has the folder to itself."""
+    """Whether a process holds the lock on the folder."""
     try:
         with (folder / ".lock").open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def is_locked(folder: Path) -> bool:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here for this folder; leaves no file. Without effect where it cannot lock."""
+    """Waits until no other process is in this context for the folder; leaves no file. No effect if locking fails."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network filesystems

@@ -1,4 +1,4 @@
-"""Pictures of runs, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito)."""
+"""Figures of runs, drawn by matplotlib in colours that colour-blind readers can distinguish (Okabe and Ito)."""
 
 import itertools
 import os
@@ -19,10 +19,10 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.record import Record
 
 Records = Sequence[Record]
-# Okabe and Ito's order, darkened to a contrast of 4.5 on white; beside its colour a run has a dash and a name.
+# Okabe and Ito's order, darkened to a contrast of 4.5 on white; a run also has its own dash and a name.
 COLOURS = ("#0072B2", "#B84A00", "#00795A", "#A3478B", "#7A6200", "#3A3A3A")
 MUTED = "#666666"  # contrast 5.7 on white
-STEPS = {"download": "#8C8C8C", "compute": "#B58900", "upload": "#4B3F8F"}  # of a client's round, and unlike runs
+STEPS = {"download": "#8C8C8C", "compute": "#B58900", "upload": "#4B3F8F"}  # steps of a client's round
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 3)))
 AXES = {
     "time": "simulated time, s ({bill})",
@@ -34,7 +34,7 @@ AXES = {
 def accuracy(
     runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: Sequence[str] = ("time", "bytes")
 ) -> Figure:
-    """Accuracy against keys of `AXES`, a panel each: a run is the mean of its seeds, in a band from least to most."""
+    """Plots accuracy against keys of `AXES`, one panel each: the mean of a run's seeds, and a band over its seeds."""
     figure, axes = plt.subplots(
         1, len(against), figsize=(5 * len(against), 4), sharey=True, layout="constrained", squeeze=False
     )
@@ -47,10 +47,10 @@ def accuracy(
 def draw_accuracy(
     axis: Any, runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: str
 ) -> None:
-    """One panel of `accuracy`."""
+    """Draws one panel of `accuracy`."""
     ends = []
     for index, (name, seeds) in enumerate(runs.items()):
-        # Beyond the sixth, colours come again with another dash.
+        # From the seventh run on, colours repeat with another dash.
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[(index + index // len(COLOURS)) % len(DASHES)]
         series = [line for line in (seen(records, against) for records in seeds) if len(line[0])]
         if not series:
@@ -58,7 +58,7 @@ def draw_accuracy(
         first, last = max(xs[0] for xs, _ in series), min(xs[-1] for xs, _ in series)
         grid = np.unique(np.concatenate([xs for xs, _ in series]))
         grid = grid[(grid >= first) & (grid <= last)]
-        if not len(grid):  # seeds that have no time in common
+        if not len(grid):  # the seeds' ranges do not overlap
             grid = series[0][0]
         found = 100 * np.array([np.interp(grid, xs, ys) for xs, ys in series])
         if len(series) > 1:
@@ -81,7 +81,7 @@ def draw_accuracy(
 
 
 def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Where a run was evaluated, and what was seen: accuracies are fractions."""
+    """Returns the positions on an axis at which a run was evaluated, and its accuracies there, as fractions."""
     sent = np.cumsum([r.uplink_bytes for r in records]) / 1e6
     at = {"time": [r.sim_time_s for r in records], "bytes": sent, "round": [r.round + 1 for r in records]}
     evaluated = [i for i, r in enumerate(records) if r.accuracy is not None]
@@ -89,14 +89,14 @@ def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarr
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside the ends (x, y, name, colour) of lines, moved up or down until none lies on another."""
-    axis.get_xlim(), axis.get_ylim()  # the scales are final once they are asked for
+    """Writes names next to the ends (x, y, name, colour) of lines, moved up or down so that they do not overlap."""
+    axis.get_xlim(), axis.get_ylim()  # querying the limits makes the scales final
     size = float(plt.rcParams["font.size"])
     ends = sorted(ends, key=lambda end: end[1])
     spots = np.array([axis.transData.transform(end[:2]) * 72 / axis.figure.dpi for end in ends])  # in points
     widths = [0.65 * size * len(name) for *_, name, _ in ends]
     heights = spots[:, 1].copy() if ends else spots
-    near = [  # pairs of names, the lower first, that would lie on each other at the same height
+    near = [  # pairs of names, the lower first, that would overlap at the same height
         (low, high)
         for low, high in itertools.combinations(range(len(ends)), 2)
         if spots[low, 0] < spots[high, 0] + widths[high] and spots[high, 0] < spots[low, 0] + widths[low]
@@ -114,7 +114,7 @@ def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def require_file(file: Path) -> None:
-    """Raises ConfigError where no picture can be written there."""
+    """Raises ConfigError if a figure cannot be written to this file."""
     known = plt.gcf().canvas.get_supported_filetypes()
     plt.close()
     if file.suffix[1:] not in known:
@@ -126,13 +126,13 @@ def require_file(file: Path) -> None:
 
 
 def save(figure: Figure, file: Path, dpi: int = 120) -> None:
-    """As a picture; the figure is closed."""
+    """Saves the figure to a file and closes it."""
     figure.savefig(file, dpi=dpi)
     plt.close(figure)
 
 
 def labels(counts: Sequence[Sequence[int]], file: Path) -> None:
-    """How many samples of each class each client has: (clients, classes)."""
+    """Plots the number of samples of each class on each client: (clients, classes)."""
     figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     image = axis.imshow(np.array(counts).T, aspect="auto", cmap="viridis", interpolation="nearest")
     axis.set(xlabel="client", ylabel="class", title="training samples by client and class")
@@ -143,7 +143,7 @@ def labels(counts: Sequence[Sequence[int]], file: Path) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """A table (layers, levels), and where it tells more than noise (everywhere, by default)."""
+    """A table (layers, levels), and a mask of its significant cells (all, by default)."""
 
     title: str
     values: np.ndarray[Any, Any]
@@ -153,8 +153,8 @@ class Panel:
 def layers(
     panels: Sequence[Sequence[Panel]], names: Sequence[str], levels: Sequence[int], title: str, file: Path
 ) -> None:
-    """Heat maps in rows, with their figures written in. Colours go by rank in a map, as scales differ much; what is
-    only noise has none."""
+    """Draws rows of heat maps with their values as text. Colours show the rank within a map, because scales differ
+    widely; cells that are only noise have no colour."""
     rows, columns = len(panels), len(panels[0])
     figure, grid = plt.subplots(
         rows,
@@ -178,12 +178,12 @@ def layers(
         axis.set_yticks(range(len(names)), list(names), fontsize=8)
         axis.tick_params(length=0)
     figure.suptitle(title, fontsize=10)
-    figure.supxlabel("level, bits a parameter", fontsize=9)
+    figure.supxlabel("level, bits per parameter", fontsize=9)
     save(figure, file, dpi=100)
 
 
 def short(value: float) -> str:
-    """Two digits, in the fewest characters."""
+    """Formats a value with two digits in the fewest characters."""
     if value == 0 or 0.01 <= abs(value) < 100:
         return f"{value:.2g}"
     digits, exponent = f"{value:.1e}".split("e")

@@ -1,4 +1,4 @@
-"""Files of the user's that hide a module of Python's, or a library, by their names."""
+"""Finds user files whose names hide a Python module or a library."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ LIBRARIES = {
 
 
 def explain() -> str | None:
-    """What hides a module in the folder that Python looks into first, that of the program; None where nothing does."""
+    """Explains which files hide a module in the folder that Python searches first, the program's; None if none do."""
     folder = sys.path[0] if sys.path else ""
     try:
         names = sorted(os.listdir(folder or "."))

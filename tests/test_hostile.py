@@ -139,7 +139,7 @@ def test_a_checkpoint_that_is_nested_too_deeply() -> None:
 @pytest.mark.parametrize("snapshot", [{"round": "x"}, {"round": None}, {"round": -1}, {"round": True}, {}])
 def test_a_checkpoint_of_no_round(snapshot: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "00000001.ckpt").write_bytes(pack(snapshot))
-    with pytest.raises(CheckpointError, match=r"00000001\.ckpt does not say of which round it is"):
+    with pytest.raises(CheckpointError, match=r"00000001\.ckpt does not state its round"):
         latest(Folder(str(tmp_path)), 3)
 
 

@@ -1,8 +1,8 @@
-"""What the convergence bound charges runs for quantization, beside how they trained.
+"""Compares the convergence bound's charge for quantization with the training loss of runs.
 
-Of Theorem 1 (docs/theory.md) a run knows one term but for a constant: L / (lr tau) sum p_n^2 |Q(x_n) - x_n|^2, whose
-errors clients measure. Smoothness L, noise and heterogeneity of a network's losses it does not know, so runs can be
-ranked by the bound, and no gradient be held against it.
+A run records one term of Theorem 1 (docs/theory.md) up to a constant: L / (lr tau) sum p_n^2 |Q(x_n) - x_n|^2, whose
+errors clients measure. It does not know the smoothness L, the noise or the heterogeneity of a network's losses. So the
+bound can rank runs, but cannot be compared with gradients.
 """
 
 import itertools
@@ -20,12 +20,12 @@ from fedlq_ray.strategies import STRATEGIES
 from fedlq_ray.sweeps.sweep import Finished
 from fedlq_ray.training.sgd import samples_of, steps_of
 
-Known = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by run: charge and training loss, by seed
+Known = Mapping[str, tuple[np.ndarray, np.ndarray]]  # charge and training loss of each seed, by run
 
 
 def shown(runs: Runs) -> Shown | None:
-    """Each run's charge, and its training loss over that of who is charged least: means over the rounds that all have,
-    by the seeds that all have. None where fewer than two runs know both."""
+    """Plots each run's charge, and its training loss relative to the run with the least charge: means over the rounds
+    and seeds that all runs have. None if fewer than two runs have both."""
     recorded = {label: {run.config.seed: run for run in seeds if _recorded(run)} for label, seeds in runs.items()}
     recorded = {label: by_seed for label, by_seed in recorded.items() if by_seed}
     common = sorted(set.intersection(*map(set, recorded.values()))) if recorded else []
@@ -34,7 +34,7 @@ def shown(runs: Runs) -> Shown | None:
     if len(known) < 2 or not rounds or not any(charges.any() for charges, _ in known.values()):
         return None
     least = min(charges[charges > 0].min() for charges, _ in known.values() if charges.any())
-    none = least / 4  # where runs stand that lose nothing: a logarithmic axis has no zero
+    none = least / 4  # the position of runs without error: a logarithmic axis has no zero
     base = min(known, key=lambda label: known[label][0].mean())
     fed_back = [label for label in known if _feedback(runs[label][0].config)]
     with plt.rc_context(STYLE):
@@ -53,13 +53,13 @@ def shown(runs: Runs) -> Shown | None:
             ends.append((x, y, label, colour))
         most = max(x for x, *_ in ends)
         axis.set_xscale("log")
-        axis.set_xlim(none / 2, most * (most / none) ** 0.45)  # room for the name of the last
+        axis.set_xlim(none / 2, most * (most / none) ** 0.45)  # room for the last name
         if any(not charges.any() for charges, _ in known.values()):
             ticks = [10.0**e for e in range(int(np.ceil(np.log10(least))), int(np.floor(np.log10(most))) + 1)]
             axis.set_xticks([none, *ticks], ["0", *[f"{tick:g}" for tick in ticks]])
             axis.xaxis.set_minor_locator(NullLocator())
         axis.margins(y=0.12)
-        axis.set(xlabel="bound's charge for quantization, by unit of L", ylabel=f"training loss over {base}'s, by seed")
+        axis.set(xlabel="bound's charge for quantization, per unit of L", ylabel=f"training loss minus {base}'s")
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
         plots.name_ends(axis, ends)
@@ -69,19 +69,19 @@ def shown(runs: Runs) -> Shown | None:
     return Shown(
         title,
         _caption(runs, known, rounds, common, fed_back),
-        f"A point a run: charge, and loss over {base}'s. {told}.",
+        f"One point per run: charge, and loss minus {base}'s. {told}.",
         figure,
     )
 
 
 def _recorded(run: Finished) -> bool:
-    """A run that came to its end, and has what the charge is made of."""
+    """Whether a run has finished, and has the records that the charge is computed from."""
     has = all(record.quantization_error is not None for record in run.records)
     return run.summary is not None and has and bool(figures.clients_of(run))
 
 
 def _means(seeds: Sequence[Finished], rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Charge by unit of L, and training loss, of each seed."""
+    """Charge per unit of L, and training loss, of each seed."""
     found = []
     for run in seeds:
         train, shards = run.config.train, [int(client["samples"]) for client in figures.clients_of(run)]
@@ -105,7 +105,7 @@ def _feedback(config: Config) -> bool:
 
 
 def _title(known: Known) -> str:
-    """How many pairs of runs the bound orders as training did, of those that every seed orders the same."""
+    """The number of pairs of runs that the bound orders as training did, of those that every seed orders the same."""
     right = told = 0
     for (first, lost), (second, other) in itertools.combinations(known.values(), 2):
         signs = np.sign(lost - other)
@@ -113,23 +113,23 @@ def _title(known: Known) -> str:
             told += 1
             right += signs[0] == np.sign(first.mean() - second.mean())
     if not told:
-        return "No two runs' training losses can be told apart by these seeds"
+        return "No two runs can be distinguished by training loss with these seeds"
     alone = max(len(lost) for _, lost in known.values()) == 1
-    which = "pairs of runs, by one seed" if alone else "pairs of runs that the seeds tell apart"
-    return f"Who is charged more trains worse in {right} of {told} {which}"
+    which = "pairs of runs, by one seed" if alone else "pairs of runs that the seeds distinguish"
+    return f"The run that is charged more trains worse in {right} of {told} {which}"
 
 
 def _caption(runs: Runs, known: Known, rounds: int, seeds: Sequence[int], fed_back: Sequence[str]) -> str:
-    """What is charged, and why it is no bound here."""
+    """Explains the charge, and why it is not a bound here."""
     configs = [runs[label][0].config for label in known]
     rates = {runs[label][0].config.train.lr for label in known}
     over = f"bars over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"of seed {seeds[0]}"
     parts = [
         "Theorem 1's term for quantization, L/(lr × steps) Σ p²|Q(x) − x|², over L, as clients measured it; mean of "
-        f"{rounds} rounds, {over}. L is not known: this ranks runs, and bounds nothing."
+        f"{rounds} rounds, {over}. L is not known, so this ranks runs but is not a bound."
     ]
     if len(rates) > 1:
-        parts.append("Learning rates differ, and with them the bound's other terms.")
+        parts.append("Learning rates differ, and so do the bound's other terms.")
     beyond = {
         "sampled cohorts": any(c.clients.cohort < c.clients.count for c in configs),
         "clients with more steps than others": any(c.data.partition != "iid" for c in configs),
@@ -143,7 +143,7 @@ def _caption(runs: Runs, known: Known, rounds: int, seeds: Sequence[int], fed_ba
     if any(beyond.values()):
         parts.append(f"Outside the theorem: {', '.join(name for name, here in beyond.items() if here)}.")
     if fed_back:
-        parts.append(f"Hollow: error feedback ({', '.join(fed_back)}), where what is lost is sent later.")
+        parts.append(f"Hollow: error feedback ({', '.join(fed_back)}), which sends the error later.")
     if missing := [label for label in runs if label not in known]:
-        parts.append(f"Not known of {', '.join(missing)}: not recorded, or not finished.")
+        parts.append(f"Missing: {', '.join(missing)} (not recorded, or not finished).")
     return " ".join(parts)

@@ -1,4 +1,4 @@
-"""What runs come to: a row for those that differ in seed alone, set against a reference, with intervals."""
+"""Compares runs: one row for runs that differ only in seed, relative to a reference, with confidence intervals."""
 
 import json
 import math
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def time_to(records: Iterable[Record], target: float) -> tuple[float, float, float] | None:
-    """Simulated seconds, uplink and downlink MB until a run is first seen at an accuracy; None where it never is."""
+    """Simulated seconds, uplink and downlink MB until a run first reaches an accuracy; None if it never does."""
     sent = received = 0
     for record in records:
         sent, received = sent + record.uplink_bytes, received + record.downlink_bytes
@@ -31,7 +31,7 @@ def time_to(records: Iterable[Record], target: float) -> tuple[float, float, flo
 
 
 class Interval(NamedTuple):
-    """A mean over seeds and its confidence interval, None for one seed."""
+    """A mean over seeds and its confidence interval; low and high are None for one seed."""
 
     mean: float
     low: float | None
@@ -48,7 +48,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def gain(own: Mapping[int, float | None], base: Mapping[int, float | None]) -> Interval | None:
-    """The mean of own - base, seed by seed; None where the seeds differ, or one lacks the figure."""
+    """The mean of own - base, paired by seed; None if the seeds differ, or if one lacks the value."""
     if own.keys() != base.keys() or not own:
         return None
     pairs = [(own[seed], base[seed]) for seed in own]
@@ -57,7 +57,7 @@ def gain(own: Mapping[int, float | None], base: Mapping[int, float | None]) -> I
 
 
 def speed_up(own: Mapping[int, float | None], base: Mapping[int, float | None]) -> Interval | None:
-    """The geometric mean of base / own, seed by seed, as `gain`: its interval is that of the logarithms."""
+    """The geometric mean of base / own, paired by seed as in `gain`; its interval is that of the logarithms."""
     logs = [{seed: value and -math.log(value) for seed, value in times.items()} for times in (own, base)]
     found = gain(*logs)
     if found is None:
@@ -67,23 +67,23 @@ def speed_up(own: Mapping[int, float | None], base: Mapping[int, float | None]) 
 
 
 def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
-    """A row a run: means over seeds and their sample standard deviations.
+    """Returns one row per run: means over seeds and their sample standard deviations.
 
-    Accuracies and bytes are means over the runs that did not fail; a target counts where all seeds reached it.
-    accuracy_gain, speed_up: over the reference of the same population, with the bounds of their intervals; to_limit:
-    time in multiples of that of the run called limit; front: no run of the population has both more accuracy and
-    fewer bytes, or one of them and the other equal.
+    Accuracies and bytes are means over the runs that did not fail; a target counts if all seeds reached it.
+    accuracy_gain, speed_up: relative to the reference of the same population, with the bounds of their intervals;
+    to_limit: time in multiples of that of the run named limit; front: no run of the population has more accuracy and
+    fewer bytes, or is better in one of them and equal in the other.
 
     Args:
-        reference: a run's name without its population; by default fedavg, or the first where there is none.
+        reference: a run's name without its population; by default fedavg, or the first run if there is no fedavg.
     Raises:
-        ConfigError: no run is called `reference`.
+        ConfigError: no run has the name `reference`.
     """
     table = [_row(label, runs, outcome) for label, runs in outcome.runs.items()]
     labels = [row["run"] for row in table]
     names = list(dict.fromkeys(label.removesuffix(f"@{population(label)}") for label in labels))
     if reference is not None and reference not in names:
-        raise ConfigError(f"--reference: there is no run {reference}; there are {', '.join(names)}")
+        raise ConfigError(f"--reference: there is no run {reference}; the runs are {', '.join(names)}")
     reference = reference or ("fedavg" if "fedavg" in names else names[0])
     times = {label: _by_seed(outcome.runs[label], "time_to_target_s") for label in labels}
     accuracies = {label: _by_seed(outcome.runs[label], "final_accuracy") for label in labels}
@@ -144,7 +144,7 @@ def _by_seed(runs: Sequence[Finished], key: str) -> dict[int, float | None]:
 
 
 def _reached(runs: Sequence[Finished], target: float) -> dict[str, Any]:
-    """The seeds' seconds and MB to an accuracy, if all reached it, and how many did."""
+    """Seconds and MB to an accuracy over the seeds, if all reached it, and the number of seeds that did."""
     found = [time_to(run.records, target) if run.summary else None for run in runs]
     seconds, sent, received = ([one and one[i] for one in found] for i in range(3))
     return {
@@ -157,7 +157,7 @@ def _reached(runs: Sequence[Finished], target: float) -> dict[str, Any]:
 
 
 def _bits(runs: Sequence[Finished]) -> float | None:
-    """Bits a parameter of all payloads, headers included; None where no model was kept, or nothing sent."""
+    """Bits per parameter over all payloads, headers included; None if no model was saved, or nothing was sent."""
     size, records = parameters(runs), [record for run in runs for record in run.records]
     payloads = sum(len(record.answered) for record in records)
     return 8 * sum(r.uplink_bytes for r in records) / (payloads * size) if size and payloads else None
@@ -174,7 +174,7 @@ def _undominated(row: Row, among: Sequence[Row]) -> bool:
 
 
 def plot(outcome: Outcome, file: Path) -> list[Path]:
-    """Accuracy against time and bytes; a picture a population, such as accuracy@thin.png."""
+    """Plots accuracy against time and bytes; one picture per population, such as accuracy@thin.png."""
     made = []
     for where, labels in by_population(outcome.runs).items():
         config = outcome.runs[labels[0]][0].config
@@ -185,6 +185,6 @@ def plot(outcome: Outcome, file: Path) -> list[Path]:
 
 
 def save(table: Sequence[Row], source: str, command: str, file: Path) -> None:
-    """The rows as JSON, with what made them: the sweep's own text, the command, the commit, versions and machine."""
+    """Saves the rows as JSON with their origin: the sweep's own text, the command, commit, versions and machine."""
     made_by = {"command": command, **provenance.made_by(), "sweep": source}
     file.write_text(json.dumps(made_by | {"rows": list(table)}, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The figures of a report on runs: what each shows is in its title, and why it came out so in its caption."""
+"""The figures of a report on runs: the title states what a figure shows, and the caption how to read it."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from fedlq_ray.federation.record import Record
 from fedlq_ray.sweeps.sweep import Finished
 
 Runs = Mapping[str, Sequence[Finished]]
-WIDTH = 5.0  # inches of a figure that fills a phone's width
+WIDTH = 5.0  # inches; such a figure fills a phone's width
 STYLE: Any = {"font.size": 11.5, "axes.labelsize": 11.5, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5}
-STYLE["figure.max_open_warning"] = 0  # all of a section are drawn before the first is closed
-_CONSTANT = 1.1  # bits whose most and least differ by less are told in words
+STYLE["figure.max_open_warning"] = 0  # all figures of a section are drawn before the first is closed
+_CONSTANT = 1.1  # if the ratio of most to least bits is smaller, a sentence replaces the heat map
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Shown:
     """A figure of the report.
 
     Attributes:
-        title: what is seen, as a sentence.
-        caption: how to read it, and what it leaves out.
-        alt: what it looks like.
+        title: the main finding, as a sentence.
+        caption: how to read the figure, and what it omits.
+        alt: description of its appearance.
     """
 
     title: str
@@ -46,7 +46,7 @@ def canvas(height: float) -> tuple[Figure, Any]:
 
 
 def accuracy(runs: Runs, against: str) -> Shown:
-    """Accuracy against one of plots.AXES."""
+    """Plots accuracy against one of plots.AXES."""
     config = next(iter(runs.values()))[0].config
     with plt.rc_context(STYLE):
         figure, axis = canvas(4.0)
@@ -55,14 +55,14 @@ def accuracy(runs: Runs, against: str) -> Shown:
         axis.set_ylabel("test accuracy, %")
     over = {"time": "simulated time", "bytes": "uplink traffic", "round": "rounds"}[against]
     seeds = max(map(len, runs.values()))
-    band = f"Line: mean of {seeds} seeds; band: from the least to the most of them." if seeds > 1 else "One seed."
+    band = f"Line: mean of {seeds} seeds; band: from the minimum to the maximum." if seeds > 1 else "One seed."
     ends = "; ".join(f"{label} ends at {_final(seeds)}" for label, seeds in runs.items())
     title = _arrivals(runs, config.target_accuracy, against) or f"Accuracy against {over}: {ends}"
-    return Shown(title, band, f"Accuracy against {over}, a line a run: {ends}.", figure)
+    return Shown(title, band, f"Accuracy against {over}, one line per run: {ends}.", figure)
 
 
 def _arrivals(runs: Runs, target: float | None, against: str) -> str | None:
-    """Who came to the target first, and who last, of those whose seeds all did; None where nobody did."""
+    """The first and the last run to reach the target, of the runs whose seeds all reached it; None if there is none."""
     arrived: dict[str, float] = {}
     for label, seeds in runs.items():
         found = [one for run in seeds if (one := _first(run, target, against)) is not None]
@@ -77,7 +77,7 @@ def _arrivals(runs: Runs, target: float | None, against: str) -> str | None:
 
 
 def _first(run: Finished, target: float | None, against: str) -> float | None:
-    """Where on an axis of plots.AXES a run is first seen at an accuracy."""
+    """Position on an axis of plots.AXES at which a run first reaches an accuracy."""
     xs, accuracies = plots.seen(run.records, against)
     reached = xs[accuracies >= target] if target is not None else xs[:0]
     return float(reached[0]) if len(reached) else None
@@ -89,7 +89,7 @@ def _final(seeds: Sequence[Finished]) -> str:
 
 
 def clients_of(run: Finished) -> list[dict[str, float]]:
-    """What clients.csv has of each client, as numbers; nothing where the run has none."""
+    """Returns each client's numbers in clients.csv; an empty list if the run has no such file."""
     file = run.folder / "clients.csv"
     if not file.exists():
         return []
@@ -106,7 +106,7 @@ def _number(text: str) -> bool:
 
 
 def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
-    """Heat maps of bits a parameter, by layer and by client, for each run where they vary; the others in words."""
+    """Heat maps of bits per parameter, by layer and by client, for runs whose bits vary; sentences for other runs."""
     by_layer = {label: _layer_bits(seeds[0]) for label, seeds in runs.items() if seeds[0].records}
     by_client = {label: _client_bits(seeds[0]) for label, seeds in runs.items() if parameters(seeds[:1])}
     shown: list[Shown] = []
@@ -118,7 +118,7 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
         if len(sent) and sent.max() / sent.min() > _CONSTANT:
             varying[label] = sent
         elif len(sent):
-            told.append(f"{label} sends {sent.mean():.3g} bits a parameter in every layer, round and client.")
+            told.append(f"{label} sends {sent.mean():.3g} bits per parameter in every layer, round and client.")
     if not varying:
         return shown, told
     norm = LogNorm(min(v.min() for v in varying.values()), max(v.max() for v in varying.values()))
@@ -127,8 +127,8 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
         layers, values = by_layer[label]
         means = np.nanmean(values, 1)
         extremes = f"most for {layers[means.argmax()]} ({means.max():.2g}), least for {layers[means.argmin()]}"
-        caption = f"Bits a parameter, mean of the cohort, headers included; seed {seed}."
-        title = f"{label}: {extremes} ({means.min():.2g} bits a parameter)"
+        caption = f"Bits per parameter, mean of the cohort, headers included; seed {seed}."
+        title = f"{label}: {extremes} ({means.min():.2g} bits per parameter)"
         shown.append(_heat(values, norm, title, caption, layers, "layer"))
         if label not in by_client:
             continue
@@ -137,14 +137,14 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
         order = np.argsort(-np.array(uplinks), kind="stable")
         values = by_client[label][order]
         slow, fast = _half_means(values)
-        halves = f"{fast:.2g} bits a parameter on the faster half of the uplinks, {slow:.2g} on the slower"
-        both = np.isfinite(slow) and np.isfinite(fast)  # else one of them was in no cohort
+        halves = f"{fast:.2g} bits per parameter on the faster half of the uplinks, {slow:.2g} on the slower"
+        both = np.isfinite(slow) and np.isfinite(fast)  # else one half was in no cohort
         shown.append(
             _heat(
                 values,
                 norm,
-                f"{label}: {halves if both else 'bits a parameter by client'}",
-                f"Of each client's payload, fastest uplink on top; blank: not in the cohort. Seed {seed}.",
+                f"{label}: {halves if both else 'bits per parameter by client'}",
+                f"Bits of each client's payload, fastest uplink at the top; blank: not in the cohort. Seed {seed}.",
                 [str(client) for client in order],
                 "client, by uplink",
             )
@@ -157,7 +157,7 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
 def _by_layer_and_client(
     label: str, values: NDArray[np.float64], norm: LogNorm, layers: Sequence[str], seed: int
 ) -> Shown:
-    """How each layer's bits follow the link."""
+    """Heat map of how each layer's bits depend on the client's link."""
     ratios = []
     for row in values:
         slow, fast = _half_means(row)
@@ -165,26 +165,26 @@ def _by_layer_and_client(
     most, least = int(np.nanargmax(ratios)), int(np.nanargmin(ratios))
     gains = f"{ratios[most]:.2g} times as many bits in {layers[most]}, {ratios[least]:.2g} times in {layers[least]}"
     title = f"{label}: the faster half of the uplinks has {gains}"
-    caption = f"Bits a parameter of each layer and client, mean of its rounds, fastest uplink left. Seed {seed}."
+    caption = f"Bits per parameter of each layer and client, mean of its rounds; fastest uplink left. Seed {seed}."
     return _heat(values, norm, title, caption, layers, "layer", "client, from the fastest uplink to the slowest")
 
 
 def _half_means(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Means over the slower and the faster half of the rows, which are sorted from fast to slow."""
+    """Returns the means over the slower and the faster half of the rows, which are sorted from fast to slow."""
     half = len(values) // 2
     slow, fast = ([v for v in part.ravel() if np.isfinite(v)] for part in (values[half:], values[:half]))
     return float(np.mean(slow)) if slow else np.nan, float(np.mean(fast)) if fast else np.nan
 
 
 def _layer_bits(run: Finished) -> tuple[list[str], NDArray[np.float64]]:
-    """Layers' names, and bits a parameter: (layers, rounds)."""
+    """Names of layers, and bits per parameter: (layers, rounds)."""
     names = list(run.records[0].bits_per_parameter)
     rounds = [[record.bits_per_parameter.get(name, np.nan) for name in names] for record in run.records]
     return names, np.array(rounds, float).T
 
 
 def _client_bits(run: Finished) -> NDArray[np.float64]:
-    """Bits a parameter of each client's payload: (clients, rounds), NaN where it sent none."""
+    """Bits per parameter of each client's payload: (clients, rounds); NaN if it sent none."""
     size = parameters([run]) or 1
     found = np.full((run.config.clients.count, len(run.records)), np.nan)
     for column, record in enumerate(run.records):
@@ -194,8 +194,8 @@ def _client_bits(run: Finished) -> NDArray[np.float64]:
 
 
 def _layer_client_bits(run: Finished, layers: Sequence[str]) -> NDArray[np.float64] | None:
-    """Bits a parameter by layer and client, mean of its rounds: (layers, clients), NaN where it sent none; None where
-    the journal does not have them, as of versions before."""
+    """Bits per parameter by layer and client, mean of its rounds: (layers, clients), NaN if it sent none. None if the
+    journal lacks them, as in earlier versions."""
     total = np.zeros((len(layers), run.config.clients.count))
     times = np.zeros_like(total)
     for record in run.records:
@@ -225,7 +225,7 @@ def _heat(
         axis.set_yticks(range(len(names)) if few else [0, len(names) - 1], names if few else ["fastest", "slowest"])
         axis.set(xlabel=by, ylabel=of)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        bar = figure.colorbar(image, label="bits a parameter", orientation="horizontal", aspect=40, pad=0.02)
+        bar = figure.colorbar(image, label="bits per parameter", orientation="horizontal", aspect=40, pad=0.02)
         levels = [level for level in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if norm.vmin <= level <= norm.vmax]  # type: ignore[operator]
         bar.ax.xaxis.set_minor_formatter(NullFormatter())
         bar.set_ticks(levels, labels=[f"{level:g}" for level in levels])
@@ -233,7 +233,7 @@ def _heat(
 
 
 def significance(runs: Runs) -> list[Shown]:
-    """Significance of each layer over rounds, for the runs that measure it."""
+    """Plots the significance of each layer over rounds, for the runs that measure it."""
     shown = []
     for label, seeds in runs.items():
         seen = [
@@ -263,8 +263,8 @@ def significance(runs: Runs) -> list[Shown]:
         last = dict(zip(names, values[-1], strict=True))
         top = max(last, key=lambda name: last[name])
         caption = (
-            f"What quantizing a layer costs in {cost}, per {per}; running average of probes, "
-            f"seed {seeds[0].config.seed}. Values at or below zero are noise, and left out."
+            f"Cost of quantizing a layer in {cost}, per {per}; running average of probes, "
+            f"seed {seeds[0].config.seed}. Values at or below zero are noise and are omitted."
         )
         title = f"{label}: {top} matters most at the end"
         ordered = ", ".join(f"{name} {plots.short(last[name])}" for name in sorted(last, key=lambda n: -last[n]))
@@ -273,7 +273,7 @@ def significance(runs: Runs) -> list[Shown]:
 
 
 def _of_significance(run: Finished) -> tuple[str, str]:
-    """What a run's significance is, and what it is by."""
+    """Returns the numerator and the denominator of a run's significance, in words."""
     strategy = run.config.strategy
     metric = getattr(strategy, "metric", None)
     return "loss" if metric in (None, "loss", "fisher", "taylor", "hawq") else str(metric), (
@@ -282,7 +282,7 @@ def _of_significance(run: Finished) -> tuple[str, str]:
 
 
 def timelines(runs: Runs) -> list[Shown]:
-    """One round of each run as its clients spent it; the same round of the same seed for all."""
+    """Shows how clients spent one round of each run; it is the same round of the same seed for all runs."""
     first = next((seeds[0] for seeds in runs.values() if seeds[0].records), None)
     if first is None:
         return []
@@ -324,13 +324,13 @@ def _timeline(label: str, run: Finished, round: int) -> Shown | None:
     share = steps[last].max() / total
     mean = steps.sum(1).mean() / total
     title = f"{label}: client {members[last]} ends round {round + 1} after {total:.3g} s, {share:.0%} of it {cause}"
-    caption = f"{_stragglers(run, clients)} On average a member is busy for {mean:.0%} of this round."
+    caption = f"{_stragglers(run, clients)} On average, a client is busy for {mean:.0%} of this round."
     alt = f"Bars by client of the round's seconds: download, compute, upload. {title}. {caption}"
     return Shown(title, caption, alt, figure)
 
 
 def _stragglers(run: Finished, clients: Sequence[Mapping[str, float]]) -> str:
-    """Who was last most often, and in what step the last members spent their time."""
+    """States which client was last most often, and in which step the last clients spent most of their time."""
     last: dict[int, int] = {}
     spent = np.zeros(len(plots.STEPS))
     for record in run.records:
@@ -347,12 +347,12 @@ def _stragglers(run: Finished, clients: Sequence[Mapping[str, float]]) -> str:
     main = int(spent.argmax())
     return (
         f"Client {worst}{has} was last in {last[worst]} of {len(run.records)} rounds of seed {run.config.seed}; "
-        f"{list(plots.STEPS)[main]} took {spent[main] / spent.sum():.0%} of the last one's time over all rounds."
+        f"{list(plots.STEPS)[main]} took {spent[main] / spent.sum():.0%} of the last client's time over all rounds."
     )
 
 
 def labels(run: Finished) -> Shown | None:
-    """Training samples by client and class; None where the folder has no clients.csv."""
+    """Heat map of training samples by client and class; None if the folder has no clients.csv."""
     clients = clients_of(run)
     names = [key for key in (clients[0] if clients else {}) if key.startswith("label_")]
     if not names:
@@ -370,6 +370,6 @@ def labels(run: Finished) -> Shown | None:
     sizes = counts.sum(0)
     data = run.config.data
     how = f"{data.partition}({data.alpha:g})" if data.partition in ("dirichlet", "quantity") else data.partition
-    span = f"{sizes.min():.0f} to {sizes.max():.0f} a client"
+    span = f"{sizes.min():.0f} to {sizes.max():.0f} per client"
     caption = f"Training samples, {how}, seed {run.config.seed}: {span}; blank: none."
     return Shown(title, caption, f"Heat map, class by client. {title}. {caption}", figure)

@@ -1,4 +1,4 @@
-"""The paper's motivating analysis: what each layer saves and costs at each level, on a model trained a while."""
+"""The paper's motivating analysis: what each layer saves and costs at each level, on a partly trained model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,14 +29,14 @@ __all__ = ["LayerAnalysis", "analyse", "analyses"]
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """Tables (layers, levels): memory saved, and what quantizing that layer alone costs.
+    """Tables (layers, levels): memory saved, and the cost of quantizing that layer alone.
 
     Args:
-        rounds: of training before it.
-        samples: held-out ones that all is measured on.
+        rounds: rounds of training before the measurement.
+        samples: number of held-out samples used for all measurements.
         before: loss and accuracy without quantization, on the same samples.
-        loss, accuracy: measured; the noise is the standard error over blocks, of samples and of rounding.
-        predicted: what metrics that were asked for say, by name.
+        loss, accuracy: measured; the noise is the standard error over blocks, which covers samples and rounding.
+        predicted: the requested metrics, by name.
     """
 
     rounds: int
@@ -53,17 +53,17 @@ class LayerAnalysis:
 
     @property
     def significance(self) -> NDArray[np.float64]:
-        """Loss rise per memory saved; below zero only by noise, or where quantizing helps."""
+        """Loss rise per memory saved; negative only because of noise, or if quantizing helps."""
         return self.loss.drop / self.saving
 
     @property
     def seen(self) -> NDArray[np.bool_]:
-        """Where the loss rise is beyond twice its standard error, either way."""
+        """Mask of the cells whose loss rise or fall exceeds twice its standard error."""
         return np.abs(self.loss.drop) > 2 * self.loss.noise
 
 
 class _Unwatched(SerialHost):
-    """Evaluates nothing, as nobody reads it here."""
+    """Skips evaluation, because its result is not used here."""
 
     def evaluate(self, weights: Tensor) -> Done:
         return Done(Timed(Evaluation(0.0, 0.0), 0.0))
@@ -74,9 +74,9 @@ def _unheard(record: Record) -> None:
 
 
 def analyse(config: Config, watch: Callable[[Record], None] = _unheard) -> LayerAnalysis:
-    """Train `rounds` rounds of FedAvg in this process, then measure every layer on held-out training samples.
+    """Trains `rounds` rounds of FedAvg in this process, then measures every layer on held-out training samples.
 
-    `watch` hears of each round.
+    `watch` is called with the record of each round.
     """
     (found,) = analyses(config, (config.rounds,), (config.strategy.payload,), watch=watch)
     return found
@@ -89,7 +89,7 @@ def analyses(
     metrics: Sequence[str] = (),
     watch: Callable[[Record], None] = _unheard,
 ) -> Iterator[LayerAnalysis]:
-    """The same after each of these numbers of rounds of one training, for each payload, and in further metrics."""
+    """As `analyse`, at each of these rounds of one training, for each payload, and with additional metrics."""
     measured = config.strategy
     if not isinstance(measured, FedLQ):
         raise ConfigError(f"strategy.name: {measured.name} has no levels to measure; use fedlq")

@@ -1,4 +1,4 @@
-"""One run as a notebook shows it."""
+"""Displays one run in a notebook."""
 
 from html import escape
 from pathlib import Path
@@ -12,7 +12,7 @@ from fedlq_ray.runs import rundir
 
 
 def plot(folder: Path) -> Figure:
-    """Accuracy against simulated time and traffic; not pyplot's, so that it is shown once."""
+    """Plots accuracy against simulated time and traffic; the figure is closed in pyplot, so that it is shown once."""
     run = rundir.read(folder)
     figure = plots.accuracy(
         {run.config.strategy.name: [run.records]}, run.config.target_accuracy, run.config.network.bill
@@ -22,7 +22,7 @@ def plot(folder: Path) -> Figure:
 
 
 def html(folder: Path) -> str:
-    """A run's main figures as a table, and its picture."""
+    """Returns a run's main results as an HTML table, and its plot."""
     run = rundir.read(folder)
     config, summary = run.config, run.summary or {}
     shown = {"strategy": config.strategy.name, "rounds": str(len(run.records))}

@@ -1,4 +1,4 @@
-"""A report on runs: one HTML file that needs no network, for a screen of any width, light or dark, and for paper."""
+"""A report on runs: one HTML file that needs no network, for screens of any width, light or dark, and for print."""
 
 import json
 import shlex
@@ -17,12 +17,12 @@ from fedlq_ray.sweeps.sweep import Finished, Outcome, as_text
 
 
 def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[str]], command: str) -> str:
-    """The report.
+    """Returns the report as HTML.
 
     Args:
-        table: of compare.rows.
-        unlike: of runs.unlike.
-        command: what makes this report again.
+        table: the result of compare.rows.
+        unlike: the result of runs.unlike.
+        command: the command that reproduces this report.
     """
     config = next(iter(outcome.runs.values()))[0].config
     seeds = max(len(runs) for runs in outcome.runs.values())
@@ -42,7 +42,7 @@ def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[s
     first = next((runs[0] for runs in outcome.runs.values() if runs[0].records), None)
     shown = figures.labels(first) if first else None
     if shown:
-        parts += ["<h2>Who has which data</h2>", _grid([shown], "labels")]
+        parts += ["<h2>Data of each client</h2>", _grid([shown], "labels")]
     parts += _origin(outcome, command)
     style = (files("fedlq_ray.analysis") / "report.css").read_text(encoding="utf-8")
     return (
@@ -55,7 +55,7 @@ def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[s
 
 
 def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str]]) -> list[str]:
-    """What came out: sentences, the table, and accuracy against time, bytes and rounds."""
+    """Results: sentences, the table, and accuracy against time, bytes and rounds."""
     config = next(iter(runs.values()))[0].config
     told = "".join(f"<li>{escape(one)}</li>" for one in findings(block, config.target_accuracy))
     made = tables.columns(block, config.target_accuracy)
@@ -82,7 +82,7 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
 
 
 def findings(block: Sequence[Row], target: float | None) -> list[str]:
-    """The table's main points as sentences."""
+    """Returns the table's main points as sentences."""
     told = []
     base = block[0]["reference"].removesuffix(f"@{population(block[0]['run'])}")
     names = {row["run"]: row["run"].removesuffix(f"@{population(row['run'])}") for row in block}
@@ -90,7 +90,7 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
     if target is not None and arrived:
         first = min(arrived, key=lambda row: row["time_to_target_s"])
         after = f"{100 * target:g} % accuracy, after {first['time_to_target_s']:.3g} s"
-        line = f"{names[first['run']]} is the first at {after}"
+        line = f"{names[first['run']]} is the first to reach {after}"
         if first["speed_up"] is not None and names[first["run"]] != base:
             line += f": {tables.between(first, 'speed_up')} times as fast as {base}"
         told.append(line + ".")
@@ -105,7 +105,7 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
     if sure and len(beyond) < len(sure):
         rest = ", ".join(names[row["run"]] for row in sure if row not in beyond)
         told.append(
-            f"Final accuracy: {rest} cannot be told from {base} by {sure[0]['seeds']} seeds ({CONFIDENCE:.0%})."
+            f"Final accuracy: {sure[0]['seeds']} seeds do not distinguish {rest} from {base} ({CONFIDENCE:.0%})."
         )
     if len(block) > 1:
         front = ", ".join(names[row["run"]] for row in block if row["front"])
@@ -114,7 +114,7 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
 
 
 def _behaviour(runs: Runs, where: str) -> list[str]:
-    """How it came about: bits, significance, stragglers."""
+    """Explanations of the results: bits, significance, stragglers."""
     parts = []
     shown, told = figures.bits(runs)
     if shown or told:
@@ -130,7 +130,7 @@ def _behaviour(runs: Runs, where: str) -> list[str]:
         steps = "".join(f'<span class="step" style="background: var(--{step})"></span>{step}' for step in plots.STEPS)
         billed = next(iter(runs.values()))[0].config.network.bill
         free = "" if billed == "both" else " Downloads are not billed here, and take no time."
-        parts.append("<h2>Who the round waited for, and why</h2>")
+        parts.append("<h2>Clients that a round waited for, and why</h2>")
         parts.append(f'<p class="small">{steps}.{free} The same round and seed for every run.</p>')
         parts.append(_grid(shown, f"timeline{where}"))
     return parts
@@ -146,7 +146,7 @@ def _grid(shown: Iterable[Shown], name: str) -> str:
 
 
 def _origin(outcome: Outcome, command: str) -> list[str]:
-    """Settings, versions, and the commands that make it again."""
+    """Settings, versions, and the commands that reproduce the runs and the report."""
     told = {label: flat(runs[0].config) for label, runs in outcome.runs.items()}
     first = next(iter(told.values()))
     every = dict.fromkeys(path for one in told.values() for path in one)
@@ -168,15 +168,15 @@ def _origin(outcome: Outcome, command: str) -> list[str]:
             f"<tbody>{lines}</tbody></table></div>"
         )
     parts.append(f"<details><summary>Settings that all share</summary><pre>{escape(common)}</pre></details>")
-    parts.append("<p>The runs again:</p>")
+    parts.append("<p>To repeat the runs:</p>")
     parts.append(f"<pre>{escape(chr(10).join(_again(outcome)))}</pre>")
-    parts.append(f"<p>This report again:</p><pre>{escape(command)}</pre>")
+    parts.append(f"<p>To repeat this report:</p><pre>{escape(command)}</pre>")
     parts.append("<p>Made by:</p><pre>" + escape("\n".join(_made_by(outcome)) or "not recorded") + "</pre>")
     return parts
 
 
 def repeat(config: Config) -> str:
-    """The command that makes a run again: what differs from the defaults."""
+    """Returns the command that repeats a run, with all settings that differ from the defaults."""
     default = flat(Config(strategy={"name": config.strategy.name}))  # type: ignore[arg-type]  # a dict is read
     changed = {path: value for path, value in flat(config).items() if value != default[path]}
     if config.strategy.name != "fedlq":
@@ -186,7 +186,7 @@ def repeat(config: Config) -> str:
 
 
 def _again(outcome: Outcome) -> list[str]:
-    """The sweep's command and file where the runs are a sweep's, else a command a run."""
+    """Returns the sweep's command and file if the runs belong to a sweep, else one command per run."""
     runs = [run for seeds in outcome.runs.values() for run in seeds]
     lines: list[str] = []
     for folder in dict.fromkeys(run.folder.parent for run in runs):
@@ -200,7 +200,7 @@ def _again(outcome: Outcome) -> list[str]:
 
 
 def _made_by(outcome: Outcome) -> list[str]:
-    """Versions, commit and machine, a line for each kind that there is."""
+    """Returns versions, commit and machine, one line per distinct combination."""
     found: dict[str, int] = {}
     for run in (run for seeds in outcome.runs.values() for run in seeds):
         line = _maker(run)

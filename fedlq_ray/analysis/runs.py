@@ -1,4 +1,4 @@
-"""Runs to compare, from where they are: their folders, a folder of them, or MLflow. Seeds of one setting are a row."""
+"""Finds runs to compare: in their folders, a folder of runs, or MLflow. Runs that differ only in seed form one row."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,19 +12,20 @@ from fedlq_ray.runs import rundir
 from fedlq_ray.sweeps.sweep import Finished, Outcome
 from fedlq_ray.tracking import log as tracking
 
-# Where runs differ in one of these, it is not their scheme alone that a table compares.
+# If runs differ in one of these, a table compares more than their schemes.
 _COMMON = ("data.", "model.", "clients.", "network.bill", "rounds", "evaluate_on", "target_accuracy")
 
 
 def find(sources: Sequence[str], uri: str | None, scratch: Path) -> Outcome:
-    """The runs that `sources` name, by label.
+    """Returns the runs that `sources` name, by label.
 
     Args:
-        sources: folders of runs, or with runs in them; with `uri`, MLflow's run ids or an experiment's name as well.
+        sources: folders of runs, or folders that contain them; with `uri`, also MLflow's run ids or an experiment's
+            name.
         uri: MLflow's tracking store or server.
-        scratch: a folder for what is fetched from MLflow.
+        scratch: a folder for downloads from MLflow.
     Raises:
-        ConfigError: a source is neither, holds no run, or is there twice with different results.
+        ConfigError: a source does not exist or holds no run, or two runs have equal settings but different results.
     """
     folders: list[Path] = []
     for source in sources:
@@ -40,7 +41,7 @@ def find(sources: Sequence[str], uri: str | None, scratch: Path) -> Outcome:
 
 
 def _in(folder: Path) -> list[Path]:
-    """The run that a folder is, or those in it, but for those that a sweep kept aside."""
+    """Returns the folder if it is a run, else the runs in it, except those that a sweep set aside."""
     if (folder / "config.yaml").is_file():
         return [folder]
     found = sorted(f.parent for f in folder.glob("*/config.yaml") if ".unfinished-" not in f.parent.name)
@@ -56,8 +57,8 @@ def _labelled(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
         other = seeds.setdefault(run.config.seed, run)
         if other.summary and run.summary and other.summary["weights_sha256"] != run.summary["weights_sha256"]:
             raise ConfigError(
-                f"{other.folder} and {run.folder} have the same settings and seed, and other results: their models or "
-                "data were given as objects, or their versions differ; compare one of them"
+                f"{other.folder} and {run.folder} have the same settings and seed, but different results: their models "
+                "or data were given as objects, or their versions differ; compare only one of them"
             )
         if run.summary and not other.summary:
             seeds[run.config.seed] = run
@@ -67,17 +68,17 @@ def _labelled(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 
 
 def _distinct(groups: Sequence[Sequence[Finished]], make: Callable[[Finished, Any], str | None]) -> list[str] | None:
-    """A label a group, where `make` gives all runs of a group the same one and no two groups share it."""
+    """Returns one label per group, if `make` gives each group a single label and no two groups share one; else None."""
     told = [flat(runs[0].config) for runs in groups]
     paths = dict.fromkeys(path for one in told for path in one)
-    differing = [path for path in paths if _matters(path) and len({str(one.get(path)) for one in told}) > 1]
+    differing = [p for p in paths if _matters(p) and len({str(one[p]) for one in told if p in one}) > 1]
     made = [{make(run, differing) for run in runs} for runs in groups]
     labels = [label for names in made for label in names if label]
     return labels if len(labels) == len(set(labels)) == len(groups) and all(len(m) == 1 for m in made) else None
 
 
 def _by_folder(run: Finished, differing: Sequence[str]) -> str | None:
-    """What a sweep calls it: its folder's name without the seed."""
+    """The name that a sweep gives a run: its folder's name without the seed."""
     name, seed = run.folder.name, f"-{run.config.seed}"
     return name.removesuffix(seed) if name.endswith(seed) and name != run.config.name + seed else None
 
@@ -87,7 +88,7 @@ def _by_name(run: Finished, differing: Sequence[str]) -> str | None:
 
 
 def _by_settings(run: Finished, differing: Sequence[str]) -> str | None:
-    """The strategy, and what else differs between the groups."""
+    """The strategy, and the other settings that differ between the groups."""
     settings = flat(run.config)
     return " ".join(
         [run.config.strategy.name]
@@ -103,12 +104,12 @@ def _matters(path: str) -> bool:
 
 
 def population(label: str) -> str:
-    """The population that a run's label names, as in eden-1@thin; "" for none."""
+    """Returns the population in a run's label, such as thin in eden-1@thin; "" if there is none."""
     return label.rpartition("@")[2] if "@" in label else ""
 
 
 def by_population(labels: Iterable[str]) -> dict[str, list[str]]:
-    """The labels of each population, in their order."""
+    """Groups labels by population, in their order."""
     found: dict[str, list[str]] = {}
     for label in labels:
         found.setdefault(population(label), []).append(label)
@@ -116,7 +117,7 @@ def by_population(labels: Iterable[str]) -> dict[str, list[str]]:
 
 
 def unlike(outcome: Outcome) -> dict[str, list[str]]:
-    """The settings that are no part of a scheme and differ between runs of a population all the same: their values."""
+    """Returns the values of settings that are not part of a scheme but differ between runs of a population."""
     found: dict[str, list[str]] = {}
     for labels in by_population(outcome.runs).values():
         told = [flat(outcome.runs[label][0].config) for label in labels]
@@ -128,7 +129,7 @@ def unlike(outcome: Outcome) -> dict[str, list[str]]:
 
 
 def parameters(runs: Sequence[Finished]) -> int | None:
-    """Parameters (and float buffers) of a run's model; None where no run has kept it."""
+    """Number of parameters (and float buffers) of the runs' model; None if no run has saved it."""
     for run in runs:
         if (run.folder / "model.safetensors").exists():
             return sum(_sizes(run.folder / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""The rows of a comparison as a table: text for a terminal, markdown, CSV."""
+"""Writes the rows of a comparison as a table: text for a terminal, markdown, or CSV."""
 
 import csv
 import io
@@ -14,11 +14,11 @@ from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.runs import by_population, population
 from fedlq_ray.config.load import Config
 
-Columns = dict[str, list[str]]  # by heading, a cell a row; the first names the rows
+Columns = dict[str, list[str]]  # by heading, one cell per row; the first column names the rows
 
 
 def figure(value: float | None, spread: float | None = None, *, least: int = 0, missing: str = "–") -> str:
-    """Three significant digits, or `least` decimal places where those are more; the spread to the same place."""
+    """Formats a value with three significant digits, or `least` decimals if these are more; the spread likewise."""
     if value is None:
         return missing
     places = _places(value, least)
@@ -30,7 +30,7 @@ def _places(value: float, least: int = 0) -> int:
 
 
 def between(row: Row, key: str, scale: float = 1, places: int | None = None) -> str:
-    """A value with its interval, all to the same place: 6.3 (5.1 to 7.9); a difference where `places` are given."""
+    """Formats a value with its interval, such as 6.3 (5.1 to 7.9); if `places` is given, it is a signed difference."""
     value, low, high = (row[name] and scale * row[name] for name in (key, f"{key}_low", f"{key}_high"))
     if value is None:
         return "–"
@@ -40,7 +40,7 @@ def between(row: Row, key: str, scale: float = 1, places: int | None = None) -> 
 
 
 def columns(table: Sequence[Row], target: float | None) -> Columns:
-    """The rows of one population; columns that would say nothing are left out."""
+    """Returns the columns for one population; columns without information are omitted."""
 
     def percent(row: Row, key: str) -> float | None:
         return None if row[key] is None else 100 * row[key]
@@ -81,7 +81,7 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
 
 
 def _own(table: Sequence[Row], cells: Sequence[str]) -> list[str]:
-    """The reference is not compared with itself."""
+    """Replaces the reference's own cell by "reference"; it is not compared with itself."""
     return ["reference" if row["run"] == row["reference"] else cell for row, cell in zip(table, cells, strict=True)]
 
 
@@ -94,7 +94,7 @@ def _of(reached: int, seeds: int) -> str:
 
 
 def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[str]]) -> list[str]:
-    """What the columns mean, a sentence each."""
+    """Explains the columns, one sentence each."""
     seeds = max(row["seeds"] for row in table)
     billed = "uploads" if config.network.bill == "upload" else "uploads and downloads"
     told = [
@@ -110,7 +110,7 @@ def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[st
 
 
 def text(made: Columns, title: str, width: int) -> str:
-    """Plain text; where all columns do not fit in `width`, in blocks that each begin with the run's name."""
+    """Returns plain text; if the columns exceed `width`, it is split into blocks that start with the run's name."""
     rest = {heading: cells for heading, cells in list(made.items())[1:]}
     names = dict(list(made.items())[:1])
     blocks: list[Columns] = [dict(names)]
@@ -136,12 +136,12 @@ def text(made: Columns, title: str, width: int) -> str:
 
 
 def _width(block: Columns) -> int:
-    """Characters that a table of these columns takes, two between columns."""
+    """Width in characters of a table of these columns, with two characters between columns."""
     return sum(max(map(len, [heading, *cells])) + 2 for heading, cells in block.items())
 
 
 def markdown(made: Columns) -> str:
-    """A table of GitHub's markdown."""
+    """Returns a table in GitHub's markdown."""
     lines = ["| " + " | ".join(made) + " |", "| --- |" + " ---: |" * (len(made) - 1)]
     for cells in zip(*made.values(), strict=True):
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -149,7 +149,7 @@ def markdown(made: Columns) -> str:
 
 
 def as_csv(table: Sequence[Row]) -> str:
-    """All figures unrounded, a column each; accuracies are fractions."""
+    """Returns all values unrounded, one column each; accuracies are fractions."""
     flat = []
     for row in table:
         kept: dict[str, Any] = {key: value for key, value in row.items() if key not in ("by_seed", "targets")}
@@ -170,11 +170,11 @@ def written(
     form: str,
     width: int = 200,
 ) -> str:
-    """A comparison in one of the forms text, csv, markdown.
+    """Returns a comparison in one of the forms text, csv, markdown.
 
     Args:
-        configs: a configuration for each label, for its target and its bill.
-        unlike: settings that differ though they are no part of a scheme.
+        configs: one configuration per label, for its target and its bill.
+        unlike: settings that differ although they are not part of a scheme.
     """
     if form == "csv":
         return as_csv(table)

@@ -1,4 +1,4 @@
-"""The commands that look at runs: compare, report, watch."""
+"""The commands that analyse runs: compare, report, watch."""
 
 import shlex
 import sys
@@ -15,24 +15,24 @@ from fedlq_ray.runs.output import Console
 
 SOURCES = click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 STORE = click.option(
-    "--tracking-uri", default=None, help="MLflow's store, such as sqlite:///mlflow.db, where RUNS are ids in it."
+    "--tracking-uri", default=None, help="MLflow's store, such as sqlite:///mlflow.db, if RUNS are ids in it."
 )
 REFERENCE = click.option(
-    "--reference", default=None, help="The run that the others are measured by; the default is fedavg, or the first."
+    "--reference", default=None, help="The run to compare the others with; the default is fedavg, or the first."
 )
 
 
 def command() -> str:
-    """What was typed."""
+    """Returns the command as typed."""
     return shlex.join(["fedlq", *sys.argv[1:]])
 
 
 def show(table: Any, outcome: Any, unlike: Any = (), form: str = "text", out: str | None = None) -> None:
-    """Print a comparison, or write it to a file."""
+    """Prints a comparison, or writes it to a file."""
     from fedlq_ray.analysis import tables
 
     terminal = Console()
-    width = terminal.width if terminal.is_terminal and out is None else 200  # a file takes any width
+    width = terminal.width if terminal.is_terminal and out is None else 200  # files may be wide
     configs = {label: runs[0].config for label, runs in outcome.runs.items()}
     written = tables.written(table, configs, dict(unlike), form, width)
     if out is None:
@@ -42,7 +42,7 @@ def show(table: Any, outcome: Any, unlike: Any = (), form: str = "text", out: st
 
 
 def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
-    """A sweep's report, and in MLflow its result: a note with the table, the pictures, the table, the report."""
+    """Writes a sweep's report, and logs to MLflow a note with the table, the pictures, the table and the report."""
     from fedlq_ray.analysis import report as reporting
     from fedlq_ray.analysis import tables
     from fedlq_ray.analysis.runs import unlike as differences
@@ -50,7 +50,7 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     from fedlq_ray.tracking import log as tracking
 
     unlike = differences(outcome)
-    shown = out.name if out.is_absolute() else out  # the report may travel
+    shown = out.name if out.is_absolute() else out  # the report may be moved
     page = reporting.page(outcome, table, unlike, f"fedlq report {shown} --out report.html")
     (out / "report.html").write_text(page, encoding="utf-8")
     runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
@@ -61,7 +61,7 @@ def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
     note = tables.written(table, configs, unlike, "markdown")
     try:
         tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
-    except Exception as exc:  # telemetry: the runs are done and kept
+    except Exception as exc:  # telemetry: the runs themselves are saved
         click.echo(f"MLflow at {where.uri} has no summary of this sweep: {first_line(exc)}", err=True)
 
 
@@ -82,13 +82,13 @@ def _write(file: Path, text: str) -> None:
 def compare(
     sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, form: str, out: str | None
 ) -> None:
-    """Compare runs: a row for those that differ in seed alone.
+    """Compare runs, with one row for runs that differ only in seed.
 
-    RUNS are folders of runs, or folders with runs in them, such as a sweep's; with --tracking-uri also MLflow's run ids
-    (that of a sweep stands for all its runs), or the name of an experiment.
+    RUNS are folders of runs, or folders that contain runs, such as a sweep's; with --tracking-uri also MLflow's run ids
+    (that of a sweep means all its runs), or the name of an experiment.
 
-    Accuracy, time and MB are means over seeds; gain and speed-up are over the reference, seed by seed, with 95 %
-    intervals; * marks the Pareto front of accuracy against MB.
+    Accuracy, time and MB are means over seeds; gain and speed-up are relative to the reference, paired by seed, with
+    95 % intervals; * marks the Pareto front of accuracy against MB.
     """
     from fedlq_ray.analysis import compare as comparing
     from fedlq_ray.analysis import runs
@@ -107,8 +107,8 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
     """Write a report on runs: one HTML file that needs no network.
 
     RUNS are named as for `fedlq compare`. The report shows accuracy against simulated time, traffic and rounds, bits by
-    layer and client, significance by layer, who a round waited for, labels by client, settings, versions and the
-    command that repeats it.
+    layer and client, significance by layer, the clients that a round waited for, labels by client, settings, versions
+    and the command that repeats it.
     """
     from fedlq_ray.analysis import compare as comparing
     from fedlq_ray.analysis import report as reporting
@@ -122,10 +122,10 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
 
 @click.command()
 @click.argument("run", type=PATH, metavar="RUN_DIR")
-@click.option("--tracking-uri", default=None, help="MLflow's store or server, where RUN_DIR is a run's id in it.")
+@click.option("--tracking-uri", default=None, help="MLflow's store or server, if RUN_DIR is the id of a run in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, a JSON line each.")
 def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:
-    """Follow a run that goes on elsewhere, until it ends; an interrupt ends the watching alone."""
+    """Follow a run of another process until it ends; an interrupt stops only the watching."""
     from fedlq_ray.runs import follow, progress
 
     config, events = (
@@ -138,7 +138,7 @@ def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:
                 show(event)
                 status = event.status if isinstance(event, Closed) else status
     except KeyboardInterrupt:
-        click.echo("the run goes on", err=True)
+        click.echo("the run continues", err=True)
         return
     click.echo(f"{run}: {ENDED.get(status, status.lower())}", err=as_json)
 

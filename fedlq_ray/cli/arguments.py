@@ -1,4 +1,4 @@
-"""What commands take: paths, and `[CONFIG.yaml] [key=value ...]`."""
+"""Arguments of commands: paths, and `[CONFIG.yaml] [key=value ...]`."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fedlq_ray.files import expand
 
 
 class _Path(click.ParamType):  # type: ignore[type-arg]
-    """A path, in which `~` is the home folder: shells leave it in `--out=~/x`, and in quotes."""
+    """A path in which `~` means the home folder: shells do not expand it in `--out=~/x`, or in quotes."""
 
     name = "path"
 
@@ -27,7 +27,7 @@ ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=va
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The configuration file among arguments, None without one, and the key=value; a file that exists is the file.
+    """Splits arguments into the configuration file, or None, and key=value; an existing file is always the file.
 
     Raises:
         ConfigError: there are two files, or a folder, or a path with `=` that does not exist.
@@ -42,7 +42,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
         if os.path.isfile(path) or not equals:
             files.append(path)
         elif "/" in name and not setting:
-            raise ConfigError(f"{argument}: no such file, and {name} is no setting")
+            raise ConfigError(f"{argument}: no such file, and {name} is not a setting")
         else:
             overrides.append(argument)
     if len(files) > 1:
@@ -53,7 +53,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _hint(folder: str) -> str:
-    """What to give instead of a folder."""
+    """Suggests what to give instead of a folder."""
     file = os.path.join(folder, "config.yaml")
     if os.path.isfile(file):
         return f"{file} runs it again, and fedlq resume {folder} continues it"

@@ -1,6 +1,6 @@
-"""`fedlq job`: what a cluster runs for `fedlq submit`."""
+"""`fedlq job`: the command that a cluster runs for `fedlq submit`."""
 
-from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+from fedlq_ray import startup  # noqa: F401  (before imports that a user's file could hide)
 
 # isort: split
 import base64
@@ -21,18 +21,18 @@ from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.runs.output import Console
 from fedlq_ray.tracking import stores
 
-CONFIG = "FEDLQ_CONFIG"  # the environment variable that has the configuration, as YAML
-RESULTS = "fedlq-results:"  # goes before the results in the log of a job that prints them
-LARGEST_BYTES = 256 * 2**20  # of results that are printed
+CONFIG = "FEDLQ_CONFIG"  # the environment variable that holds the configuration, as YAML
+RESULTS = "fedlq-results:"  # precedes the results in the log of a job that prints them
+LARGEST_BYTES = 256 * 2**20  # limit for printed results
 
 
 @click.command()
 @click.argument("out", type=PATH, metavar="OUT")
 @click.option("--print", "printing", is_flag=True, help="Print the results in OUT instead of running.")
 def job(out: str, printing: bool) -> None:
-    """For clusters: run the YAML in the environment's FEDLQ_CONFIG into OUT, or go on with the run that is there.
+    """For clusters: run the YAML in the environment variable FEDLQ_CONFIG into OUT, or resume the run in OUT.
 
-    An absolute OUT must lie on storage that all nodes see.
+    An absolute OUT must be on storage that all nodes see.
     """
     from fedlq_ray.runs import simulation
     from fedlq_ray.runs.progress import watch
@@ -45,7 +45,7 @@ def job(out: str, printing: bool) -> None:
     if folder.is_absolute():
         require_shared(folder)
     if config.tracking.uri and (store := stores.sqlite_file(config.tracking.uri)):
-        with contextlib.suppress(OSError):  # a folder of the machine that submitted the job
+        with contextlib.suppress(OSError):  # the folder may exist only on the submitting machine
             store.parent.mkdir(parents=True, exist_ok=True)
     with watch(config, Console(stderr=True, width=120), False) as report:
         if (folder / "config.yaml").exists():
@@ -68,7 +68,7 @@ def _settings() -> Any:
 
 
 def show(folder: Path) -> None:
-    """Print a run's folder as one line, without its checkpoints; nothing where there is none."""
+    """Prints a run's folder as one line, without its checkpoints; prints nothing if there is no run."""
     if not (folder / "config.yaml").exists():
         return
 
@@ -80,14 +80,15 @@ def show(folder: Path) -> None:
         archive.add(folder, ".", filter=wanted)
     if len(buffer.getvalue()) > LARGEST_BYTES:
         size = len(buffer.getvalue()) / 2**20
-        raise FedLQError(f"{size:.0f} MiB are too many for a log; copy {folder.resolve()} of this node by other means")
+        raise FedLQError(f"{size:.0f} MiB is too much for a log; copy {folder.resolve()} from this node by other means")
     click.echo(RESULTS + base64.b64encode(buffer.getvalue()).decode())
 
 
 def require_shared(folder: Path) -> None:
-    """
+    """Checks that all nodes see the folder's parent.
+
     Raises:
-        ConfigError: a node of the cluster does not see what is written beside this folder.
+        ConfigError: a node of the cluster does not see a file written next to this folder.
     """
     import ray
     from ray.exceptions import RayError
@@ -111,13 +112,13 @@ def require_shared(folder: Path) -> None:
         ]
         blind = [address for address, answer in asked if not ray.get(answer)]
     except RayError as exc:
-        raise FedLQError(f"out: a node left while it was asked for {marker.parent}: {first_line(exc)}") from exc
+        raise FedLQError(f"out: a node left while it looked for {marker.parent}: {first_line(exc)}") from exc
     finally:
         marker.unlink(missing_ok=True)
     if blind:
         raise ConfigError(
-            f"out: node {', '.join(blind)} does not see {marker.parent}; name a folder on storage that all nodes see, "
-            "or a relative one, whose results are fetched"
+            f"out: node {', '.join(blind)} does not see {marker.parent}; use a folder on storage that all nodes see, "
+            "or a relative path, whose results are fetched"
         )
 
 

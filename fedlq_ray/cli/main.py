@@ -1,6 +1,6 @@
 """The `fedlq` command."""
 
-from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+from fedlq_ray import startup  # noqa: F401  (before imports that a user's file could hide)
 
 # isort: split
 import contextlib
@@ -35,7 +35,7 @@ from fedlq_ray.tracking import stores
 def cli() -> None:
     """Simulate communication-efficient federated learning: clients as Ray actors, quantized layer by layer.
 
-    Start with `fedlq demo`, or `fedlq run`; `fedlq config` tells every setting. Exit codes: 0 done, 2 wrong input
+    Start with `fedlq demo` or `fedlq run`; `fedlq config` lists every setting. Exit codes: 0 done, 2 wrong input
     (nothing was written), 1 the run failed, 130 and 143 interrupted, 141 the output was closed (results so far are
     kept).
     """
@@ -47,7 +47,7 @@ def cli() -> None:
 def run(arguments: tuple[str, ...], as_json: bool) -> None:
     """Run one experiment.
 
-    Settings come from CONFIG.yaml (none: the defaults, those of the demo) and key=value, of which a later one wins:
+    Settings come from CONFIG.yaml (without it, the defaults, as in the demo) and key=value; later ones override:
 
         fedlq run rounds=20 strategy.name=uniform strategy.bits=2
     """
@@ -65,10 +65,10 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, then the summary, a JSON line each.")
 def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Go on with a run that was interrupted, killed, or failed, from its last checkpoint.
+    """Resume a run that was interrupted, killed, or failed, from its last checkpoint.
 
-    The result is the one that it would have had. `rounds` may be raised, and what cannot change a result may differ,
-    such as clients.hosting.
+    The result is the same as without the interruption. `rounds` may be raised, and settings that cannot change a result
+    may differ, such as clients.hosting.
     """
     from fedlq_ray.runs import rundir, simulation
     from fedlq_ray.runs.progress import watch
@@ -80,7 +80,7 @@ def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _tell(result: Any, config: Config, as_json: bool) -> None:
-    """What came of a run."""
+    """Prints the result of a run."""
     if as_json:
         click.echo(json.dumps({"summary": result.summary, "path": str(result.path)}))
         return
@@ -110,18 +110,18 @@ def show_config(arguments: tuple[str, ...], schema: bool) -> None:
 @cli.command()
 @click.argument("file", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-@click.option("--out", default=None, type=PATH, help="Folder of the runs; finished ones in it are not run again.")
-@click.option("--only", default="", help="Runs to do now, by name, with commas between; the table has no others.")
+@click.option("--out", default=None, type=PATH, help="Folder of the runs; finished runs in it are not repeated.")
+@click.option("--only", default="", help="Names of the runs to do now, separated by commas; the table has no others.")
 def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> None:
     """Run several experiments and compare them.
 
-    FILE has `base` settings, `runs` (a name and a list of key=value each), `seeds`, and perhaps `tune`: values to try
-    for a setting, such as `train.lr: [0.03, 0.1]`, of which each run gets those that do best for it on held-out
-    training samples; `tuning` has settings of those trials alone, such as `rounds=60`. `populations` (a name and a list
-    of key=value each) repeats every run under other settings, as RUN@POPULATION; a scheme that ignores time trains once
-    for all that move only the clock. `targets` are accuracies to tell the time to. Runs with serial hosting, or where
-    it is left open, go several at a time, as many as cores and memory bear; others one after another. A run that fails
-    is told, and the others go on.
+    FILE has `base` settings, `runs` (a name and a list of key=value each), `seeds`, and optionally `tune`: values to
+    try for a setting, such as `train.lr: [0.03, 0.1]`; each run gets the values that do best for it on held-out
+    training samples. `tuning` has settings for these trials only, such as `rounds=60`. `populations` (a name and a list
+    of key=value each) repeats every run under other settings, as RUN@POPULATION; if populations change only the clock,
+    a scheme that ignores time trains once for all of them. `targets` are accuracies for which to report the time. Runs
+    with serial or unset hosting run in parallel, as many as cores and memory allow; others run one after another. A run
+    that fails is reported, and the others continue.
     """
     names = tuple(name.strip() for name in only.split(",") if name.strip())
     _sweep(Path(file), overrides, Path(out or f"runs/{Path(file).stem}"), names)
@@ -130,10 +130,10 @@ def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> 
 @cli.command()
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option(
-    "--out", default=None, type=PATH, help="Folder of the runs; the default is runs/demo, then -2, -3 where taken."
+    "--out", default=None, type=PATH, help="Folder of the runs; the default is runs/demo, or the next free runs/demo-N."
 )
 def demo(overrides: tuple[str, ...], out: str | None) -> None:
-    """Compare FedAvg, uniform quantization and FedLQ on real data, 50 clients of unequal links: about a minute."""
+    """Compare FedAvg, uniform quantization and FedLQ on real data, with 50 clients on unequal links: about a minute."""
     folder, number = Path(out or "runs/demo"), 1
     while out is None and folder.exists():
         number += 1
@@ -163,7 +163,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
         yield from many.in_turn(begin)([config for config in configs if config.out not in apart], parent)
 
     outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False, markup=False))
-    out.mkdir(parents=True, exist_ok=True)  # all runs may have failed before they made their folders
+    out.mkdir(parents=True, exist_ok=True)  # all runs may have failed before they created their folders
     table = compare.rows(outcome)
     first = next(iter(outcome.runs.values()))[0].config
     compare.save(table, file.read_text(encoding="utf-8"), cli_analysis.command(), out / "table.json")
@@ -174,17 +174,17 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
     if outcome.failed:
-        raise FedLQError(f"{outcome.failed} of the sweep's runs; the same command tries them again")
+        raise FedLQError(f"{outcome.failed} of the sweep's runs; repeat the command to retry them")
 
 
 @cli.command()
 @ARGUMENTS
 @click.option("--out", default="layers.png", type=PATH, help="File of the heat map.", show_default=True)
 def layers(arguments: tuple[str, ...], out: str) -> None:
-    """Train `rounds` rounds of FedAvg, then tell what each layer saves and costs at each level.
+    """Train `rounds` rounds of FedAvg, then report what each layer saves and costs at each level.
 
-    The loss rise is what rounding costs on average, with its standard error over samples and rounding; the significance
-    is the rise per memory saved, in parentheses where the rise is below twice its error.
+    The loss rise is the mean cost of rounding, with its standard error over samples and rounding; the significance is
+    the rise per memory saved, in parentheses if the rise is below twice its error.
     """
     from rich.table import Table
 
@@ -236,21 +236,21 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
 def ui(where: str | None, port: int) -> None:
     """Open MLflow's UI on the store that the runs used.
 
-    The store is that of RUN_DIR, or the one named (such as sqlite:///mlflow.db); by default that of the newest run in
-    runs/, else mlflow.db in this folder.
+    The store is that of RUN_DIR, or STORE (such as sqlite:///mlflow.db); by default it is that of the newest run in
+    runs/, or else mlflow.db in this folder.
     """
     store = _store(where)
     if store.startswith(("http://", "https://", "databricks")):
         click.echo(f"the runs are on {store}")
         return
-    click.echo(f"MLflow on http://127.0.0.1:{port} with {store} (Ctrl-C ends it)")
+    click.echo(f"MLflow on http://127.0.0.1:{port} with {store} (Ctrl-C stops it)")
     options = {"backend-store-uri": stores.for_mlflow(store), "host": "127.0.0.1", "port": str(port), "workers": "1"}
     server = ["server", *(word for name, value in options.items() for word in (f"--{name}", value))]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server])  # so that signals reach the server itself
 
 
 def _store(where: str | None) -> str:
-    """The MLflow store of a run's folder, of an address, or of the newest run here."""
+    """Returns the MLflow store of a run's folder, of an address, or of the newest run in the working directory."""
     from fedlq_ray.runs import rundir
 
     if where and "://" in where:
@@ -265,16 +265,16 @@ def _store(where: str | None) -> str:
         store = tracking.uri if tracking else stores.absolute(Config().tracking.uri or "")
     file = stores.sqlite_file(store)
     if file and not file.is_file():
-        raise ConfigError(f"{file}: no such MLflow store; a run with tracking makes one, or name it: fedlq ui STORE")
+        raise ConfigError(f"{file}: no such MLflow store; a run with tracking creates it; or name one: fedlq ui STORE")
     return store
 
 
 @cli.command()
 @click.argument("folder", type=PATH, metavar="RUN_DIR")
-@click.option("--uri", default=None, help="Another store or server than that of the run; later syncs use it as well.")
+@click.option("--uri", default=None, help="Another store or server than the run's; later syncs use it as well.")
 @click.option("--experiment", default=None, help="Another experiment of MLflow; later syncs use it as well.")
 def sync(folder: str, uri: str | None, experiment: str | None) -> None:
-    """Log a run's folder to MLflow, where its server was down; twice adds nothing."""
+    """Log a run's folder to MLflow, for example after its server was down; safe to repeat."""
     from fedlq_ray.models import build
     from fedlq_ray.runs import rundir
     from fedlq_ray.tracking import log as tracking
@@ -309,9 +309,9 @@ for command in cli_analysis.COMMANDS:
 def main() -> None:
     """Entry point: errors become one message and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper):  # None if it is closed
             stream.reconfigure(errors="replace")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says at length that the home cannot be written
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it warns at length if the home is not writable
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -330,22 +330,22 @@ def main() -> None:
         code = 1
     except BrokenPipeError as exc:
         if isinstance(exc, OutputClosed):
-            say("the output was closed; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
+            say("the output was closed; results so far are kept: `fedlq resume RUN_DIR` or the same sweep continues")
         code = 141
     except (KeyboardInterrupt, click.Abort) as exc:
-        say("interrupted; results so far are kept: `fedlq resume RUN_DIR`, or the same sweep, continues")
-        cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps what it meets
+        say("interrupted; results so far are kept: `fedlq resume RUN_DIR` or the same sweep continues")
+        cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps KeyboardInterrupt
         code = 143 if type(cause).__name__ == "Terminated" else 130
     silence()
     sys.exit(code)
 
 
 def _require_sane(arguments: Sequence[str]) -> None:
-    """Refuse a folder in which PyTorch cannot be imported, and arguments that no file of a run could hold."""
+    """Raises ConfigError if the working directory was removed, or an argument is not text that a file could hold."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise ConfigError("the working directory was removed; call fedlq in a folder that exists") from None
+        raise ConfigError("the working directory was removed; run fedlq in a folder that exists") from None
     for argument in arguments:
         if argument != argument.encode(errors="replace").decode():
             raise ConfigError(f"{os.fsencode(argument)!r}: is not text in {sys.getfilesystemencoding()}")

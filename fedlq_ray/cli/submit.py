@@ -1,7 +1,7 @@
-"""`fedlq submit`: a run as a job of a Ray cluster, watched from here.
+"""`fedlq submit`: runs an experiment as a job of a Ray cluster and follows it from this machine.
 
-Only Ray's job API is spoken: HTTP to the head's dashboard, so that a laptop needs no other port, and not the cluster's
-version of Ray. What the cluster runs is `fedlq job` (job.py).
+It uses only Ray's job API: HTTP to the head's dashboard. So a laptop needs no other port, and its version of Ray may
+differ from the cluster's. The cluster runs `fedlq job` (job.py).
 """
 
 import asyncio
@@ -34,19 +34,21 @@ from fedlq_ray.files import expand
 from fedlq_ray.tracking import stores
 
 ADDRESS = "http://127.0.0.1:8265"
-STOP_S = 30  # that a stopped job has to write its checkpoint; Ray's own default is 3
-EXCLUDES = ["runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "build/", "dist/"]  # beside .gitignore and .rayignore
+STOP_S = 30  # time for a stopped job to write its checkpoint; Ray's own default is 3
+EXCLUDES = ["runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "build/", "dist/"]  # plus .gitignore and .rayignore
 
 
 @click.command()
 @ARGUMENTS
 @click.option("--address", default=ADDRESS, show_default=True, help="The cluster's dashboard.")
 @click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
-@click.option("--attach", metavar="ID", help="Submit nothing; wait for this job, and fetch its results.")
+@click.option("--attach", metavar="ID", help="Submit nothing; wait for this job and fetch its results.")
 @click.option(
-    "--working-dir", default=".", type=PATH, show_default=True, help="Folder of the files that the run needs; uploaded."
+    "--working-dir", default=".", type=PATH, show_default=True, help="Folder of files for the run; it is uploaded."
 )
-@click.option("--driver", multiple=True, metavar="NAME=AMOUNT", help="Resources of the driver's node; none: the head.")
+@click.option(
+    "--driver", multiple=True, metavar="NAME=AMOUNT", help="Resources of the driver's node; the default is the head."
+)
 def submit(
     arguments: tuple[str, ...],
     address: str,
@@ -55,16 +57,16 @@ def submit(
     working_dir: str,
     driver: tuple[str, ...],
 ) -> int:
-    """Run one experiment on a Ray cluster, and watch it from here.
+    """Run one experiment on a Ray cluster, and follow it from this machine.
 
-    The job is called NAME-1, and its results come into runs/NAME-SEED (or `out`) here. With an absolute `out`, on
-    storage that all nodes see, they stay there, and the same command again goes on where the run stopped, as NAME-2.
+    The job is named NAME-1, and its results are fetched to runs/NAME-SEED (or `out`) on this machine. An absolute `out`
+    must be on storage that all nodes see: the results stay there, and repeating the command resumes the run as NAME-2.
 
-    A cluster with tokens takes the one of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The exit code is
-    the run's; 143 where the job was stopped.
+    For a cluster with tokens, the token comes from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The exit
+    code is the run's, or 143 if the job was stopped.
     """
     if attach and arguments:
-        raise ConfigError(f"--attach {attach}: takes no configuration, that job has its own")
+        raise ConfigError(f"--attach {attach}: takes no configuration; the job has its own")
     config = configuration.load(*split(arguments))
     where = _resources(driver)
     with _told(address):
@@ -74,19 +76,19 @@ def submit(
             local = _local(config)
         else:
             local = _local(config)
-            if local and stores.sqlite_file(config.tracking.uri or ""):  # it is here
+            if local and stores.sqlite_file(config.tracking.uri or ""):  # the file is on this machine
                 stores.require(config.tracking)
             job = _next(client, config, address)
             _send(client, job, config, working_dir, where)
             click.echo(f"{job}: submitted to {address}", err=True)
         if no_wait:
-            click.echo(f"{job}: wait for it, and fetch its results: fedlq submit --attach {job} --address {address}")
+            click.echo(f"{job}: to wait for it and fetch its results: fedlq submit --attach {job} --address {address}")
             return 0
         return _wait(client, job, config, local, address)
 
 
 def _resources(given: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=AMOUNT pairs as the job API wants them."""
+    """Converts NAME=AMOUNT pairs to arguments of the job API."""
     amounts: dict[str, float] = {}
     for pair in given:
         name, _, amount = pair.partition("=")
@@ -102,18 +104,18 @@ def _resources(given: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _stays(config: Config) -> bool:
-    """Whether the results stay where the cluster writes them; `~/x` is a folder here."""
+    """Whether the results stay where the cluster writes them; `~/x` is a folder on this machine."""
     return config.out is not None and Path(config.out).is_absolute()
 
 
 def _local(config: Config) -> Path | None:
-    """Where fetched results go: `out`, or the first runs/NAME-SEED that is free."""
+    """Folder for fetched results: `out`, or the first runs/NAME-SEED[-N] that does not exist; None if they stay."""
     if _stays(config):
         return None
     if config.out is not None:
         local = Path(expand(config.out, "out"))
         if local.exists():
-            raise ConfigError(f"out: {local} is there already; name another, or remove it")
+            raise ConfigError(f"out: {local} already exists; choose another, or remove it")
         return local
     stem, number = f"runs/{config.name}-{config.seed}", 1
     while Path(stem if number == 1 else f"{stem}-{number}").exists():
@@ -123,7 +125,7 @@ def _local(config: Config) -> Path | None:
 
 @contextlib.contextmanager
 def _told(address: str) -> Iterator[None]:
-    """What the job API raises, as one line."""
+    """Converts exceptions of the job API to errors of one line."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -134,7 +136,7 @@ def _told(address: str) -> Iterator[None]:
             f"--address {address}: {first_line(exc).lower().rstrip('.')}; set RAY_AUTH_TOKEN to the cluster's "
             "token (on its head: ray get-auth-token)"
         ) from exc
-    except BrokenPipeError:  # of the output: the job API's own errors are those below
+    except BrokenPipeError:  # from the output; the job API's own errors are below
         raise
     except (ConnectionError, requests.RequestException) as exc:
         raise FedLQError(f"{address}: the connection was lost ({first_line(exc)}); the job continues") from exc
@@ -147,36 +149,36 @@ def _told(address: str) -> Iterator[None]:
 
 
 def _connect(address: str) -> Any:
-    """Ray's client of the job API.
+    """Returns Ray's client of the job API.
 
     Raises:
-        ConfigError: nobody answers there.
+        ConfigError: no cluster answers at the address.
     """
     url = urlsplit(address)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ConfigError(f"--address {address}: must be that of a Ray dashboard, such as {ADDRESS}")
+        raise ConfigError(f"--address {address}: must be the address of a Ray dashboard, such as {ADDRESS}")
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
     except OSError as exc:
         why = exc.strerror or str(exc)
         raise ConfigError(f"--address {address}: no Ray cluster answers ({why}); cluster/README.md starts one") from exc
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray lets them go before an address that is given
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer them to an explicit address
         os.environ.pop(name, None)
     if any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) or os.path.exists(
-        os.path.expanduser("~/.ray/auth_token")  # stays as it is where there is no home folder
+        os.path.expanduser("~/.ray/auth_token")  # unchanged if there is no home folder
     ):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
-    logging.disable(logging.INFO)  # of packages that are uploaded, and sockets that are closed
+    logging.disable(logging.INFO)  # messages on uploaded packages and closed sockets
     return JobSubmissionClient(address)
 
 
 def _next(client: Any, config: Config, address: str) -> str:
-    """The id of this attempt: NAME-1, or one more than the last.
+    """Returns the id of this attempt: NAME-1, or the last number plus one.
 
     Raises:
-        ConfigError: an attempt is under way, or this one could not go on from the last.
+        ConfigError: an attempt is in progress, or this one could not resume the last.
     """
     pattern = re.compile(re.escape(config.name) + r"-(\d+)")
     found = {}
@@ -192,8 +194,8 @@ def _next(client: Any, config: Config, address: str) -> str:
         raise ConfigError(f"name: {last.submission_id} is {last.status.lower()}; wait for it: {attach}")
     if not _stays(config):
         raise ConfigError(
-            f"name: {last.submission_id} has {last.status.lower()}, and its results lie on one node alone (fetch them: "
-            f"{attach}); give another name, or an absolute out on storage that all nodes see, to go on from there"
+            f"name: {last.submission_id} has {last.status.lower()}, and its results are on a single node (fetch them: "
+            f"{attach}); set another name, or, to resume runs, an absolute out on storage that all nodes see"
         )
     return f"{config.name}-{max(found) + 1}"
 
@@ -215,10 +217,10 @@ def _entrypoint(*arguments: Any) -> str:
 
 
 def _config_of(details: Any) -> Config:
-    """The configuration that a job was submitted with.
+    """Returns the configuration that a job was submitted with.
 
     Raises:
-        ConfigError: it is not one of `fedlq submit`.
+        ConfigError: `fedlq submit` did not submit the job.
     """
     settings = ((details.runtime_env or {}).get("env_vars") or {}).get(CONFIG)
     if settings is None:
@@ -227,7 +229,7 @@ def _config_of(details: Any) -> Config:
 
 
 def _wait(client: Any, job: str, config: Config, local: Path | None, address: str) -> int:
-    """Show a job's log until it ends, and bring its results here; the exit code."""
+    """Shows a job's log until it ends, and fetches its results; returns the exit code."""
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
@@ -236,7 +238,7 @@ def _wait(client: Any, job: str, config: Config, local: Path | None, address: st
         except click.Abort:
             stop = False
         if not stop:
-            click.echo(f"{job}: goes on; wait for it: fedlq submit --attach {job} --address {address}", err=True)
+            click.echo(f"{job}: continues; wait for it: fedlq submit --attach {job} --address {address}", err=True)
             return 130
         client.stop_job(job)
         asyncio.run(_follow(client, job, quiet=True))
@@ -253,14 +255,14 @@ def _wait(client: Any, job: str, config: Config, local: Path | None, address: st
 
 
 def _ended(details: Any) -> str:
-    """How a job ended that did not succeed, in a line."""
+    """Describes in one line how an unsuccessful job ended."""
     if details.driver_exit_code or details.status == "STOPPED":
         return f"{details.status.lower()}, exit code {details.driver_exit_code}"
     return f"{details.status.lower()}: {''.join((details.message or '').strip().splitlines()[-1:])}"
 
 
 async def _follow(client: Any, job: str, quiet: bool = False) -> None:
-    """Print a job's log as it grows, until the job has ended; a connection that is lost is taken up again."""
+    """Prints a job's log as it grows, until the job ends; reconnects after a lost connection."""
     import aiohttp
 
     shown, failures = 0, 0
@@ -284,7 +286,7 @@ async def _follow(client: Any, job: str, quiet: bool = False) -> None:
 
 
 def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | None:
-    """Bring a job's results here, by a job on its node that prints them: to where they now are, None without any."""
+    """Fetches a job's results through a job on its node that prints them; returns their folder, or None if none."""
     printer = client.submit_job(
         entrypoint=_entrypoint("--print", f"runs/{details.submission_id}"),
         runtime_env=details.runtime_env,
@@ -300,7 +302,7 @@ def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | Non
                 f"{details.submission_id}: its results cannot be fetched: {(log.splitlines() or ['?'])[-1]}"
             )
         return None
-    if local.exists():  # since the job was sent
+    if local.exists():  # created since the job was submitted
         local = _local(config) or local
     local.mkdir(parents=True)
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed.removeprefix(RESULTS)))) as archive:
@@ -310,7 +312,7 @@ def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | Non
 
 
 def _track_here(config: Config, local: Path) -> None:
-    """Log a fetched run to the MLflow store that is a file here; a server has had it from the cluster."""
+    """Logs a fetched run to an MLflow store that is a file on this machine; the cluster logs to a server itself."""
     from fedlq_ray.runs import rundir
     from fedlq_ray.tracking import log as tracking
 
@@ -320,5 +322,5 @@ def _track_here(config: Config, local: Path) -> None:
     where = rundir.note(local, replace(found.tracking, uri=uri))
     try:
         tracking.sync(where, found.config, found.records, found.status, local)
-    except Exception as exc:  # telemetry: the results are here
+    except Exception as exc:  # telemetry: the results are already fetched
         click.echo(f"warning: MLflow lacks this run ({exc}); fedlq sync {local} adds it", err=True)

@@ -1,4 +1,4 @@
-"""Datasets, and how their samples go to clients."""
+"""Datasets, and their partition among clients."""
 
 from fedlq_ray.data.arrays import Dataset, as_dataset, inputs
 from fedlq_ray.data.datasets import DATASETS, load

@@ -1,4 +1,4 @@
-"""Arrays as a data set: how they lie, and the checks that all of them pass, here and once."""
+"""Datasets as arrays: their layout, and the checks that all of them pass once."""
 
 import hashlib
 import math
@@ -39,13 +39,13 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """What a model takes, without the batch: (channels, height, width), (channels, length) or (f,)."""
+        """Shape of a model's input without the batch: (channels, height, width), (channels, length) or (f,)."""
         *places, channels = self.x_train.shape[1:]
         return (channels, *places)
 
     @property
     def description(self) -> str:
-        """How the arrays were read, in one line."""
+        """One line that describes how the arrays were interpreted."""
         *places, channels = self.x_train.shape[1:]
         if not places:
             kind = f"{channels} features"
@@ -58,7 +58,7 @@ class Dataset:
         return f"{self.name}: {samples} of {self.num_classes} classes; {kind}"
 
     def digest(self) -> str:
-        """32 hex digits that change with any of the arrays."""
+        """Returns 32 hex digits that change if any of the arrays changes."""
         whole = hashlib.sha256()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             whole.update(f"{array.dtype} {array.shape}".encode())
@@ -67,13 +67,13 @@ class Dataset:
 
 
 def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32], device: torch.device | str = "cpu") -> Tensor:
-    """Stored samples as a model takes them: float32, normalised, channels first.
+    """Converts stored samples to a model's inputs: float32, normalised, channels first.
 
     Features are (n, f), series (n, channels, length), images (n, channels, height, width), channels_last in memory.
     """
     stored = torch.from_numpy(x if x.flags.writeable else x.copy()).to(device)
     rows = stored.reshape(len(x), math.prod(x.shape[1:])).float()
-    # Of every element, not of every channel: a loop over whole rows is many times as fast as one over three channels.
+    # Per element, not per channel: a loop over whole rows is many times faster than one over three channels.
     by_element = [torch.from_numpy(np.broadcast_to(v, x.shape[1:]).reshape(-1).copy()).to(device) for v in (mean, std)]
     tensor = (rows - by_element[0]).div_(by_element[1]).view(stored.shape)
     if x.ndim == 3:
@@ -84,13 +84,13 @@ def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32], device
 def make_dataset(
     x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, name: str, source: str | None = None, layout: str = "auto"
 ) -> Dataset:
-    """Check and convert arrays; images (n, height, width) get their channel.
+    """Checks and converts arrays; images (n, height, width) get a channel axis.
 
     Args:
-        layout: how samples lie (`data.layout`); "auto": as their shape tells.
+        layout: layout of the samples (`data.layout`); "auto" derives it from their shape.
         source: where the arrays came from, for messages, such as `data.path: my.npz`; by default `name`.
     Raises:
-        ConfigError: what is wrong with which array.
+        ConfigError: an array is wrong; the message names it.
     """
     where = source or name
     x = {key: _samples(where, key, value, layout) for key, value in (("x_train", x_train), ("x_test", x_test))}
@@ -100,15 +100,15 @@ def make_dataset(
             raise ConfigError(f"{where}: {len(x[f'x_{part}'])} samples in x_{part}, {len(y[f'y_{part}'])} in y_{part}")
     if x["x_train"].shape[1:] != x["x_test"].shape[1:]:
         shapes = x["x_train"].shape[1:], x["x_test"].shape[1:]
-        raise ConfigError(f"{where}: samples of x_train are {shapes[0]}, of x_test {shapes[1]}; they must be alike")
+        raise ConfigError(f"{where}: samples of x_train are {shapes[0]}, of x_test {shapes[1]}; they must be the same")
     classes = int(y["y_train"].max()) + 1
     if y["y_train"].min() == classes - 1:
-        raise ConfigError(f"{where}: y_train has one class only, {classes - 1}; there must be two or more")
+        raise ConfigError(f"{where}: y_train has only one class, {classes - 1}; it must have two or more")
     beyond = np.flatnonzero(y["y_test"] >= classes)
     if len(beyond):
         row = beyond[0]
         raise ConfigError(
-            f"{where}: y_test[{row}] is {y['y_test'][row]}, but the labels of y_train end at {classes - 1}"
+            f"{where}: y_test[{row}] is {y['y_test'][row]}, but the largest label of y_train is {classes - 1}"
         )
     mean, std = _moments(x["x_train"])
     return Dataset(name, x["x_train"], y["y_train"], x["x_test"], y["y_test"], classes, mean, std)
@@ -120,14 +120,14 @@ def _array(where: str, key: str, value: Any) -> Array:
     try:
         return np.asarray(value)
     except Exception as exc:  # lists of unequal lengths, tensors that need gradients or lie on a GPU
-        raise ConfigError(f"{where}: {key} cannot be made a NumPy array ({exc})") from exc
+        raise ConfigError(f"{where}: {key} cannot be converted to a NumPy array ({exc})") from exc
 
 
 def _layout(where: str, key: str, shape: tuple[int, ...]) -> str:
-    """What a shape tells of how samples lie.
+    """Derives the layout of samples from their shape.
 
     Raises:
-        ConfigError: the shape has more than one reading.
+        ConfigError: the shape is ambiguous.
     """
     if len(shape) == 2:
         return "features"
@@ -141,11 +141,11 @@ def _layout(where: str, key: str, shape: tuple[int, ...]) -> str:
             "(channels_first)? Set data.layout"
         )
     first, middle, last = shape[1:]
-    # Channels are mostly fewer than pixels, and planes mostly square.
+    # Images mostly have fewer channels than rows or columns of pixels, and are mostly square.
     if first < min(middle, last) or first == last or middle == last or min(first, middle) == 1 and first < last:
         raise ConfigError(
             f"{where}: {key} has shape {shape}: images of {first}x{middle} with {last} channels (data.layout=images), "
-            f"or of {middle}x{last} with {first} channels, as PyTorch has them (channels_first)? Set data.layout"
+            f"or of {middle}x{last} with {first} channels, as in PyTorch (channels_first)? Set data.layout"
         )
     return "images"
 
@@ -159,7 +159,7 @@ _DIMENSIONS = {
 
 
 def _arranged(where: str, key: str, x: Array, layout: str) -> Array:
-    """Samples as `Dataset` has them: features (n, f), series (n, length, channels), images with channels last."""
+    """Arranges samples as in `Dataset`: features (n, f), series (n, length, channels), images with channels last."""
     if 0 in x.shape or layout == "auto" and x.ndim not in (2, 3, 4):
         raise ConfigError(
             f"{where}: {key} has shape {x.shape}; features are (n, f), series (n, length, channels), images (n, "
@@ -168,7 +168,7 @@ def _arranged(where: str, key: str, x: Array, layout: str) -> Array:
     layout = _layout(where, key, x.shape) if layout == "auto" else layout
     dimensions, due = _DIMENSIONS[layout]
     if x.ndim not in dimensions:
-        raise ConfigError(f"{where}: {key} has shape {x.shape}, and data.layout={layout} needs {due}")
+        raise ConfigError(f"{where}: {key} has shape {x.shape}, but data.layout={layout} needs {due}")
     if layout == "features":
         return x.reshape(len(x), -1)
     if layout == "channels_first":
@@ -181,11 +181,11 @@ def _samples(where: str, key: str, value: Any, layout: str) -> Array:
     if x.dtype.kind not in "fui":
         raise ConfigError(f"{where}: {key} holds {x.dtype}, not numbers")
     x = _arranged(where, key, x, layout)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes an infinity, and is refused below
+    with np.errstate(over="ignore"):  # values beyond float32's range become infinite and are rejected below
         x = np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
     if x.dtype != np.uint8 and not np.isfinite(x).all():
         row = np.argwhere(~np.isfinite(x))[0][0]
-        raise ConfigError(f"{where}: {key}[{row}] holds a NaN, an infinity or what float32 cannot hold")
+        raise ConfigError(f"{where}: {key}[{row}] holds a NaN, an infinity or a value beyond float32's range")
     return x
 
 
@@ -206,33 +206,35 @@ def _labels(where: str, key: str, value: Any) -> NDArray[np.int64]:
 def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     axes = tuple(range(x.ndim - 1))
     total, squares = np.zeros(x.shape[-1]), np.zeros(x.shape[-1])
-    for start in range(0, len(x), 4096):  # a float64 copy of all of it may not fit
+    for start in range(0, len(x), 4096):  # a float64 copy of the whole array may not fit in memory
         chunk = x[start : start + 4096].astype(np.float64)
         total += chunk.sum(axis=axes)
         squares += (chunk**2).sum(axis=axes)
     n = x.size / x.shape[-1]
     mean = total / n
     std = np.sqrt(np.maximum(squares / n - mean**2, 0)).astype(np.float32)
-    # Relative to the mean, so that features in small units count; what is below is a constant's rounding.
+    # The threshold is relative to the mean, so that features in small units count. Deviations below it are rounding.
     return mean.astype(np.float32), np.where(std > 1e-6 * abs(mean), std, 1).astype(np.float32)
 
 
 def as_dataset(data: Any, name: str = "data", *, source: str | None = None, layout: str = "auto") -> Dataset:
-    """A Dataset of a Dataset, of four arrays, or of a mapping of them; `source` is for messages, `layout` that of
+    """Converts a Dataset, four arrays, or a mapping of them to a Dataset; `source` and `layout` are as in
     `make_dataset`.
 
     Raises:
-        ConfigError: it is none of these, or its arrays are wrong.
+        ConfigError: `data` is none of these, or its arrays are wrong.
     """
     if isinstance(data, Dataset):
         if layout != "auto":
-            raise ConfigError(f"data.layout: {layout} is for arrays, and the data is a Dataset, which has a layout")
+            raise ConfigError(f"data.layout: {layout} is for arrays, but the data is a Dataset, which has a layout")
         return data
     if isinstance(data, Mapping):
         missing = [key for key in ARRAYS if key not in data]
         if missing:
-            raise ConfigError(f"data.name: {name} gave no {', '.join(missing)}")
+            raise ConfigError(f"data.name: {name} returned no {', '.join(missing)}")
         data = tuple(data[key] for key in ARRAYS)
     if not isinstance(data, tuple | list) or len(data) != 4:
-        raise ConfigError(f"data.name: {name} gave a {type(data).__name__}, not the four arrays {', '.join(ARRAYS)}")
+        raise ConfigError(
+            f"data.name: {name} returned a {type(data).__name__}, not the four arrays {', '.join(ARRAYS)}"
+        )
     return make_dataset(*data, name=name, source=source, layout=layout)

@@ -21,7 +21,7 @@ CACHE = "~/.cache/fedlq"
 
 def _digits(path: str | None) -> tuple[Any, ...]:
     if path is not None:
-        raise ConfigError(f"data.path: digits comes with scikit-learn, not from {path}; data.name=npz reads a file")
+        raise ConfigError(f"data.path: digits comes from scikit-learn, not from {path}; data.name=npz reads a file")
     return _digits_split()
 
 
@@ -32,23 +32,23 @@ def _digits_split() -> tuple[Any, ...]:
 
     digits = load_digits()
     x, y = digits.images.astype(np.uint8), digits.target
-    # The split is a property of the data set: no seed of a configuration moves it.
+    # The split is a property of the dataset; no seed of a configuration changes it.
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.2, stratify=y, random_state=0)
     return x_train, y_train, x_test, y_test
 
 
 def read_idx(file: Path) -> Array:
-    """An array of an IDX file (LeCun's MNIST format), gzipped or plain."""
+    """Reads the array in an IDX file (LeCun's MNIST format), gzipped or plain."""
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, zlib.error) as exc:
         raise ConfigError(f"data.path: {file}: cannot be read, or is damaged ({exc})") from exc
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
-        raise ConfigError(f"data.path: {file}: is not an IDX file of bytes")
+        raise ConfigError(f"data.path: {file}: not an IDX file of bytes")
     shape = tuple(np.frombuffer(data, ">u4", data[3], 4).tolist())
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if body.size != np.prod(shape, dtype=object):
-        raise ConfigError(f"data.path: {file}: holds {body.size} bytes where its header claims {shape}")
+        raise ConfigError(f"data.path: {file}: holds {body.size} bytes, but its header claims {shape}")
     return body.reshape(shape)
 
 
@@ -64,7 +64,7 @@ def _idx_folder(folder: Path) -> tuple[Any, ...] | None:
 
 
 def _cache() -> list[Path]:
-    """Where downloads are kept, or nothing where there is no home folder."""
+    """Returns the folder for downloads, or an empty list if there is no home folder."""
     try:
         return [Path(CACHE).expanduser()]
     except RuntimeError:
@@ -76,7 +76,7 @@ def _mnist_like(name: str, torchvision_name: str) -> Callable[[str | None], Any]
         usual = [
             Path("/usr/share/datasets") / name,  # Debian's package
             *(folder for cache in _cache() for folder in (cache / name, cache / torchvision_name / "raw")),
-            Path("data") / torchvision_name / "raw",  # torchvision's own download, as in the cache
+            Path("data") / torchvision_name / "raw",  # torchvision's own download, laid out as in the cache
         ]
         places = [Path(path)] if path else usual
         for folder in places:
@@ -84,7 +84,7 @@ def _mnist_like(name: str, torchvision_name: str) -> Callable[[str | None], Any]
             if arrays is not None:
                 return arrays
         if path:
-            raise ConfigError(f"data.path: {path}: holds no {name} (the four files *-ubyte or *-ubyte.gz)")
+            raise ConfigError(f"data.path: {path}: holds no {name} (four files named *-ubyte or *-ubyte.gz)")
         return _downloaded(name, torchvision_name, places)
 
     return read
@@ -100,10 +100,10 @@ def _cifar10(path: str | None) -> Any:
                 return _torchvision_arrays("CIFAR10", folder, download=False)
             except RuntimeError as exc:  # torchvision checks the files' md5
                 raise ConfigError(
-                    f"data.path: {folder / 'cifar-10-batches-py'}: is incomplete or damaged; delete it, or unpack anew"
+                    f"data.path: {folder / 'cifar-10-batches-py'}: incomplete or damaged; delete it or unpack it again"
                 ) from exc
     if path:
-        raise ConfigError(f"data.path: {path}: is neither an .npz nor a folder with cifar-10-batches-py")
+        raise ConfigError(f"data.path: {path}: neither an .npz nor a folder with cifar-10-batches-py")
     return _downloaded("cifar10", "CIFAR10", places)
 
 
@@ -111,8 +111,8 @@ def _downloaded(name: str, torchvision_name: str, places: list[Path]) -> Any:
     if not _cache():
         looked = ", ".join(map(str, places))
         raise ConfigError(
-            f"data.name: {name} was not found in {looked}, and there is no home folder to download it to; give its "
-            "place as data.path"
+            f"data.name: {name} was not found in {looked}, and there is no home folder to download it to; set "
+            "data.path to its location"
         )
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
@@ -121,7 +121,7 @@ def _downloaded(name: str, torchvision_name: str, places: list[Path]) -> Any:
     except Exception as exc:  # no network, no torchvision, a changed server
         raise ConfigError(
             f"data.name: {name} was not found in {', '.join(map(str, places))}, and the download failed "
-            f"({type(exc).__name__}: {first_line(exc)}); give its place as data.path"
+            f"({type(exc).__name__}: {first_line(exc)}); set data.path to its location"
             + (", or install Debian's dataset-fashion-mnist" if name == "fashion-mnist" else "")
         ) from exc
     finally:
@@ -143,7 +143,7 @@ def _torchvision_arrays(name: str, root: Path, *, download: bool) -> tuple[Any, 
 
 def _npz(path: str | None) -> dict[str, Any]:
     if path is None:
-        raise ConfigError("data.path: data.name=npz needs the file's path")
+        raise ConfigError("data.path: data.name=npz needs the path of the file")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in ARRAYS if key not in file]
@@ -175,14 +175,14 @@ DATASETS: dict[str, Callable[[str | None], Any]] = {
 
 
 def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = None, layout: str = "auto") -> Dataset:
-    """A dataset by name, or from a user's function by import path; `layout` is that of `make_dataset`.
+    """Loads a dataset by name, or from a user's function by import path; `layout` is as in `make_dataset`.
 
     Raises:
-        ConfigError: it cannot be had, or its arrays are wrong.
+        ConfigError: the dataset cannot be loaded, or its arrays are wrong.
     """
     path = path and expand(path, "data.path")
     factory = parts.find("data.name", name, DATASETS)
     if path is not None and not (parts.takes(factory, "path") or parts.takes_all(factory)):
-        raise ConfigError(f"data.path: {name} has no parameter path, so that {path} would be ignored")
+        raise ConfigError(f"data.path: {name} has no parameter path, so {path} would be ignored")
     data = parts.call("data.name", factory, {"path": path}, args or {})
     return as_dataset(data, name, source=f"data.path: {path}" if path else f"data.name: {name}", layout=layout)

@@ -1,4 +1,4 @@
-"""How samples go to clients: a plain dict of partitioners, each seeded, each with a least size."""
+"""Partitions of samples among clients: a plain dict of seeded partitioners, and a minimum number per client."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,12 +13,12 @@ Rng = np.random.Generator
 
 
 def _iid(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
-    """Equal sizes, give or take one, at random."""
+    """Random samples in shards whose sizes differ by at most one."""
     return np.array_split(rng.permutation(len(labels)), clients)
 
 
 def _dirichlet(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
-    """By label: each class is split in proportions from Dirichlet(alpha). Hsu et al. 2019, as in NIID-Bench."""
+    """Splits each class in proportions drawn from Dirichlet(alpha). Hsu et al. 2019, as in NIID-Bench."""
     shards: list[list[Indices]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         samples = rng.permutation(np.flatnonzero(labels == label))
@@ -29,11 +29,14 @@ def _dirichlet(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes
 
 
 def _shards(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
-    """Label-sorted samples in clients x classes_per_client pieces; each client gets some. McMahan et al. 2017."""
+    """Cuts label-sorted samples into clients x classes_per_client pieces; each client gets classes_per_client of them.
+
+    McMahan et al. 2017.
+    """
     if clients * classes_per_client > len(labels):  # some pieces would be empty
         raise ConfigError(
-            f"data.classes_per_client: {clients} clients (clients.count) of {classes_per_client} shards need "
-            f"{clients * classes_per_client} samples, and there are {len(labels)}"
+            f"data.classes_per_client: {clients} clients (clients.count) with {classes_per_client} shards each need "
+            f"{clients * classes_per_client} samples, but there are {len(labels)}"
         )
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -43,7 +46,7 @@ def _shards(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_pe
 
 
 def _quantity(labels: Indices, clients: int, rng: Rng, *, alpha: float, classes_per_client: int) -> list[Indices]:
-    """Sizes in proportions from Dirichlet(alpha), labels at random."""
+    """Sizes in proportions drawn from Dirichlet(alpha), with random labels."""
     cuts = (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(labels)).astype(int)
     return np.split(rng.permutation(len(labels)), cuts)
 
@@ -59,16 +62,16 @@ PARTITIONS: dict[str, Callable[..., list[Indices]]] = {
 def partition(
     labels: Indices, *, how: str, clients: int, seed: int, alpha: float, classes_per_client: int, min_samples: int
 ) -> list[Indices]:
-    """Each client's samples: sorted, disjoint indices that cover all of `labels` (n,).
+    """Returns each client's samples: sorted, disjoint indices that cover all of `labels` (n,).
 
-    A client that got fewer than `min_samples` is filled up from the largest shards.
+    Clients with fewer than `min_samples` get samples from the largest shards.
     Raises:
-        ConfigError: there are not enough samples for so many clients, or shards.
+        ConfigError: there are too few samples for the number of clients or shards.
     """
     if clients * min_samples > len(labels):
         raise ConfigError(
-            f"data.min_samples: {clients} clients (clients.count) of at least {min_samples} samples need "
-            f"{clients * min_samples}, and there are {len(labels)}"
+            f"data.min_samples: {clients} clients (clients.count) with at least {min_samples} samples each need "
+            f"{clients * min_samples}, but there are {len(labels)}"
         )
     rng = numpy_rng(seed, "partition")
     shards = PARTITIONS[how](labels, clients, rng, alpha=alpha, classes_per_client=classes_per_client)
@@ -85,7 +88,7 @@ def partition(
 
 
 def hold_out(shards: Sequence[Indices], fraction: float, seed: int) -> tuple[list[Indices], list[Indices]]:
-    """Split each shard into what trains and what is held out: floor(fraction x size) samples, never all."""
+    """Splits each shard into training and held-out samples; floor(fraction x size) are held out, never all."""
     kept, held = [], []
     for client, shard in enumerate(shards):
         order = numpy_rng(seed, "holdout", client).permutation(len(shard))
@@ -96,5 +99,5 @@ def hold_out(shards: Sequence[Indices], fraction: float, seed: int) -> tuple[lis
 
 
 def label_counts(labels: Indices, shards: Sequence[Indices], num_classes: int) -> Indices:
-    """How many samples of each class each client has: (clients, classes)."""
+    """Counts the samples of each class on each client: (clients, classes)."""
     return np.stack([np.bincount(labels[shard], minlength=num_classes) for shard in shards])

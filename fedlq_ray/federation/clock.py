@@ -1,4 +1,4 @@
-"""Simulated time: seconds from counted FLOPs, measured bytes and a client's profile, never from a real clock."""
+"""Simulated time: computed from counted FLOPs, measured bytes and a client's profile, never from a real clock."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ __all__ = ["ClientTime", "client_time", "conditions", "round_time"]
 
 @dataclass(frozen=True)
 class ClientTime:
-    """How long one client's round takes; the three steps follow one another."""
+    """The duration of one client's round; its three steps run one after another."""
 
     download_s: float
     compute_s: float
@@ -24,33 +24,34 @@ class ClientTime:
 
 
 def conditions(profile: Profile, *, seed: int, round: int, client: int) -> Profile:
-    """What a client has in one round: its means, times log-normal factors of mean one.
+    """Returns a client's profile in one round: its means times log-normal factors of mean one.
 
-    One factor moves both directions of the link, as a crowded cell slows both; another moves compute. Latency stays.
+    One factor scales both directions of the link, because a crowded cell slows both; another scales compute. Latency is
+    constant.
     """
     sigma = profile.variation
     z_link, z_compute = numpy_rng(seed, "conditions", round, client).standard_normal(2).tolist()
-    # E[exp(sigma z)] = exp(sigma^2 / 2), which is taken off so that the profile is the mean over rounds.
+    # Divide by E[exp(sigma z)] = exp(sigma^2 / 2), so that the profile is the mean over rounds.
     link, compute = math.exp(sigma * z_link - sigma**2 / 2), math.exp(sigma * z_compute - sigma**2 / 2)
     return replace(
         profile,
         uplink_mbps=profile.uplink_mbps * link,
         downlink_mbps=profile.downlink_mbps * link,
         compute_gflops=profile.compute_gflops * compute,
-        variation=0.0,  # a round's figures do not vary
+        variation=0.0,  # values within a round are constant
     )
 
 
 def client_time(
     profile: Profile, *, flops: float, uplink_bytes: int, downlink_bytes: int, bill: str, uplink_free: bool
 ) -> ClientTime:
-    """The time of one client's round.
+    """Returns the time of one client's round.
 
     Args:
-        profile: a round's `conditions`, or the means, for planning.
-        flops: of local training, forward and backward.
-        bill: "both", or "upload" to leave downloads out of the clock.
-        uplink_free: uploads take no time.
+        profile: a round's `conditions`, or the means for planning.
+        flops: FLOPs of local training, forward and backward.
+        bill: "both", or "upload" to exclude downloads from the clock.
+        uplink_free: whether uploads take no time.
     Raises:
         ValueError: `bill` is neither.
     """
@@ -64,10 +65,10 @@ def client_time(
 
 
 def _transfer_s(num_bytes: int, mbps: float, latency_ms: float) -> float:
-    """Seconds on the line; nothing sent takes no time."""
+    """Returns the seconds of a transfer; zero bytes take no time."""
     return latency_ms / 1e3 + 8 * num_bytes / (mbps * 1e6) if num_bytes else 0.0
 
 
 def round_time(times: Iterable[ClientTime]) -> float:
-    """Seconds that a synchronous round takes: its slowest member's; 0.0 without members."""
+    """Returns the seconds of a synchronous round, those of its slowest client; 0.0 without clients."""
     return max((time.total_s for time in times), default=0.0)

@@ -1,4 +1,4 @@
-"""Who takes part in a round, what a plan may know of each, and how much each trains."""
+"""Which clients take part in a round, what a plan knows about each, and how much each trains."""
 
 import math
 from collections.abc import Sequence
@@ -15,30 +15,30 @@ from fedlq_ray.training.sgd import samples_of
 
 
 def draw(task: Task, round: int) -> list[int]:
-    """The clients of a round, in order, drawn without replacement."""
+    """Draws the clients of a round without replacement, in ascending order."""
     clients = task.config.clients
     drawn = numpy_rng(task.config.seed, "cohort", round).choice(clients.count, clients.cohort, replace=False)
     return sorted(int(client) for client in drawn)
 
 
 def drops_out(task: Task, round: int, client: int) -> bool:
-    """Whether a client fails to answer in a round."""
+    """Whether a client does not answer in a round."""
     chance = task.config.clients.dropout
     return chance > 0 and float(numpy_rng(task.config.seed, "dropout", round, client).random()) < chance
 
 
 def downlink(task: Task, client: int) -> float:
-    """A client's mean downlink, bytes a second."""
+    """A client's mean downlink, bytes per second."""
     return task.profiles[client].downlink_mbps * 1e6 / 8
 
 
 def base_work(task: Task, samples: int) -> int:
-    """Samples that a client goes through in a round, in all passes, where it does no more than it must."""
+    """Samples that a client processes in a round, over all passes, at the base amount of work."""
     return samples * task.config.train.local_epochs
 
 
 def member(task: Task, client: int, downlink_bytes: int) -> Member:
-    """A client as a plan sees it: its profile's means."""
+    """Returns a client as seen by a plan, with the means of its profile."""
     network, profile = task.config.network, task.profiles[client]
     samples = samples_of(len(task.shards[client]), task.config.train)
     time = client_time(
@@ -55,14 +55,14 @@ def member(task: Task, client: int, downlink_bytes: int) -> Member:
 
 
 def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence[float]) -> list[Member]:
-    """Members that train for as long as the others, not as much: the slow less, the fast more.
+    """Returns members that train for equal time instead of equal work: slow clients less, fast clients more.
 
-    Each does 1/sqrt(w) to w times the base in whole steps, w = `train.adaptive_work`, and the round ends as soon as the
-    mean over the cohort (by samples) is sqrt(w). Less than that is not worth it: an update is scaled to the mean work,
-    and the noise of a step with it.
+    Each does 1/sqrt(w) to w times the base work in whole steps, w = `train.adaptive_work`, and the round ends as soon
+    as the mean over the cohort (by samples) is sqrt(w). A lower mean does not pay: updates are scaled to the mean work,
+    and the noise of a step is scaled along.
 
     Args:
-        payload_bytes: what each is to send; the rest of its time is for training.
+        payload_bytes: bytes that each client will send; the rest of its time is for training.
     """
     limit, batch = task.config.train.adaptive_work, task.config.train.batch_size
     bases = np.array([base_work(task, m.samples) for m in members], float)
@@ -73,7 +73,7 @@ def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence
     def work(deadline: float) -> NDArray[np.float64]:
         return np.clip((deadline - other_s) / (bases * sample_s), limit**-0.5, limit)
 
-    # The mean rises with the deadline: halve between one that all can make and one that nobody can.
+    # The mean rises with the deadline: bisect between one that no client can meet and one that all can.
     low, high = float(other_s.min()), float((other_s + limit * bases * sample_s).max())
     for _ in range(50):
         middle = (low + high) / 2

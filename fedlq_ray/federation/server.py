@@ -1,7 +1,7 @@
-"""What the server does with a cohort's mean update: add it, or step along it with momentum or Adam.
+"""The server's step: it adds a cohort's mean update to the weights, or takes a momentum or Adam step with it.
 
 Reddi et al., "Adaptive federated optimization", ICLR 2021, arXiv:2003.00295, Algorithm 2 (FedAvgM, FedAdam): the mean
-update takes the place of a negative gradient. As there, Adam's moments are not bias-corrected.
+update replaces the negative gradient. As in the paper, Adam's moments are not bias-corrected.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from fedlq_ray.config.settings import ServerConfig
 
 
 class Moments(NamedTuple):
-    """The optimizer's state, (d,) float32 each; None before the first step, and where the optimizer has none."""
+    """The optimizer's state, (d,) float32 each; None before the first step, or if the optimizer does not use it."""
 
     momentum: Tensor | None = None
     square: Tensor | None = None
 
 
 def step(config: ServerConfig, moments: Moments, update: Tensor) -> tuple[Tensor, Moments]:
-    """What to add to the weights, (d,) float32, for this mean update; and the new moments."""
+    """Returns the vector to add to the weights, (d,) float32, for this mean update, and the new moments."""
     if config.optimizer == "none":
         return (update if config.lr == 1 else config.lr * update), moments
     before = torch.zeros_like(update) if moments.momentum is None else moments.momentum

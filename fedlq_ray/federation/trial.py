@@ -1,7 +1,7 @@
-"""A training step before a run: what it changes, and whether a run could learn anything at all.
+"""A trial training step before a run: it finds what training changes, and whether a run could learn anything.
 
-The step is the smallest that the settings allow, on samples of a client that would get it. A model that cannot take
-it, or that would train in vain, is refused here, before anything is written.
+The step is the smallest that the settings allow, on samples of a client that would take it. A model that cannot take
+this step, or that would not learn, is rejected here, before anything is written.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ class Smallest:
     """The smallest batch that a client may train on.
 
     Args:
-        client: that gets it.
-        shard: samples that this client trains on.
-        samples: in the batch.
+        client: the client that trains on it.
+        shard: number of samples that this client trains on.
+        samples: number of samples in the batch.
     """
 
     client: int
@@ -38,7 +38,7 @@ class Smallest:
     samples: int
 
     def why(self, settings: TrainConfig) -> str:
-        """Which setting makes it so small, and what to do."""
+        """States which setting makes the batch this small, and the remedy."""
         if self.samples == settings.batch_size:
             return f"train.batch_size={settings.batch_size} allows such a step; raise it"
         if self.samples == settings.max_samples:
@@ -50,31 +50,31 @@ class Smallest:
 
 
 def smallest_batch(shards: Sequence[NDArray[np.int64]], settings: TrainConfig) -> Smallest:
-    """The smallest batch of any client; of equal ones, the first client's."""
+    """Returns the smallest batch of any client; ties go to the first client."""
     least: dict[int, int] = {}
     for size in {len(shard) for shard in shards}:
         used = samples_of(size, settings)
         least[size] = min(batch_sizes(used, settings.batch_size))
-        if settings.adaptive_work > 1:  # a pass may be cut short, to two samples at least where there are two
+        if settings.adaptive_work > 1:  # a pass may end early, after at least two samples if there are two
             least[size] = min(least[size], 2, used)
     client = min(range(len(shards)), key=lambda c: least[len(shards[c])])
     return Smallest(client, len(shards[client]), least[len(shards[client])])
 
 
 def try_step(module: nn.Module, data: Dataset, shards: Sequence[NDArray[np.int64]], config: Any) -> frozenset[str]:
-    """Train a copy of the model for the smallest step that the settings allow.
+    """Trains a copy of the model for the smallest step that the settings allow.
 
     The caller seeds the global generators.
 
     Args:
-        module: the model with its initial weights; it stays as it is.
+        module: the model with its initial weights; it is not changed.
         shards: each client's indices into the training data.
         config: the run's settings.
     Returns:
         Names of the model's statistics: the float buffers of its state_dict that the step changed.
     Raises:
-        ConfigError: the step fails, gives no one tensor of logits, moves no weight, moves a frozen one, or uses
-            parameters that the module does not own.
+        ConfigError: the step fails, does not return a single tensor of logits, changes no weight, changes a frozen one,
+            or uses parameters that the module does not own.
     """
     require_trainable(module)
     settings: TrainConfig = config.train
@@ -108,17 +108,17 @@ def _fails(module: nn.Module, x: Tensor, y: Tensor) -> bool:
 
 
 def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
-    """The float buffers of the state_dict that one forward and backward pass changes; the pass itself is checked.
+    """Returns the float buffers of the state_dict that one forward and backward pass changes, and checks the pass.
 
-    A batch-norm's mean and variance count together: a mean may stay exactly zero in one step.
+    A batch-norm's mean and variance count together, because the mean may stay exactly zero in one step.
     """
     twin = copied(module).train()
     before = {name: buffer.clone() for name, buffer in float_buffers(twin).items()}
     if not _same_twice(module, x):
         raise ConfigError(
-            "model.name: a forward pass gives other outputs when it is repeated, although PyTorch's, NumPy's and "
-            "Python's generators are seeded, so that no run could be repeated; does it use np.random.default_rng() "
-            "without a seed, the time, or state that is no buffer?"
+            "model.name: a forward pass returns other outputs when it is repeated, although PyTorch's, NumPy's and "
+            "Python's generators are seeded, so no run could be repeated; does it use np.random.default_rng() without "
+            "a seed, the time, or state that is not a buffer?"
         )
     frozen = {name: p.detach().clone() for name, p in twin.named_parameters() if not p.requires_grad}
     output: Any = twin(x)
@@ -130,7 +130,7 @@ def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
         if not torch.equal(twin.get_parameter(name), value):
             raise ConfigError(
                 f"model.name: parameter {name} is frozen (requires_grad=False), but a training step changes it, and "
-                "frozen parameters are not sent; make it a buffer (register_buffer), which is sent where it changes"
+                "frozen parameters are not sent; make it a buffer (register_buffer), which is sent if it changes"
             )
     changed = set()
     for name, buffer in float_buffers(twin).items():
@@ -150,7 +150,7 @@ def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
 
 @torch.no_grad()
 def _same_twice(module: nn.Module, x: Tensor) -> bool:
-    """Whether two copies of a model agree in training mode; kernels may differ in the last bits."""
+    """Whether two copies of a model agree in training mode, up to kernels that differ in the last bits."""
     outputs: list[Tensor] = []
     for _ in range(2):
         twin = copied(module).train()
@@ -162,7 +162,7 @@ def _same_twice(module: nn.Module, x: Tensor) -> bool:
 
 
 def _require_owned(module: nn.Module, loss: Tensor) -> None:
-    """Raises ConfigError where the loss depends on parameters that `module.parameters()` does not list."""
+    """Raises ConfigError if the loss depends on parameters that `module.parameters()` does not list."""
     if loss.grad_fn is None:
         raise ConfigError(
             "model.name: no gradient reaches the model's parameters: its forward pass detaches them, or runs under "
@@ -180,9 +180,8 @@ def _require_owned(module: nn.Module, loss: Tensor) -> None:
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in owned and (isinstance(leaf, nn.Parameter) or id(leaf) in kept):
             raise ConfigError(
-                f"model.name: the model uses a parameter of shape {tuple(leaf.shape)} that it does not own, so that it "
-                "would never be trained; keep modules in nn.ModuleList and parameters in nn.ParameterList, not in "
-                "Python lists"
+                f"model.name: the model uses a parameter of shape {tuple(leaf.shape)} that it does not own, so it is "
+                "never trained; keep modules in nn.ModuleList and parameters in nn.ParameterList, not in Python lists"
             )
 
 
@@ -194,12 +193,12 @@ def _require_movement(
     statistics: frozenset[str],
     seed: int,
 ) -> None:
-    """Raises ConfigError unless a client's step changes the flat vector's parameters, and a file can hold the model."""
+    """Raises ConfigError unless a client's step changes the flat vector's parameters, and the model can be saved."""
     model = FlatModel(copied(module), statistics=statistics)
     try:
         save(model.state_dict())
-    except Exception as exc:  # an extra state that is no tensor, a type that the format lacks
-        raise ConfigError(f"model.name: its state_dict cannot be kept in model.safetensors: {exc}") from exc
+    except Exception as exc:  # an extra state that is not a tensor, or a type that the format lacks
+        raise ConfigError(f"model.name: its state_dict cannot be saved in model.safetensors: {exc}") from exc
     before = model.read()[: model.num_parameters]
     x, y = data.x_train[chosen], data.y_train[chosen]
     LocalSGD(model, settings).train(
@@ -211,7 +210,7 @@ def _require_movement(
             "pass must leave both in place (no zero_grad, no new Parameter)"
         )
     if not bool(model.grad.any()):
-        raise ConfigError("model.name: after a training step all gradients are zero, so that nothing can be trained")
+        raise ConfigError("model.name: after a training step all gradients are zero, so nothing can be trained")
     if torch.equal(model.read()[: model.num_parameters], before):
         raise ConfigError(
             f"train.lr: a step at {settings.lr:g} changes no weight: it is below the resolution of float32"

@@ -1,4 +1,4 @@
-"""The model zoo, and the flat vector and its layers."""
+"""The model zoo, the flat vector of a model, and its layers."""
 
 from fedlq_ray.models.flat import FlatModel, Layer, float_buffers, require_trainable
 from fedlq_ray.models.flops import saved_bytes, training_flops

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from fedlq_ray.errors import ConfigError
 
-# Elements at a multiple of which a tensor begins: by what a GPU's libraries load at a time.
+# Tensors start at multiples of this many elements, the unit in which a GPU's libraries load.
 ALIGNMENT = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A named segment of the flat vector: the trainable parameters that one module owns directly, or its statistics."""
+    """A named segment of the flat vector: the trainable parameters that a module owns directly, or its statistics."""
 
     name: str
     start: int
@@ -29,7 +29,7 @@ class Layer:
 
 
 def float_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that may be statistics, by name: floating-point, not empty, and part of the model's state_dict."""
+    """Returns, by name, the buffers that may be statistics: floating-point, not empty, and in the state_dict."""
     found = {}
     for path, part in module.named_modules():
         for name, buffer in part._buffers.items():
@@ -40,7 +40,7 @@ def float_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Constant(NamedTuple):
-    """A buffer that is no part of the flat vector, and the values that it had at first."""
+    """A buffer outside the flat vector, and its initial values."""
 
     owner: nn.Module
     name: str
@@ -57,7 +57,7 @@ class _Constant(NamedTuple):
 
 
 def _storage_view(segment: Tensor, shape: torch.Size) -> Tensor:
-    """A segment seen in a parameter's shape; convolutions lie in channels_last order, as their inputs do."""
+    """Views a segment in a parameter's shape; convolutions use channels_last order, as their inputs do."""
     if len(shape) == 4:
         out, channels, height, width = shape
         return segment.view(out, height, width, channels).permute(0, 3, 1, 2)
@@ -65,7 +65,7 @@ def _storage_view(segment: Tensor, shape: torch.Size) -> Tensor:
 
 
 def require_trainable(module: nn.Module) -> None:
-    """Raises ConfigError where parameters cannot be views of one float32 storage."""
+    """Raises ConfigError if the parameters cannot be views of one float32 storage."""
     named = list(module.named_parameters())
     trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
     if not trained:
@@ -83,25 +83,25 @@ def require_trainable(module: nn.Module) -> None:
 
 
 class FlatModel:
-    """A module whose trainable parameters, and then statistics, are views of one float32 storage.
+    """A module whose trainable parameters, followed by its statistics, are views of one float32 storage.
 
-    The flat vector (d,), which `load` takes and `read` gives, has them one after another without gaps. So has the
-    storage on a CPU; on a GPU each begins at a multiple of 16 elements, as libraries there ask. Frozen parameters and
-    other buffers are no part of it: they belong to the code, which every client has.
+    The flat vector (d,), which `load` takes and `read` returns, holds them contiguously. So does the storage on a CPU;
+    on a GPU, each tensor starts at a multiple of 16 elements, as the libraries require. Frozen parameters and other
+    buffers are not part of the vector: they belong to the code, which every client has.
 
     Attributes:
         module: the module; training it changes `storage`.
         storage: float32; trainable parameters first, then statistics; gaps hold zeros.
         grad: float32, as long as the parameters' part of `storage`; every trainable parameter's gradient is a view of
             it, so it is zeroed, never replaced.
-        num_parameters: how many elements of the flat vector are parameters; the rest are statistics.
+        num_parameters: number of elements of the flat vector that are parameters; the rest are statistics.
         layers: the segments of the flat vector, in order.
     Args:
-        module: with its parameters on the CPU, from where it moves to `device`.
-        device: "cpu" or "cuda", where all of it then lives.
+        module: a module with its parameters on the CPU; it is moved to `device`.
+        device: "cpu" or "cuda", where the module and its storage are placed.
         statistics: names of the float buffers that training changes, such as batch-norm's; None: all float buffers
-            that the state_dict has. `load` restores all other buffers to the values that they had at first, so that
-            nothing of one client reaches the next.
+            in the state_dict. `load` resets all other buffers to their initial values, so that no state of one client
+            reaches the next.
     Raises:
         ConfigError: a trainable parameter is not float32 on the CPU, two share memory, or there is none; a buffer in
             `statistics` is not float32.
@@ -138,10 +138,10 @@ class FlatModel:
         step = ALIGNMENT[device]
         sizes = [p.numel() for _, ps in owned for p in ps] + [b.numel() for _, bs in buffers for _, _, b in bs]
         ends = list(itertools.accumulate(-(-size // step) * step for size in sizes))
-        places = iter(zip([0, *ends], sizes, strict=False))  # where each begins in the storage
+        places = iter(zip([0, *ends], sizes, strict=False))  # where each starts in the storage
         self.storage = torch.zeros(ends[-1], device=device)
         self.grad = torch.zeros(ends[sum(len(ps) for _, ps in owned) - 1], device=device)
-        # The flat vector's elements in the storage; None where it is the storage.
+        # Positions of the flat vector's elements in the storage; None if the two are identical.
         spots = [torch.arange(at, at + size) for at, size in zip([0, *ends], sizes, strict=False)]
         self._spots = None if sum(sizes) == ends[-1] else torch.cat(spots).to(device)
         layers, flat = [], 0
@@ -182,41 +182,41 @@ class FlatModel:
         return self.storage.device
 
     def load(self, vector: Tensor) -> None:
-        """Copy a flat vector (d,) float32 in, from whatever device."""
+        """Copy a flat vector (d,) float32 into the storage, from any device."""
         for part, name, view in self._views:
             part._buffers[name] = view
         for constant in self._constants:
             constant.owner._buffers[constant.name] = constant.buffer.copy_(constant.value)
         if vector.shape != (self._size,) or vector.dtype != torch.float32:
-            raise ValueError(f"a vector {tuple(vector.shape)} {vector.dtype}, where {(self._size,)} is due")
+            raise ValueError(f"got a vector {tuple(vector.shape)} {vector.dtype}, expected {(self._size,)} float32")
         if self._spots is None:
             self.storage.copy_(vector)
         else:
             self.storage[self._spots] = vector.to(self.device)
 
     def read(self) -> Tensor:
-        """The flat vector (d,), a copy on the CPU."""
+        """Returns the flat vector (d,), a copy on the CPU."""
         for part, name, view in self._views:
-            if part._buffers[name] is not view:  # a module may put another tensor in a buffer's place
+            if part._buffers[name] is not view:  # a module may replace a buffer by another tensor
                 part._buffers[name] = view.copy_(part._buffers[name])  # type: ignore[arg-type]
         return self.flat(self.storage)
 
     def flat(self, values: Tensor) -> Tensor:
-        """Without gaps what has the layout of `storage` or `grad`: a copy on the CPU."""
+        """Removes the gaps from a tensor laid out as `storage` or `grad`; returns a copy on the CPU."""
         if self._spots is None:
             return values.detach().clone()
         spots = self._spots if len(values) == len(self.storage) else self._spots[: self.num_parameters]
         return values.detach()[spots].cpu()
 
     def parameters_of(self, vector: Tensor) -> dict[str, Tensor]:
-        """Another flat vector (num_parameters,) as parameters by name, views that gradients pass through.
+        """Splits a flat vector (num_parameters,) into parameters by name; gradients pass through these views.
 
-        For `torch.func.functional_call`; buffers and frozen parameters stay the module's own.
+        For `torch.func.functional_call`; buffers and frozen parameters are still the module's own.
         """
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         pieces = vector.split([p.numel() for _, p in named])
         if self._spots is not None:
-            pieces = tuple(piece.clone() for piece in pieces)  # which lies as libraries ask
+            pieces = tuple(piece.clone() for piece in pieces)  # clones are aligned as the libraries require
         return {name: _storage_view(piece, p.shape) for (name, p), piece in zip(named, pieces, strict=True)}
 
     def detached(self) -> list[str]:
@@ -231,12 +231,12 @@ class FlatModel:
         ]
 
     def changed_constants(self) -> list[str]:
-        """Names of float buffers of the state_dict that are no statistics and yet differ from their first values."""
+        """Names of float buffers of the state_dict that are not statistics but differ from their initial values."""
         kept = float_buffers(self.module)
         return [constant.path for constant in self._constants if constant.path in kept and constant.changed()]
 
     def state_dict(self, vector: Tensor | None = None) -> dict[str, Tensor]:
-        """An ordinary state_dict of contiguous copies, of `vector` (d,) where given."""
+        """Returns an ordinary state_dict of contiguous copies, after loading `vector` (d,) if given."""
         if vector is not None:
             self.load(vector)
         state = self.module.state_dict()

@@ -1,4 +1,4 @@
-"""What training costs: floating-point operations and memory, counted once a model."""
+"""Costs of training, floating-point operations and memory, measured once per model."""
 
 import copy
 
@@ -10,12 +10,12 @@ from fedlq_ray.errors import ConfigError
 
 
 def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """FLOPs of one sample's forward and backward pass; a multiplication and its addition count as two.
+    """Returns the FLOPs of one sample's forward and backward pass; a multiplication and its addition count as two.
 
-    Counted by PyTorch's own counter (matrix products and convolutions) on a batch of two, with a copy of the module.
+    PyTorch's own counter (matrix products and convolutions) counts them for a batch of two on a copy of the module.
 
     Raises:
-        ConfigError: the model cannot take a training step (it gives no one tensor, say, or has nothing to train).
+        ConfigError: the model cannot take a training step (for example, its output is not a single tensor).
     """
     twin = copy.deepcopy(module).train()
     try:
@@ -29,7 +29,7 @@ def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
 
 
 def saved_bytes(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """Bytes that a forward pass keeps for its backward pass, for each sample; parameters are not counted."""
+    """Returns the bytes per sample that a forward pass keeps for its backward pass; parameters are not counted."""
     twin = copy.deepcopy(module).train()
     parameters = {parameter.data_ptr() for parameter in twin.parameters()}
     kept = 0

@@ -1,4 +1,4 @@
-"""torchvision's models and datasets, without its compiled operators where those cannot load."""
+"""torchvision's models and datasets, without its compiled operators if they cannot be loaded."""
 
 import difflib
 import pickle
@@ -11,17 +11,17 @@ from torch import nn
 
 from fedlq_ray.errors import ConfigError
 
-_declared: list[torch.library.Library] = []  # kept alive: a library that is collected takes its operators along
+_declared: list[torch.library.Library] = []  # kept alive, because a library's operators are removed along with it
 
 
 def import_torchvision() -> ModuleType:
-    """The module `torchvision`.
+    """Imports and returns the module `torchvision`.
 
-    A torchvision that was compiled for another build of PyTorch (the index's for CUDA, beside a CPU-only PyTorch)
-    fails at import on operators of object detection. Neither datasets nor classifiers need them: they are declared,
-    and the import tried again.
+    A torchvision that was compiled for another build of PyTorch (such as the package index's CUDA build with a CPU-only
+    PyTorch) fails to import because of its object-detection operators. Datasets and classifiers do not need them, so
+    this function declares them and imports again.
     Raises:
-        ConfigError: it cannot be imported all the same.
+        ConfigError: the second import fails too, or torchvision is not installed.
     """
     try:
         import torchvision
@@ -44,13 +44,13 @@ def import_torchvision() -> ModuleType:
 
 
 def build_torchvision(name: str, input_shape: tuple[int, ...], num_classes: int, args: dict[str, Any]) -> nn.Module:
-    """An untrained classifier of torchvision, traced where that is exact, so that clients need no torchvision.
+    """Returns an untrained torchvision classifier; if possible, it is traced, so that clients need no torchvision.
 
     Raises:
-        ConfigError: no such model, or it does not fit images of this shape.
+        ConfigError: the model does not exist, or does not fit images of this shape.
     """
     if len(input_shape) != 3 or input_shape[0] != 3:
-        raise ConfigError(f"model.name: torchvision's models take images of 3 channels, this data is {input_shape}")
+        raise ConfigError(f"model.name: torchvision's models take images with 3 channels; this data is {input_shape}")
     models = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
@@ -66,11 +66,11 @@ def build_torchvision(name: str, input_shape: tuple[int, ...], num_classes: int,
 
 
 def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module | None:
-    """The module as a graph that needs no torchvision to unpickle, or None where the graph is not the same."""
+    """Returns the module as a graph that unpickles without torchvision, or None if the graph is not equivalent."""
     try:
         graph = torch.fx.symbolic_trace(module)
         data = pickle.dumps(graph)
-    except Exception:  # tracing may fail on anything that a forward pass can hold
+    except Exception:  # tracing can fail in many ways, depending on the forward pass
         return None
     used = [getattr(node.target, "__module__", "") or "" for node in graph.graph.nodes]
     used += [type(part).__module__ for part in graph.modules()]
@@ -81,9 +81,9 @@ def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module | None
     x = torch.ones(2, *input_shape)
     try:
         with torch.no_grad():
-            # Kernels may round differently where parameters lie at other addresses.
+            # Kernels may round differently if parameters have other addresses.
             same = torch.allclose(graph.eval()(x), module.eval()(x), rtol=1e-4, atol=1e-5)
-    except Exception:  # the graph froze a training-mode branch or a size, or the input does not fit: not ours to judge
+    except Exception:  # the graph froze a training-mode branch or a size, or the input does not fit; later checks tell
         same = False
-    module.train()  # as it was built
+    module.train()  # the mode in which it was built
     return graph.train() if same else None

@@ -1,4 +1,4 @@
-"""The models, by name: each a function of the input's shape and the number of classes."""
+"""The models by name; each is a function of the input's shape and the number of classes."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from fedlq_ray.models.torchvision_bridge import build_torchvision
 
 def _image(name: str, input_shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
     if len(input_shape) != 3 or min(input_shape[1:]) < least:
-        raise ConfigError(f"model.name: {name} takes images of {least}x{least} or more, this data is {input_shape}")
+        raise ConfigError(f"model.name: {name} takes images of {least}x{least} or more; this data is {input_shape}")
     return input_shape
 
 
 def mlp(input_shape: tuple[int, ...], num_classes: int, hidden: Sequence[int] = (200,)) -> nn.Module:
-    """Fully connected layers with ReLU, on any input, flattened."""
+    """Fully connected layers with ReLU, on flattened inputs of any shape."""
     widths = [int(torch.Size(input_shape).numel()), *hidden]
     parts: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]
     for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False), 1):
@@ -32,7 +32,7 @@ def mlp(input_shape: tuple[int, ...], num_classes: int, hidden: Sequence[int] = 
 
 
 class _ConvNet(nn.Module):
-    """Two unpadded 5x5 convolutions, each pooled, then fully connected layers."""
+    """Two unpadded 5x5 convolutions, each followed by pooling, then fully connected layers."""
 
     def __init__(self, shape: tuple[int, int, int], channels: tuple[int, int], widths: Sequence[int]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _ConvNet(nn.Module):
             setattr(self, f"fc{index}", nn.Linear(before, after))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Pooling before ReLU is the same function, with a quarter of the ReLU's work.
+        # Pooling before ReLU computes the same function with a quarter of the ReLU's work.
         x = torch.relu(self.pool(self.conv1(x)))
         x = torch.relu(self.pool(self.conv2(x))).flatten(1)
         for index in range(1, self.depth):
@@ -56,7 +56,7 @@ class _ConvNet(nn.Module):
 
 
 def cnn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """The small CNN of the federated-learning papers: 147,146 parameters on 28x28x1 with 10 classes."""
+    """The small CNN of federated-learning papers: 147,146 parameters on 28x28x1 with 10 classes."""
     return _ConvNet(_image("cnn", input_shape, 16), (16, 32), (256, num_classes))
 
 
@@ -98,8 +98,8 @@ def vgg9(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """VGG with six convolutions and three fully connected layers, without batch-norm, after Simonyan and Zisserman
     (ICLR 2015), at the size that federated-learning papers use (Wang et al., FedMA, ICLR 2020).
 
-    Its weights start as in He et al., ICCV 2015: with PyTorch's own start, signals fade over nine layers without
-    normalisation, and it does not learn."""
+    Its weights are initialised as in He et al., ICCV 2015: with PyTorch's default initialisation, signals fade over
+    nine layers without normalisation, and the model does not learn."""
     channels, height, width = _image("vgg9", input_shape, 8)
     model = nn.Sequential()
     for index, after in enumerate((32, 64, 128, 128, 256, 256), 1):
@@ -132,21 +132,21 @@ _AUTO: dict[tuple[int, ...], str] = {(1, 28, 28): "cnn", (3, 32, 32): "resnet8_g
 
 
 def resolve_name(name: str, input_shape: tuple[int, ...]) -> str:
-    """What `auto` picks for this shape; any other name is itself."""
+    """Resolves `auto` for this shape; returns any other name unchanged."""
     return _AUTO.get(input_shape, "mlp") if name == "auto" else name
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy of a model, as every client trains one.
+    """Returns a deep copy of a model; every client trains one.
 
     Raises:
-        ConfigError: it cannot be copied.
+        ConfigError: the model cannot be copied.
     """
     try:
         return copy.deepcopy(module)
     except Exception as exc:  # a user's model may hold anything
         raise ConfigError(
-            f"model.name: the model cannot be copied, and every client trains a copy ({type(exc).__name__}: {exc}); "
+            f"model.name: the model cannot be copied, but every client trains a copy ({type(exc).__name__}: {exc}); "
             "keep locks, open files, connections and results of computations out of its attributes"
         ) from exc
 
@@ -157,10 +157,12 @@ def build(
     num_classes: int,
     args: dict[str, Any],
 ) -> nn.Module:
-    """A model by name, import path or factory, or a copy of a module; `auto` picks by shape. The caller seeds PyTorch.
+    """Builds a model by name, import path or factory, or copies a module; `auto` chooses by shape.
+
+    The caller seeds PyTorch.
 
     Raises:
-        ConfigError: no such model, or it does not fit the data.
+        ConfigError: the model does not exist, or does not fit the data.
     """
     if isinstance(name, str):
         name = resolve_name(name, input_shape)
@@ -170,18 +172,18 @@ def build(
         factory = parts.find("model.name", name, MODELS) if isinstance(name, str) else name
         if isinstance(factory, nn.Module):
             if args:
-                raise ConfigError("model.args: a module takes none; name the function that makes it, or leave them out")
+                raise ConfigError("model.args: a module takes none; name the function that builds it, or remove them")
             module = copied(factory)
         else:
             module = parts.call("model.name", factory, {"input_shape": input_shape, "num_classes": num_classes}, args)
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"model.name: gave a {type(module).__name__}, not a torch.nn.Module")
+        raise ConfigError(f"model.name: returned a {type(module).__name__}, not a torch.nn.Module")
     check_output(module, input_shape, num_classes)
     return module
 
 
 def check_output(module: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> None:
-    """Raises ConfigError unless the model gives one output a class."""
+    """Raises ConfigError unless the model returns one output per class."""
     was_training = module.training
     module.eval()
     try:
@@ -194,7 +196,7 @@ def check_output(module: nn.Module, input_shape: tuple[int, ...], num_classes: i
     require_logits(output)
     if output.shape != (2, num_classes):
         raise ConfigError(
-            f"model.name: gives {tuple(output.shape)} for 2 samples, where the data's {num_classes} classes need "
+            f"model.name: returns {tuple(output.shape)} for 2 samples, but the data's {num_classes} classes need "
             f"{(2, num_classes)}"
         )
 

@@ -1,4 +1,4 @@
-"""Quantizers, and the wire format that carries what they make."""
+"""Quantizers, and the wire format that carries their output."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,12 @@ from fedlq_ray.quantization.terngrad import TernGrad
 from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, Segment, decode, encode, send
 
 Family = Callable[[int], Quantizer]
-# By name: the quantizers that take a level of 1 to 8 bits.
+# The quantizers that take a level of 1 to 8 bits, by name.
 QUANTIZERS: dict[str, Family] = {"minmax": MinMax, "qsgd": Qsgd}
 
 
 class Always:
-    """A family in which every level is the same quantizer: a user's object."""
+    """A family in which every level uses the same quantizer, a user's object."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -33,13 +33,13 @@ class Always:
 
 
 def family(name: str, given: Any = None) -> Family:
-    """A quantizer for each level: a built-in by name, or a user's own by import path or as an object.
+    """Returns a function from level to quantizer: a built-in by name, or a user's own by import path or as an object.
 
-    `given`, an object or a name, goes before `name`. A user's own is an object with the methods of `Quantizer`, or a
-    class or function that gives one, and that may take `bits`.
+    `given`, an object or a name, overrides `name`. A custom quantizer is an object with the methods of `Quantizer`, or
+    a class or function that returns one and may take `bits`.
 
     Raises:
-        ConfigError: no such quantizer, or it lacks a method of `Quantizer`.
+        ConfigError: the quantizer does not exist, or it lacks a method of `Quantizer`.
     """
     named = name if given is None else given
     part = parts.find("strategy.quantizer", named, QUANTIZERS) if isinstance(named, str) else named

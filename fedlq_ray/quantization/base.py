@@ -1,4 +1,4 @@
-"""What a quantizer is, and the checks that every decoder shares."""
+"""The `Quantizer` protocol, and the checks that all decoders share."""
 
 import struct
 from typing import Protocol, runtime_checkable
@@ -11,10 +11,11 @@ from fedlq_ray.errors import PayloadError
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """One layer to bytes, and back: frozen settings, no state. A user's own needs no base class.
+    """Converts one layer to bytes and back; it has frozen settings and no state. Custom quantizers need no base class.
 
-    What `encode` makes says all that `decode` needs: a quantizer of the same class decodes it, whatever its settings.
-    One whose error is zero in expectation over the rounding may say so, `unbiased = True`: probes are then less noisy.
+    The encoded bytes hold everything that `decode` needs: any quantizer of the same class decodes them, whatever its
+    settings. A quantizer whose expected error over the rounding is zero may set `unbiased = True`, which makes probes
+    less noisy.
     """
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
@@ -26,29 +27,29 @@ class Quantizer(Protocol):
         """
 
     def decode(self, body: memoryview, count: int) -> Tensor:
-        """What `encode` stands for: finite float32 (count,). Raises PayloadError on what `encode` cannot have made."""
+        """Decode to finite float32 (count,). Raises PayloadError on bytes that `encode` cannot produce."""
 
     def size(self, count: int) -> int | None:
-        """Bytes that `encode` makes of `count` elements; None where that depends on the elements."""
+        """Number of bytes that `encode` returns for `count` elements; None if it depends on their values."""
 
 
 def require_bits(bits: int) -> None:
-    """Raises ValueError unless a code of so many bits fits a byte."""
+    """Raises ValueError unless `bits` is 1 to 8, so that a code fits in a byte."""
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be 1 to 8, got {bits!r}")
 
 
 def require_finite(values: Tensor) -> Tensor:
-    """The values, or PayloadError where one is a NaN or an infinity."""
-    if not np.isfinite(values.numpy()).all():  # many times as fast as torch.isfinite
+    """Returns the values. Raises PayloadError if one is a NaN or an infinity."""
+    if not np.isfinite(values.numpy()).all():  # many times faster than torch.isfinite
         raise PayloadError("holds a NaN or an infinity")
     return values
 
 
 def read_header(body: memoryview, header: struct.Struct) -> tuple[int | float, ...]:
-    """The scalars at the start of a body. Raises PayloadError where they are cut or not finite."""
+    """Returns the scalars at the start of a body. Raises PayloadError if they are truncated or not finite."""
     if len(body) < header.size:
-        raise PayloadError(f"{len(body)} bytes where the scalars alone take {header.size}")
+        raise PayloadError(f"{len(body)} bytes, but the scalars alone take {header.size}")
     scalars = header.unpack_from(body)
     if not np.isfinite(scalars).all():
         raise PayloadError("holds a NaN or an infinity")
@@ -56,13 +57,13 @@ def read_header(body: memoryview, header: struct.Struct) -> tuple[int | float, .
 
 
 def read_bits(bits: int | float) -> int:
-    """A level from a body's header, checked."""
+    """Checks and returns a level from a body's header."""
     if not 1 <= bits <= 8:
-        raise PayloadError(f"a level of {bits} bits, where 1 to 8 are possible")
+        raise PayloadError(f"a level of {bits} bits; levels are 1 to 8 bits")
     return int(bits)
 
 
 def as_float32(value: float) -> float:
-    """The nearest float32, which the wire carries; what is beyond its range becomes its largest."""
+    """Rounds to the nearest float32, the type on the wire; values beyond its range are clipped to it."""
     top = float(np.finfo(np.float32).max)
     return float(np.float32(min(max(value, -top), top)))

@@ -1,18 +1,18 @@
-"""Which of many intervals a value lies in, in a few operations whatever their number."""
+"""Finds the interval that a value lies in, in a few operations per value, however many intervals there are."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_CELLS = 4  # for each edge
+_CELLS = 4  # per edge
 
 
 def count_below(edges: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[Any]:
-    """How many edges are below each value: `np.searchsorted(edges, values)`, faster where edges are about even.
+    """Counts the edges below each value: `np.searchsorted(edges, values)`, but faster if edges are spread evenly.
 
-    Equal cells lie over the edges. Rounding keeps order, so that edges in cells before a value's are below it, those in
-    cells after it are not, and only those in its own are compared with it.
+    A grid of equal cells covers the edges. Rounding preserves order, so all edges in earlier cells are below the value
+    and none in later cells are. Only the edges in the value's own cell are compared with it.
 
     Args:
         edges: ascending (k,).
@@ -20,7 +20,7 @@ def count_below(edges: NDArray[np.float32], values: NDArray[np.float32]) -> NDAr
     """
     cells = _CELLS * len(edges)
     span = float(edges[-1]) - float(edges[0]) if len(edges) else 0.0
-    if cells >= len(values) or span * 1e38 <= cells:  # cells a unit must be a float32
+    if cells >= len(values) or span * 1e38 <= cells:  # the number of cells per unit must fit a float32
         return np.searchsorted(edges, values)
     per_unit = np.float32(cells / span)
 

@@ -1,7 +1,7 @@
 """Entropy-coded scalar quantization: one uniform step, a wide dead zone, and a range coder.
 
-At low rates nothing that codes an element by itself is far better: on a Gaussian it stays within 0.254 bit of the
-rate-distortion function R(D) = log2(sigma^2 / D) / 2, and closer where most codes are zero (Sullivan, IEEE Trans.
+At low rates no scheme that codes each element separately is much better: on a Gaussian it stays within 0.254 bit of
+the rate-distortion function R(D) = log2(sigma^2 / D) / 2, and closer if most codes are zero (Sullivan, IEEE Trans.
 Inf. Theory 42(5), 1996, on Laplacian sources).
 """
 
@@ -19,27 +19,27 @@ from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
 from fedlq_ray.quantization.cells import count_below
 
-TOP = 4095  # the highest code; a step too small for it is raised
-_DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])  # how many codes a model may describe one by one
-_SHIFTED = 4  # codes whose value is sent: 1, 2, 3, and all from 4 on together
-_LAZY = 2.0  # codes that a lazy decoder may pass on average
-_LOGIT = 16.0  # hazards go as bytes of sixteenths of a logit, so from 0.0003 to 0.9997
-_PRIOR = 4.0  # elements' worth of belief that a code's hazard is that of those above
-_LOSS = 1.5e-4  # bits that the range coder's rounding costs a symbol, at most (tested: 0.5 to 1.3)
-# Bits by hazard byte: of stopping at a code, and of going on.
+TOP = 4095  # the highest code; a step that is too small for it is raised
+_DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])  # numbers of codes that a model may describe separately
+_SHIFTED = 4  # codes whose values are sent: 1, 2, 3, and one value for all codes from 4
+_LAZY = 2.0  # a lazy decoder is used if it skips at most this many codes on average
+_LOGIT = 16.0  # a hazard is sent as one byte in units of 1/16 logit, so from 0.0003 to 0.9997
+_PRIOR = 4.0  # weight, in elements, of the prior that a code's hazard equals that of the codes above
+_LOSS = 1.5e-4  # bits per symbol that the range coder's rounding costs at most (tested: 0.5e-4 to 1.3e-4)
+# Bits by hazard byte: of stopping at a code, and of continuing past it.
 _STOP, _GO = (np.log2(1 + np.exp(sign * (np.arange(256) - 128) / _LOGIT)) for sign in (-1, 1))
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
 class Model(NamedTuple):
-    """How likely each code 0..top is: hazards P(code = k | code >= k) as bytes, the last for all that follow."""
+    """Probabilities of codes 0..top: hazards P(code = k | code >= k) as bytes; the last holds for all later codes."""
 
     top: int
     hazards: bytes
 
     def probabilities(self) -> Floats:
-        """(top + 1,) float64, above 0 and of sum 1."""
+        """Probabilities (top + 1,) float64, all above 0, with sum 1."""
         logits = (np.frombuffer(self.hazards, np.uint8).astype(np.float64) - 128) / _LOGIT
         hazard = np.full(self.top + 1, 1 / (1 + np.exp(-logits[-1])))
         known = min(len(logits), self.top)
@@ -50,14 +50,14 @@ class Model(NamedTuple):
         return p / p.sum()
 
     def coded(self) -> Floats:
-        """The probabilities that the range coder makes of them: each is 2^-24 and a share of what is left."""
+        """The probabilities that the range coder uses: each gets 2^-24, plus its share of the remainder."""
         return (self.probabilities() * (2**24 - self.top - 1) + 1) / 2**24
 
 
 def fit(counts: Counts) -> Model:
-    """The model that codes these counts (of code 0, 1, ..., of which there is one) in the fewest bits, with itself."""
+    """Returns the model that codes these counts, of codes 0 to the highest that occurs, and itself in fewest bits."""
     top = len(counts) - 1
-    # Of the elements that reach a code, some stop there and the others go on.
+    # Of the elements that reach a code, some stop there and the others continue to higher codes.
     stop, go = counts[:-1], counts[:0:-1].cumsum()[::-1]
     each = _hazards(stop, go)
     before = np.concatenate([[0.0], (stop * _STOP[each] + go * _GO[each]).cumsum()])
@@ -70,7 +70,7 @@ def fit(counts: Counts) -> Model:
 
 
 def _dearer(counts: Counts) -> Floats:
-    """How many bits code 1 costs more than code 0, 2 than 1, ..., the sign included: smooth in the counts."""
+    """Extra bits of code 1 over code 0, of 2 over 1, ..., the sign included; they are smooth in the counts."""
     stop, go = counts[:-1], counts[:0:-1].cumsum()[::-1]
     rest_stop, rest_go = (part[::-1].cumsum()[::-1] for part in (stop, go))
     hazard = (stop + _PRIOR * (rest_stop + 0.5) / (rest_stop + rest_go + 1)) / (stop + go + _PRIOR)
@@ -87,7 +87,7 @@ def _hazards(stop: Counts, go: Counts) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, eq=False)
 class Magnitudes:
-    """A layer's |x| in order, and the sums of its first 0, 1, ..., n: what any step makes of it takes microseconds."""
+    """A layer's |x|, sorted, and its prefix sums (n + 1,). With these, evaluating a step size takes microseconds."""
 
     values: NDArray[np.float32]
     sums: Floats
@@ -105,9 +105,9 @@ class Magnitudes:
 
 
 class Design(NamedTuple):
-    """A layer's quantizer: the highest magnitude of code 0, 1, ..., what codes stand for, and the bytes it will take.
+    """A layer's quantizer: `edges` (the highest magnitudes of codes 0, 1, ...), the codes' values, and its bytes.
 
-    `num_bytes` is not below the truth; above it by a word at most, and by 30 bytes a million elements.
+    `num_bytes` is never below the true size. It exceeds it by at most a word, plus 30 bytes per million elements.
     """
 
     step: float
@@ -121,19 +121,20 @@ class Design(NamedTuple):
 class Ecsq:
     """Code x as multiples of `step`, with rate-distortion-optimised rounding and a range coder.
 
-    A value goes to the code that is least in (error / step)^2 + trade x bits: small values mostly to zero. A code
-    stands for the mean of what it codes (a centroid): the reconstruction has the least error, so that error feedback
-    contracts; it is biased. Entropy coder: `constriction`'s range coder with a parametric model of a few bytes.
+    Each value gets the code that minimises (error / step)^2 + trade x bits, so small values mostly become zero. A code
+    decodes to the mean of the values that it codes (a centroid). This reconstruction has the least error, so error
+    feedback contracts; it is biased. The entropy coder is `constriction`'s range coder with a parametric model of a few
+    bytes.
 
     Body: step (float32), highest code (2 bytes), length of the model (1 byte), hazards, shifts of the first codes'
-    values (a byte each, 1/256 of a step), then the range coder's words: magnitudes, and signs of what is not zero.
-    A layer of zeros is the step alone.
+    values (1 byte each, in 1/256 of a step), then the range coder's words: magnitudes, and the signs of nonzero codes.
+    The body of an all-zero layer ends after the length.
 
     Args:
-        step: distance of two codes, above 0.
-        trade: squared steps that a bit is worth; at high rates the optimum is ln(2) / 6 = 0.1155. At the same bytes,
-            0.08 to 0.16 differ by less than 1 % of error at any rate.
-        designed: what `design` gave for the layer to be encoded, where that is known.
+        step: distance between adjacent codes, above 0.
+        trade: price of a bit in squared steps; at high rates the optimum is ln(2) / 6 = 0.1155. At equal bytes, the
+            errors for 0.08 to 0.16 differ by less than 1 % at any rate.
+        designed: the result of `design` for the layer to encode, if already known.
     """
 
     step: float
@@ -143,10 +144,10 @@ class Ecsq:
 
     def __post_init__(self) -> None:
         if not self.step > 0 or not self.trade >= 0:
-            raise ValueError(f"step must be above 0 and trade not below, got {self.step!r} and {self.trade!r}")
+            raise ValueError(f"step must be above 0 and trade at least 0, got {self.step!r} and {self.trade!r}")
 
     def design(self, layer: Magnitudes) -> Design:
-        """The codes' edges and values, and their model: plain rounding, and one improvement (more gain nothing)."""
+        """Choose the codes' edges, values and model: plain rounding, then one refinement (more would gain nothing)."""
         step = max(self.step, layer.peak / TOP, 1e-37)
         edges: Floats = np.arange(min(round(layer.peak / step), TOP), dtype=np.float64) + 0.5
         step, count = as_float32(step), len(layer.values)
@@ -173,7 +174,7 @@ class Ecsq:
         return self.send(x)[0]
 
     def send(self, x: Tensor) -> tuple[bytes, Tensor]:
-        """What `encode` makes, and what `decode` makes of that: the codes are at hand, and need not be read back."""
+        """Returns the encoded bytes and their decoded values (n,), without decoding the bytes again."""
         step, edges, model, shifts, _ = self.designed or self.design(Magnitudes.of(x))
         if not model.top:
             return self.HEADER.pack(step, 0, 0), torch.zeros(len(x))
@@ -201,7 +202,7 @@ class Ecsq:
         if top > TOP or not 1 <= depth <= min(top, _DEPTHS[-1]):
             raise PayloadError(f"a model of {depth} codes of {top}")
         if len(rest) < depth + shifts or (len(rest) - depth - shifts) % 4:
-            raise PayloadError(f"{len(rest)} bytes where a model takes {depth + shifts} and words of 4 follow")
+            raise PayloadError(f"{len(rest)} bytes, but a model takes {depth + shifts} and 4-byte words follow")
         model = Model(top, bytes(rest[:depth]))
         words = rest[depth + shifts :]
         coder = constriction.stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
@@ -212,7 +213,7 @@ class Ecsq:
         except (AssertionError, ValueError) as exc:
             raise PayloadError(f"the range coder's words are damaged: {exc}") from exc
         if _words(codes, signs, model) != words:
-            raise PayloadError("the range coder's words are not those of the codes that they decode to")
+            raise PayloadError("the range coder's words differ from the encoding of the codes that they decode to")
         return _decoded(codes, nonzero, signs, step, top, np.frombuffer(rest[depth : depth + shifts], np.int8))
 
     def size(self, count: int) -> None:
@@ -220,17 +221,17 @@ class Ecsq:
 
 
 def _steps(values: NDArray[Any]) -> NDArray[Any]:
-    """`np.diff`, which takes longer than all else on a few values."""
+    """`np.diff`, which would dominate the running time on a few values."""
     return values[1:] - values[:-1]
 
 
 def _float32(values: Floats) -> NDArray[np.float32]:
-    """The nearest float32, which is finite."""
+    """Rounds to the nearest finite float32."""
     return np.minimum(values, np.finfo(np.float32).max).astype(np.float32)
 
 
 def _words(codes: NDArray[np.int32], signs: NDArray[np.int32], model: Model) -> bytes:
-    """The range coder's bytes."""
+    """Returns the range coder's bytes."""
     coder = constriction.stream.queue.RangeEncoder()
     coder.encode(codes, _categorical(model))
     coder.encode(signs, constriction.stream.model.Uniform(2))
@@ -245,7 +246,7 @@ def _decoded(
     top: int,
     shifts: NDArray[np.int8],
 ) -> Tensor:
-    """What codes stand for; `signs` are 1 where one that is not zero is negative."""
+    """Returns the values of the codes; `signs` has one entry per nonzero code, 1 if it is negative."""
     out = np.take(_float32(step * _values(top, shifts)), codes)
     minus = nonzero[signs == 1]
     out[minus] = -out[minus]
@@ -253,14 +254,14 @@ def _decoded(
 
 
 def _categorical(model: Model, decode: bool = False) -> Any:
-    """The coder's model. A lazy one finds a low code faster, and any slower; the words are the same."""
+    """Returns the coder's model. A lazy model decodes low codes faster and other codes slower; the words are equal."""
     p = model.probabilities()
     lazy = decode and float(p @ np.arange(len(p))) < _LAZY
     return constriction.stream.model.Categorical(p, lazy=lazy, perfect=False)
 
 
 def _shifts(counts: Counts, sums: Floats) -> NDArray[np.int8]:
-    """How far the mean of what a code codes lies from it, in 1/256 of a step: of codes 1, 2, 3, and 4 or more."""
+    """Distances from codes 1, 2, 3, and 4 or more to the means of the values that they code, in 1/256 of a step."""
     codes = np.arange(len(counts))
     kinds = codes[1 : _SHIFTED + 1]
     means = np.add.reduceat(sums - codes * counts, kinds) / np.maximum(np.add.reduceat(counts, kinds), 1)
@@ -268,7 +269,7 @@ def _shifts(counts: Counts, sums: Floats) -> NDArray[np.int8]:
 
 
 def _values(top: int, shifts: NDArray[np.int8]) -> Floats:
-    """What the codes 0..top stand for, in steps."""
+    """Values of the codes 0..top, in steps."""
     codes = np.arange(top + 1)
     values = codes.astype(np.float64)
     if len(shifts):

@@ -1,13 +1,13 @@
-"""Elias's codes of positive integers, for which no table of frequencies is needed: gamma and omega.
+"""Elias's codes of positive integers, gamma and omega, which need no frequency table.
 
-Source: Elias, IEEE Trans. Inf. Theory 21(2), 1975. Gamma: v as w = floor(log2 v) in unary (w zeros and a one) and the
-w bits of v below its first: 2w + 1 bits. Omega, the recursive code that QSGD's paper has: the binary form of v, before
-it that of its length less 1, before that likewise, up to 2 or 3; a zero ends it. Shorter than gamma for v >= 128,
-longer for w = 2, 4 and 5.
-Departs from it: the bits of many integers are not written one integer after the other but part after part: all unary
-codes, then the first remaining bit of all integers that have one, then the second; of omega the first group of all,
-then the second. As long as the original and as free of ambiguity, as the reader knows how many integers there are, and
-neither side loops over elements: only over the bits of the greatest.
+Source: Elias, IEEE Trans. Inf. Theory 21(2), 1975. Gamma codes v as w = floor(log2 v) in unary (w zeros and a one) and
+the w bits of v below its leading bit: 2w + 1 bits. Omega, the recursive code of the QSGD paper, writes v in binary,
+preceded by its length minus 1 in binary, and so on down to 2 or 3; a zero ends the code. It is shorter than gamma for
+v >= 128 and longer for w = 2, 4 and 5.
+Departs from it: integers are not written one after another. All unary codes come first, then the first remaining bit of
+all integers that have one, then the second; for omega, the first group of all integers, then the second. The result is
+as long as the original, and unambiguous because the reader knows the number of integers. Neither side loops over
+elements, only over the bits of the largest integer.
 
 Bits are arrays of 0 and 1 (uint8), integers are int64 below 2**53.
 """
@@ -28,11 +28,11 @@ class Code(NamedTuple):
     """One of Elias's codes.
 
     Args:
-        write: the bits of integers (n,), each at least 1; n may be 0.
-        read: of bits, how many integers there are, and the greatest that is possible: the integers, and the bits that
-            follow. Raises PayloadError where the bits end too soon or an integer is too great. What it needs is bounded
-            by the bits that are there.
-        lengths: bits of an integer, by w = floor(log2 v), for w = 0 to 52.
+        write: converts integers (n,), each at least 1, to bits; n may be 0.
+        read: takes bits, the number of integers, and the largest allowed integer; returns the integers and the
+            remaining bits. Raises PayloadError if the bits end too early or an integer is too large. Its time and
+            memory are bounded by the number of bits.
+        lengths: bits per integer, by w = floor(log2 v), for w = 0 to 52.
     """
 
     write: Callable[[Ints], Bits]
@@ -40,7 +40,7 @@ class Code(NamedTuple):
     lengths: Ints
 
     def length(self, values: Ints) -> int:
-        """The bits that `write` makes of integers."""
+        """Number of bits that `write` returns for the integers."""
         return int(np.bincount(_log2(values), minlength=len(self.lengths)) @ self.lengths)
 
 
@@ -62,7 +62,7 @@ def _read_gamma(bits: Bits, count: int, most: int) -> tuple[Ints, Bits]:
 
 
 def _write_omega(values: Ints) -> Bits:
-    chain = [values]  # v, floor(log2 v), and so on down to 1
+    chain = [values]  # v, floor(log2 v), ..., 1
     while chain[-1].max(initial=1) > 1:
         chain.append(np.maximum(_log2(chain[-1]), 1))
     table = np.stack(chain)
@@ -84,14 +84,14 @@ def _read_omega(bits: Bits, count: int, most: int) -> tuple[Ints, Bits]:
     while len(which):
         more, bits = bits[: len(which)], bits[len(which) :]
         if len(more) < len(which):
-            raise PayloadError("ends in an integer")
+            raise PayloadError("the data ends within an integer")
         which = which[more == 1]
         values[which], bits = _read_low(bits, values[which], widest)
     return _at_most(values, most), bits
 
 
 def _write_low(values: Ints, widths: Ints) -> Bits:
-    """The `widths` lowest bits of each integer, all first ones first."""
+    """Returns the `widths` lowest bits of each integer: the first bits of all integers, then the second bits, ..."""
     planes = [np.zeros(0, np.uint8)]
     while len(values):
         more = widths > 0
@@ -101,11 +101,11 @@ def _write_low(values: Ints, widths: Ints) -> Bits:
 
 
 def _read_low(bits: Bits, widths: Ints, widest: int) -> tuple[Ints, Bits]:
-    """Integers that are a one and then `widths` bits, and the bits that follow."""
-    if widths.max(initial=0) > widest:  # first, as the sum of such widths may overflow
+    """Returns the integers, each a one followed by `widths` bits, and the remaining bits."""
+    if widths.max(initial=0) > widest:  # checked first, because the sum of such widths may overflow
         raise PayloadError(f"an integer of more than {widest + 1} bits")
     if widths.sum() > len(bits):
-        raise PayloadError("ends in an integer")
+        raise PayloadError("the data ends within an integer")
     values, which, at = np.ones(len(widths), np.int64), np.arange(len(widths)), 0
     for plane in range(int(widths.max(initial=0))):
         which = which[widths[which] > plane]
@@ -115,7 +115,7 @@ def _read_low(bits: Bits, widths: Ints, widest: int) -> tuple[Ints, Bits]:
 
 
 def _log2(values: Ints) -> Ints:
-    """floor(log2) of integers from 1 to 2**53, where float64 is exact."""
+    """floor(log2) of integers from 1 to 2**53, which float64 represents exactly."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64) - 1
 
 

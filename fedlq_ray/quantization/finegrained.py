@@ -1,4 +1,4 @@
-"""Fine-grained quantization: bits for each parameter by its magnitude, and the map of who has how many."""
+"""Fine-grained quantization: bits per parameter by its magnitude, and a map of these bits."""
 
 import bisect
 import struct
@@ -14,22 +14,23 @@ from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
 from fedlq_ray.quantization.packing import pack, packed_size, unpack
 
-CHOICES = (0, 2, 4, 8)  # bits of a parameter, by its two bits in the map
+CHOICES = (0, 2, 4, 8)  # bits per parameter, by its two bits in the map
 MAP_BITS = 2
 _COSTS = [high - low for low, high in pairwise(CHOICES)]
 
 
 @dataclass(frozen=True)
 class FineGrained:
-    """Bits of 0, 2, 4 or 8 for each element, which minimise sum x^2 / 4^b for their sum; the map is sent and billed.
+    """Choose 0, 2, 4 or 8 bits per element to minimise sum x^2 / 4^b at a given total; the map is sent and billed.
 
-    Source: Li et al., FedFQ, arXiv:2408.08977: the choice of bits, the objective, and in each group of equal bits
-    stochastic rounding of |x| / max|x|; read in the authors' code.
-    Departs from it: bits are found exactly, not by simulated annealing (the objective is a sum of convex terms, so that
-    the steps of most gain a bit are an optimum, up to the last that fits); the sign is in the bits, so b of them make
-    2**(b-1) - 1 steps from 0 to the maximum, where the code has 2**b and a sign beside them; the map is billed.
-    An element of 0 bits decodes to 0, so the whole is biased.
-    Body: the maxima of the groups of 2, 4 and 8 bits (float32 each), the map (2 bits an element), each group's codes.
+    Source: Li et al., FedFQ, arXiv:2408.08977: the choice of bits, the objective, and stochastic rounding of
+    |x| / max|x| within each group of equal bits, as in the authors' code.
+    Departs from it: bits are found exactly, not by simulated annealing (the objective is a sum of convex terms, so
+    taking the steps with the most gain per bit is optimal, up to the last step that fits); the b bits include the sign,
+    so they give 2**(b-1) - 1 steps from 0 to the maximum, whereas the authors' code has 2**b and a separate sign; the
+    map is billed.
+    An element of 0 bits decodes to 0, so the quantizer is biased.
+    Body: the maxima of the groups of 2, 4 and 8 bits (float32 each), the map (2 bits per element), each group's codes.
     """
 
     bits: float = 4.0
@@ -37,7 +38,9 @@ class FineGrained:
 
     def __post_init__(self) -> None:
         if not MAP_BITS < self.bits <= MAP_BITS + CHOICES[-1]:
-            raise ValueError(f"bits, with the map's {MAP_BITS}, must be above {MAP_BITS} and at most 10: {self.bits!r}")
+            raise ValueError(
+                f"bits include {MAP_BITS} for the map: they must be above {MAP_BITS} and at most 10, got {self.bits!r}"
+            )
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         values = x.numpy().astype(np.float64)
@@ -57,7 +60,7 @@ class FineGrained:
     def decode(self, body: memoryview, count: int) -> Tensor:
         peaks = read_header(body, self.HEADER)
         if min(peaks) < 0:
-            raise PayloadError("a maximum that is negative")
+            raise PayloadError("a group's maximum is negative")
         at = self.HEADER.size + packed_size(count, MAP_BITS)
         groups = unpack(body[self.HEADER.size : at], count, MAP_BITS)
         values = np.zeros(count)
@@ -75,22 +78,22 @@ class FineGrained:
         return torch.from_numpy(values.astype(np.float32))
 
     def size(self, count: int) -> int | None:
-        return None  # groups are filled up to bytes one by one, and zeros take no bits
+        return None  # each group is padded to whole bytes, and zeros take no bits
 
 
 def assign(sizes: NDArray[np.float64], budget: int) -> NDArray[np.uint8]:
-    """The index into CHOICES for each element: the steps up that lower sum x^2 / 4^b most, a bit spent, while they fit.
+    """Returns each element's index into CHOICES, by taking the steps that lower sum x^2 / 4^b most per bit.
 
     Args:
         sizes: magnitudes (n,).
-        budget: bits of all elements together.
+        budget: total bits for all elements.
     """
     peak = float(sizes.max())
     energy = (sizes / peak) ** 2 if peak > 0 else np.zeros_like(sizes)
     falling = _gains(np.sort(energy))
 
     def spent(least: int) -> int:
-        """Bits of all steps that gain more than the float64 of this pattern; patterns are in order as numbers are."""
+        """Bits of all steps that gain more than the float64 with this bit pattern; patterns sort as the numbers do."""
         return sum(
             cost * (len(gains) - int(np.searchsorted(gains, _number(least), side="right")))
             for cost, gains in zip(_COSTS, falling, strict=True)
@@ -114,7 +117,7 @@ def assign(sizes: NDArray[np.float64], budget: int) -> NDArray[np.uint8]:
 
 
 def _gains(energy: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Of each step up, a bit. They fall by 16 and more from a step to the next, so that those are taken in order."""
+    """Gain per bit of each step. It falls at least 16-fold from one step to the next, so steps are taken in order."""
     return [energy * (4.0**-low - 4.0**-high) / (high - low) for low, high in pairwise(CHOICES)]
 
 

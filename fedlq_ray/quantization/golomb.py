@@ -1,10 +1,10 @@
-"""Golomb-Rice codes of sorted positions: the gap between neighbours as a unary quotient and a remainder of b* bits.
+"""Golomb-Rice codes of sorted positions: each gap is a unary quotient and a remainder of b* bits.
 
-Source: Sattler et al., IEEE TNNLS 2019, arXiv:1903.02891, Golomb encoding of positions: where each element is chosen
-with probability p, a position takes b* + 1 / (1 - (1 - p)^(2^b*)) bits on average.
-Departs from it: p is the share that was chosen, k of n, which both sides know. All remainders come first and all
-quotients follow, in one string of bits: as long as the paper's, where each quotient lies beside its remainder, but
-with the count known neither side needs a loop.
+Source: Sattler et al., IEEE TNNLS 2019, arXiv:1903.02891, Golomb encoding of positions: if each element is chosen with
+probability p, a position takes b* + 1 / (1 - (1 - p)^(2^b*)) bits on average.
+Departs from it: p is the chosen fraction k / n, which both sides know. One bit string holds all remainders, then all
+quotients. It is as long as the paper's, which puts each quotient next to its remainder, but since the count is known,
+neither side needs a loop.
 """
 
 import math
@@ -17,9 +17,9 @@ from fedlq_ray.quantization.packing import packed_size
 
 
 def rice_bits(chosen: int, count: int) -> int:
-    """b* = 1 + floor(log2(ln(phi - 1) / ln(1 - p))), bits of a remainder, for p = chosen / count in (0, 1].
+    """b* = 1 + floor(log2(ln(phi - 1) / ln(1 - p))), the bits per remainder, for p = chosen / count in (0, 1].
 
-    Below 0 by that formula where p > 0.62, where 0 serves.
+    For p > 0.62 the formula is negative, and 0 is used.
     """
     if chosen == count:
         return 0
@@ -28,7 +28,7 @@ def rice_bits(chosen: int, count: int) -> int:
 
 
 def encode(positions: NDArray[np.int64], count: int) -> bytes:
-    """Positions (k,), sorted, distinct, and from 0 to count - 1, as bits filled up with zeros to whole bytes.
+    """Encodes positions (k,), sorted, distinct, and from 0 to count - 1, as bits padded with zeros to whole bytes.
 
     Most significant bit first: k remainders, then for each quotient q the unary code of q zeros and a one.
     """
@@ -44,23 +44,23 @@ def encode(positions: NDArray[np.int64], count: int) -> bytes:
 
 
 def decode(data: bytes | memoryview, chosen: int, count: int) -> NDArray[np.int64]:
-    """The positions (chosen,) that `encode` made into `data`; what it needs is bounded by the bytes that are there.
+    """Returns the positions (chosen,) that `encode` turned into `data`, in time and memory bounded by its length.
 
     Raises:
-        PayloadError: no such positions have this code; each string of bits has one reading at most.
+        PayloadError: no positions have this code; a bit string has at most one reading.
     """
     if not 0 <= chosen <= count:
-        raise PayloadError(f"{chosen} positions of {count} elements")
+        raise PayloadError(f"{chosen} positions for {count} elements")
     if not chosen:
         if len(data):
             raise PayloadError(f"{len(data)} bytes for no positions")
         return np.zeros(0, np.int64)
     bits = rice_bits(chosen, count)
     fixed = chosen * bits
-    # The gaps add up to count - chosen at most, hence the quotients to that many 2**bits.
+    # The gaps sum to at most count - chosen, so the quotients sum to at most (count - chosen) >> bits.
     least, most = fixed + chosen, fixed + chosen + ((count - chosen) >> bits)
     if not packed_size(least, 1) <= len(data) <= packed_size(most, 1):
-        raise PayloadError(f"{len(data)} bytes where {chosen} positions of {count} take {least} to {most} bits")
+        raise PayloadError(f"{len(data)} bytes, but {chosen} positions of {count} take {least} to {most} bits")
     flat = np.unpackbits(np.frombuffer(data, np.uint8))
     ends = np.flatnonzero(flat[fixed:])
     if len(ends) != chosen or len(data) != packed_size(fixed + int(ends[-1]) + 1, 1):
@@ -69,7 +69,7 @@ def decode(data: bytes | memoryview, chosen: int, count: int) -> NDArray[np.int6
     gaps = ((np.diff(ends, prepend=-1) - 1) << bits) + remainders
     positions: NDArray[np.int64] = np.cumsum(gaps + 1) - 1
     if positions[-1] >= count:
-        raise PayloadError(f"a position of {positions[-1]} where {count} elements are")
+        raise PayloadError(f"a position of {positions[-1]}, but there are only {count} elements")
     return positions
 
 

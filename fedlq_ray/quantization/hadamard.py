@@ -1,17 +1,17 @@
-"""A random rotation from a seed: orthonormal, of any length, in O(n log n), and the same wherever it is made.
+"""A random rotation from a seed: orthonormal, of any length, in O(n log n), and identical on every machine.
 
-What it is for: the coordinates of a rotated vector look like draws of N(0, |x|^2/n) whatever x was.
+Purpose: the coordinates of a rotated vector resemble draws from N(0, |x|^2/n), whatever x is.
 Source: the randomised Hadamard transform H D of DRIVE (Vargaftik et al., NeurIPS 2021, arXiv:2105.08339)
 and EDEN (ICML 2022, arXiv:2108.08842): random signs D, then a Walsh-Hadamard matrix H over sqrt(n).
 Departs from it:
 - Any length, without padding, so that n elements cost n codes: H D acts on the first p elements, then on the last p,
-  with p the greatest power of two that is at most n. Where n is a power of two this is once H D.
-- Two passes, and the elements in random order in between. One pass of H D leaves a vector of a few large elements on
-  few values (two elements a, b: on a + b and a - b up to sign), and two windows leave unequal energy in the parts that
-  they do not share. The second pass mends both.
-- Up to 64 elements the rotation is uniform over all rotations (Haar), as the papers' theorems have it: so few signs
-  are far from that, and what is unbiased under Haar would be visibly biased. Above, we saw no bias but for vectors of
-  two elements other than zero, 1.5 % of the norm at 128 to 256 elements and less at 512.
+  where p is the largest power of two that is at most n. If n is a power of two, H D is applied once.
+- Two passes, with the elements shuffled in between. One pass of H D maps a vector with few large elements to few
+  distinct values (two elements a, b: to a + b and a - b up to sign), and two windows leave unequal energy in the parts
+  that they do not share. The second pass corrects both.
+- Up to 64 elements, the rotation is uniform over all rotations (Haar), as the papers' theorems assume. So few random
+  signs are far from Haar, and estimators that are unbiased under Haar would be visibly biased. Above 64 elements, we
+  saw bias only for vectors with two nonzero elements: 1.5 % of the norm at 128 to 256 elements and less at 512.
 """
 
 import numpy as np
@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-DENSE = 64  # elements; up to here n^2/2 operations are cheap
-BLOCK = 2**16  # elements that are worked on at a time
+DENSE = 64  # elements; up to this size, n^2/2 operations are cheap
+BLOCK = 2**16  # elements that are processed at a time
 
 
 def rotate(x: Floats, seed: int) -> Floats:
-    """The rotation that the seed stands for, of x (n,), n >= 1."""
+    """Rotates x (n,), n >= 1, by the rotation that the seed determines."""
     if len(x) <= DENSE:
         return _haar(x, seed, inverse=False)
     first, order, second = _draws(len(x), seed)
@@ -32,7 +32,7 @@ def rotate(x: Floats, seed: int) -> Floats:
 
 
 def unrotate(z: Floats, seed: int) -> Floats:
-    """What `rotate` made into z (n,), to rounding."""
+    """Inverts `rotate` on z (n,), up to rounding."""
     if len(z) <= DENSE:
         return _haar(z, seed, inverse=True)
     first, order, second = _draws(len(z), seed)
@@ -42,11 +42,11 @@ def unrotate(z: Floats, seed: int) -> Floats:
 
 
 def hadamard(x: Floats) -> Floats:
-    """H x / sqrt(n) for x (n,) with n a power of two, H Sylvester's matrix: its own inverse.
+    """H x / sqrt(n) for x (n,), n a power of two, and H Sylvester's matrix; it is its own inverse.
 
-    H of a b rows is the Kronecker product of those of a and b rows. So x as a matrix of a x b is butterflied along its
-    columns and, transposed, along its rows, and every operation has a long contiguous axis; as many columns at a time
-    as a processor's cache holds.
+    H with a x b rows is the Kronecker product of those with a and b rows. So x, as an a x b matrix, is transformed by
+    butterflies along its columns and, transposed, along its rows. Every operation then has a long contiguous axis, and
+    processes as many columns at a time as a processor's cache holds.
     """
     power = len(x).bit_length() - 1
     y = x.reshape(2 ** (power // 2), -1)
@@ -60,7 +60,7 @@ def hadamard(x: Floats) -> Floats:
 
 
 def _butterflied(y: Floats) -> Floats:
-    """H along the columns of y (rows, width), transposed; y is lost."""
+    """Applies H along the columns of y (rows, width) and returns the transpose; overwrites y."""
     rows, width = y.shape
     other, half = np.empty_like(y), 1
     while half < rows:
@@ -72,7 +72,7 @@ def _butterflied(y: Floats) -> Floats:
 
 
 def _forth(x: Floats, signs: list[Floats]) -> Floats:
-    """One pass over x, in place: signs and H on the first elements, then signs and H on the last."""
+    """One pass over x, in place: signs and H on the first elements, then signs and H on the last ones."""
     p = len(signs[0])
     for start, flips in zip(_starts(len(x), p), signs, strict=True):
         x[start : start + p] = hadamard(x[start : start + p] * flips)
@@ -80,7 +80,7 @@ def _forth(x: Floats, signs: list[Floats]) -> Floats:
 
 
 def _back(x: Floats, signs: list[Floats]) -> Floats:
-    """`_forth` undone, in place."""
+    """Inverts `_forth`, in place."""
     p = len(signs[0])
     for start, flips in reversed(list(zip(_starts(len(x), p), signs, strict=True))):
         x[start : start + p] = hadamard(x[start : start + p]) * flips
@@ -88,14 +88,14 @@ def _back(x: Floats, signs: list[Floats]) -> Floats:
 
 
 def _starts(n: int, p: int) -> list[int]:
-    """Where the windows of p elements start."""
+    """Returns the start of each window of p elements."""
     return [0] if p == n else [0, n - p]
 
 
 def _draws(n: int, seed: int) -> tuple[list[Floats], NDArray[np.int64], list[Floats]]:
-    """Signs for each window of the first pass, the order in between, and signs for the second pass."""
+    """Draws signs for each window of the first pass, the order in between, and signs for the second pass."""
     rng, p = _generator(seed), 2 ** (n.bit_length() - 1)
-    # New signs for each window: H of a single element is constant, and H of that would be a single element again.
+    # Each window needs new signs: H of a single element is constant, and H of a constant is a single element again.
     first, second = ([_signs(p, rng) for _ in _starts(n, p)] for _ in range(2))
     return first, rng.permutation(n), second
 
@@ -110,10 +110,11 @@ def _signs(n: int, rng: np.random.Generator) -> Floats:
 
 
 def _haar(x: Floats, seed: int, *, inverse: bool) -> Floats:
-    """A uniform rotation: random signs, then a reflection of the last 2, 3, ... n elements.
+    """Applies a uniform rotation: random signs, then reflections of the last 2, 3, ... n elements.
 
-    Source: Stewart, SIAM J. Numer. Anal. 17, 1980: the k-th reflection takes the first of its axes to a uniform
-    direction, up to a sign, which the random signs make random. No matrix product, so no thread count can change it.
+    Source: Stewart, SIAM J. Numer. Anal. 17, 1980: the k-th reflection maps the first of its axes to a uniform
+    direction up to a sign, which the random signs randomise. It uses no matrix product, whose result may depend on the
+    number of threads.
     """
     n, rng = len(x), _generator(seed)
     signs = _signs(n, rng)

@@ -1,7 +1,7 @@
 """Codes of 1 to 8 bits, packed without gaps, most significant bit first.
 
-Eight codes, a byte each, are one word of 64 bits; three times neighbours move together, and its low `bits` bytes are
-the eight packed. Unpacking is the same backwards.
+Eight codes, one byte each, form a 64-bit word. Three steps move neighbours together, after which the word's low `bits`
+bytes hold the eight packed codes. Unpacking reverses these steps.
 """
 
 from functools import cache
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from fedlq_ray.errors import PayloadError
 
-_LANES = (8, 16, 32)  # bits from one code to the next, then from two to the next two, and from four
+_LANES = (8, 16, 32)  # distance in bits between adjacent codes, then between pairs, then between fours
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Number of bytes that `count` codes of `bits` bits take."""
     return (count * bits + 7) // 8
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> bytes:
-    """Codes (n,) below 2**bits as ceil(n * bits / 8) bytes; the last byte is filled up with zeros."""
+    """Packs codes (n,) below 2**bits into ceil(n * bits / 8) bytes; the last byte is padded with zeros."""
     if bits == 8:
         return codes.tobytes()
     if bits == 1:
@@ -36,10 +36,10 @@ def pack(codes: NDArray[np.uint8], bits: int) -> bytes:
 
 
 def unpack(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint8]:
-    """The `count` codes that `pack` made into `data`.
+    """Returns the `count` codes that `pack` packed into `data`.
 
     Raises:
-        PayloadError: the length is not that of `count` codes, or the filling of the last byte is not zero.
+        PayloadError: the length is not that of `count` codes, or the padding of the last byte is not zero.
     """
     raw = _checked(data, count, bits)
     if bits == 8:
@@ -58,7 +58,7 @@ def unpack(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint8]
 
 
 def look_up(data: bytes | memoryview, count: int, bits: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the `count` codes stand for (count,), of values (2**bits,): `values[unpack(data, count, bits)]`.
+    """Looks up the values (count,) of packed codes in `values` (2**bits,): `values[unpack(data, count, bits)]`.
 
     Raises:
         PayloadError: as `unpack`.
@@ -69,29 +69,29 @@ def look_up(data: bytes | memoryview, count: int, bits: int, values: NDArray[np.
 
 
 def _checked(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint8]:
-    """The packed bytes, if they are as many as `count` codes take and end in zeros."""
+    """Returns the packed bytes. Raises PayloadError if their length or their padding is wrong."""
     if len(data) != packed_size(count, bits):
         raise PayloadError(
-            f"{len(data)} bytes of codes where {count} codes of {bits} bits take {packed_size(count, bits)}"
+            f"{len(data)} bytes of codes, but {count} codes of {bits} bits take {packed_size(count, bits)}"
         )
     raw = np.frombuffer(data, np.uint8)
     if len(raw) and raw[-1] & (1 << -count * bits % 8) - 1:
-        raise PayloadError("the filling after the last code is not zero")
+        raise PayloadError("the padding after the last code is not zero")
     return raw
 
 
 def _mask(bits: int, lane: int) -> np.uint64:
-    """The first of each two lanes: as many bits as its codes have."""
+    """Mask of the first of every two lanes, as wide as its codes."""
     return np.uint64(sum((1 << bits * lane // 8) - 1 << at for at in range(0, 64, 2 * lane)))
 
 
 def _low_bytes(words: NDArray[np.uint64], bits: int) -> NDArray[np.void]:
-    """A view of the last `bits` bytes of big-endian words, for fewer than 8."""
+    """A view of the last `bits` bytes of big-endian words, for `bits` below 8."""
     return words.view([("zeros", f"V{8 - bits}"), ("low", f"V{bits}")])["low"]
 
 
 @cache
 def _codes_of_bytes(bits: int) -> NDArray[np.int64]:
-    """The codes of each byte (256, 8 / bits), for bits that divide 8."""
+    """The codes in each possible byte (256, 8 / bits), for `bits` that divide 8."""
     shifts = np.arange(8 - bits, -1, -bits)
     return np.arange(256)[:, None] >> shifts & 2**bits - 1

@@ -1,4 +1,4 @@
-"""QSGD: a norm, and each element's share of it, rounded at random."""
+"""QSGD: a norm, and each element's fraction of it, rounded at random."""
 
 import struct
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from fedlq_ray.quantization.packing import look_up, pack, packed_size
 
 @dataclass(frozen=True)
 class Qsgd:
-    """Round each |x| / norm, at random and without bias, onto s + 1 values from 0 to 1; send sign and value.
+    """Round each |x| / norm at random, without bias, to one of s + 1 values from 0 to 1; send sign and value.
 
     Source: Alistarh et al., NeurIPS 2017, arXiv:1610.02132, section 3.1: E|Q(x) - x|^2 <= min(n/s^2, sqrt(n)/s) |x|^2,
     with the layer's Euclidean norm.
-    Departs from it: codes of fixed length instead of Elias's; s = 2**(bits - 1) - 1, and at 1 bit, where no zero is
-    possible, the two values -norm and norm, unbiased with E|Q(x) - x|^2 = (n - 1) |x|^2.
+    Departs from it: codes have a fixed length instead of Elias's; s = 2**(bits - 1) - 1. One bit leaves no room for
+    zero, so the two values are -norm and norm, unbiased with E|Q(x) - x|^2 = (n - 1) |x|^2.
     Body: bits (1 byte), norm (float32), codes of `bits` bits.
     """
 
@@ -45,11 +45,11 @@ class Qsgd:
     def decode(self, body: memoryview, count: int) -> Tensor:
         bits, norm = read_header(body, self.HEADER)
         if norm < 0:
-            raise PayloadError(f"a norm of {norm:g}, which is negative")
+            raise PayloadError(f"the norm {norm:g} is negative")
         codes, s = torch.arange(2.0 ** read_bits(bits)), 2 ** (int(bits) - 1) - 1
         levels = (codes - s) * (norm / s) if s else (codes * 2 - 1) * norm
         if s:
-            levels[-1] = torch.nan  # a code that no encoder gives
+            levels[-1] = torch.nan  # no encoder produces this code
         values = look_up(body[self.HEADER.size :], count, int(bits), levels.numpy())
         if np.isnan(values).any():
             raise PayloadError(f"a code above {2 * s}")

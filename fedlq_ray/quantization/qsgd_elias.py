@@ -1,4 +1,4 @@
-"""QSGD as its paper sends it: any number of levels, by bucket, in Elias's codes."""
+"""QSGD as in its paper: any number of levels, in buckets, with Elias's codes."""
 
 import struct
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ MOST = 2**20  # levels
 
 @dataclass(frozen=True)
 class QsgdElias:
-    """Round each |x| / norm, at random and without bias, onto 0, 1/s, .., 1; send what is not zero, and its sign.
+    """Round each |x| / norm at random, without bias, to 0, 1/s, .., 1; send the nonzero levels and their signs.
 
-    Source: Alistarh et al., NeurIPS 2017, arXiv:1610.02132, sections 3.1 to 3.3: buckets of d elements with a norm
-    each, and E|Q(x) - x|^2 <= min(d/s^2, sqrt(d)/s) |x|^2 in each. With norm "max", which they train with, it is
-    d/(4 s^2) max|x|^2 at most, as the variance of a rounding is a quarter of a step's square at most.
-    Two ways to send the levels, as there: `sparse`, for each that is not zero the distance from the one before and its
-    level, and `dense`, level + 1 for every element. By Elias's omega code as there, or by his gamma, which takes fewer
-    bits for most small integers. The encoder takes the shortest of the four.
-    Departs from it: distances do not start anew in each bucket; all distances, levels and signs lie together, each kind
-    by itself (see `elias`), which takes no more bits.
-    On N(0, 1) with the defaults and s = 1 / 4 / 16: error 16.9 / 3.5 / .33 of |x|^2, .43 / 1.03 / 2.33 bits an element,
-    of which .06 are norms; the entropy of the signed levels is .25 / .73 / 1.76.
-    Body: way (1 byte), levels and bucket (uint32 each; bucket 0 is the whole layer), a norm a bucket (float32), codes.
+    Source: Alistarh et al., NeurIPS 2017, arXiv:1610.02132, sections 3.1 to 3.3: buckets of d elements with one norm
+    each, and E|Q(x) - x|^2 <= min(d/s^2, sqrt(d)/s) |x|^2 in each. With norm "max", which the authors train with, it is
+    at most d/(4 s^2) max|x|^2, because the variance of a rounding is at most a quarter of the squared step.
+    The paper has two ways to send levels: `sparse` sends the distance from the previous nonzero element and the level,
+    for each nonzero element; `dense` sends level + 1 for every element. Both use Elias's omega code, as in the paper,
+    or his gamma code, which is shorter for most small integers. The encoder uses the shortest of the four.
+    Departs from it: distances continue across buckets; distances, levels and signs are grouped by kind (see `elias`),
+    which takes no more bits.
+    On N(0, 1) with the defaults and s = 1 / 4 / 16: error 16.9 / 3.5 / .33 of |x|^2; .43 / 1.03 / 2.33 bits per
+    element, .06 of them for norms; the entropy of the signed levels is .25 / .73 / 1.76.
+    Body: way (1 byte), levels and bucket (uint32 each; bucket 0 is the whole layer), a float32 norm per bucket, codes.
 
     Args:
         levels: s, 1 to 2**20; not bits.
-        bucket: elements that share a norm; None for the whole layer.
-        norm: Euclidean, or the greatest magnitude.
+        bucket: number of elements that share a norm; None for the whole layer.
+        norm: Euclidean ("l2"), or the largest magnitude ("max").
     """
 
     levels: int = 4
@@ -53,12 +53,12 @@ class QsgdElias:
             raise ValueError(f"norm must be l2 or max, got {self.norm!r}")
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
-        wide = x.numpy().astype(np.float64)  # where no square of a float32 overflows or vanishes
+        wide = x.numpy().astype(np.float64)  # in which the square of a float32 cannot overflow or underflow
         magnitudes, width = np.abs(wide), min(self.bucket or len(wide), len(wide))
         norms = self._norms(magnitudes, width)
         unit = magnitudes / _spread(np.where(norms > 0, norms, 1.0), width, len(wide))
         noise = torch.rand(x.shape, generator=rng, dtype=torch.float64).numpy()
-        # No norm is below an element, as rounding to float32 keeps order. Noise near 1 may still round a sum up.
+        # No norm is below an element, because rounding to float32 preserves order. Noise near 1 may round a sum up.
         levels = np.floor(unit * self.levels + noise).clip(max=self.levels).astype(np.int64)
         where = np.flatnonzero(levels)
         way, bits = _write(_Codes(where, levels[where], wide[where] < 0), len(wide))
@@ -76,37 +76,37 @@ class QsgdElias:
     def decode(self, body: memoryview, count: int) -> Tensor:
         way, s, bucket = (int(v) for v in read_header(body, self.HEADER))
         if way >= len(_WAYS):
-            raise PayloadError(f"codes sent in way {way}, where 0 to {len(_WAYS) - 1} are known")
+            raise PayloadError(f"codes sent in unknown way {way}; ways are 0 to {len(_WAYS) - 1}")
         if not 1 <= s <= MOST:
-            raise PayloadError(f"{s} levels, where 1 to {MOST} are possible")
+            raise PayloadError(f"{s} levels; 1 to {MOST} are allowed")
         width = min(bucket or count, count)
         start, stop = self.HEADER.size, self.HEADER.size + 4 * -(-count // width)
         if len(body) < stop:
-            raise PayloadError(f"{len(body)} bytes where scalars and norms alone take {stop}")
+            raise PayloadError(f"{len(body)} bytes, but the scalars and norms alone take {stop}")
         norms = np.frombuffer(body[start:stop], "<f4")
         require_finite(torch.from_numpy(norms.copy()))
         norms = norms.astype(np.float64)
         if np.signbit(norms).any():
-            raise PayloadError("a norm that is negative")
+            raise PayloadError("a norm is negative")
         where, levels, minus = _read(np.unpackbits(np.frombuffer(body[stop:], np.uint8)), way, count, s)
         scales = norms[where // width]
         if (scales == 0).any():
-            raise PayloadError("an element that is not zero, where its norm is")
+            raise PayloadError("an element is not zero, but its norm is")
         dense = np.zeros(count, np.float32)
         dense[where] = levels / s * scales * (1 - 2.0 * minus)
         return torch.from_numpy(dense)
 
     def size(self, count: int) -> None:
-        """None for any count: the bytes depend on the elements."""
+        """Always None: the number of bytes depends on the elements."""
         return None
 
 
-# What `way` means: the code, and whether zeros are left out. Of ways of the same length the first is taken.
+# `way` indexes this tuple of codes and whether zeros are omitted. Of ways of equal length, the first is used.
 _WAYS: tuple[tuple[Code, bool], ...] = ((GAMMA, False), (OMEGA, False), (GAMMA, True), (OMEGA, True))
 
 
 class _Codes(NamedTuple):
-    """The elements (k,) that are not zero: where they are, their levels, and whether they are negative."""
+    """The nonzero elements (k,): their positions, their levels, and whether they are negative."""
 
     where: Ints
     levels: Ints
@@ -114,12 +114,12 @@ class _Codes(NamedTuple):
 
 
 def _spread(norms: NDArray[Any], width: int, count: int) -> NDArray[Any]:
-    """Each element's norm (count,)."""
+    """Returns each element's norm (count,)."""
     return np.repeat(norms, width)[:count]
 
 
 def _sparse(codes: _Codes) -> list[Ints]:
-    """What is coded where zeros are left out: how many are not zero, and 1; their distances; their levels."""
+    """The integers of the sparse ways: the number of nonzero elements plus 1, their distances, and their levels."""
     return [np.array([len(codes.where) + 1]), np.diff(codes.where, prepend=-1), codes.levels]
 
 
@@ -135,7 +135,7 @@ def _shortest(codes: _Codes, count: int) -> int:
 
 
 def _write(codes: _Codes, count: int) -> tuple[int, Bits]:
-    """The shortest way, and the bits: the integers, then a sign for each element that is not zero, 1 for minus."""
+    """Returns the shortest way and the bits: the integers, then one sign per nonzero element, 1 for minus."""
     way = _shortest(codes, count)
     code, sparse = _WAYS[way]
     if sparse:
@@ -147,13 +147,13 @@ def _write(codes: _Codes, count: int) -> tuple[int, Bits]:
 
 
 def _read(bits: Bits, way: int, count: int, s: int) -> _Codes:
-    """What `_write` made into bits in this way."""
+    """Inverts `_write` for this way."""
     code, sparse = _WAYS[way]
     if sparse:
         (total,), bits = code.read(bits, 1, count + 1)
         distances, bits = code.read(bits, int(total) - 1, count)
         levels, bits = code.read(bits, len(distances), s)
-        if distances.sum(dtype=np.float64) > count:  # in float64, where it cannot overflow
+        if distances.sum(dtype=np.float64) > count:  # in float64, in which it cannot overflow
             raise PayloadError(f"an element beyond the last of {count}")
         where = np.cumsum(distances) - 1
     else:
@@ -162,9 +162,9 @@ def _read(bits: Bits, way: int, count: int, s: int) -> _Codes:
         levels = integers[where] - 1
     minus, filling = bits[: len(where)] == 1, bits[len(where) :]
     if len(minus) < len(where):
-        raise PayloadError(f"{len(minus)} signs where {len(where)} were due")
+        raise PayloadError(f"{len(minus)} signs, expected {len(where)}")
     if len(filling) > 7 or filling.any():
-        raise PayloadError("bits after the last sign that are no filling")
+        raise PayloadError("the bits after the last sign are not padding")
     codes = _Codes(where, levels, minus)
     if _shortest(codes, count) != way:
         raise PayloadError(f"codes in way {way}, which is not the shortest")

@@ -1,4 +1,4 @@
-"""Rate control: the one step size whose payload just fits a budget."""
+"""Rate control: finds the smallest step size whose payload fits a budget."""
 
 import math
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from fedlq_ray.quantization.ecsq import TOP, Ecsq, Floats, Magnitudes
 from fedlq_ray.quantization.scalar import Float32
 from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Segment
 
-_CLOSE = 0.993  # of the budget: nearer is not worth another pass
+_CLOSE = 0.993  # fraction of the budget that ends the search: more is not worth another pass
 _PASSES = 30
-_NEAR = 1e-3  # of a step: bytes that still miss the budget have a jump there
-_POINTS = 96  # of the curve
+_NEAR = 1e-3  # relative interval of steps that ends the search: the number of bytes jumps there
+_POINTS = 96  # points of the curve
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """A client's choice of step sizes: `step / weight` in each layer, as small as `budget` allows.
+    """Chooses a client's step sizes: `step / weight` in each layer, as small as `budget` allows.
 
-    Minimising sum_l s_l D_l under a rate asks for the same slope s_l dD_l / dR_l in each layer, so D_l ~ 1 / s_l: one
-    step divided by sqrt(s_l) (reverse water-filling). Layers that hold less than a step cost almost nothing.
+    Minimising sum_l s_l D_l at a given rate needs the same slope s_l dD_l / dR_l in each layer, so D_l ~ 1 / s_l: one
+    step divided by sqrt(s_l) (reverse water-filling). Layers with magnitudes below one step cost almost nothing.
 
     Args:
         pieces: the (start, stop) of each layer, in order.
-        weights: sqrt(s_l) of each; 0 for a buffer, which goes as float32.
-        budget: bytes of the payload, headers included. Where nothing fits, all layers go as zeros.
+        weights: sqrt(s_l) of each layer; 0 for a buffer, which is sent as float32.
+        budget: bytes of the payload, headers included. If nothing fits, all layers are sent as zeros.
     """
 
     pieces: tuple[tuple[int, int], ...]
@@ -35,11 +35,11 @@ class OneStep:
     budget: float
 
     def __call__(self, vector: Tensor) -> tuple[Segment, ...]:
-        """The segments, designed.
+        """Returns the designed segments.
 
-        A curve of about how many bytes each step takes, scaled to what they were at the last step tried, says which to
-        try next: mostly two do. Where bytes rise too steeply for that, halving does the rest. What is returned is the
-        best that was seen to fit.
+        An approximate curve of bytes against step, scaled to the bytes of the last step tried, predicts the next step
+        to try; two tries mostly suffice. If bytes rise too steeply for the curve, bisection finishes the search.
+        Returns the smallest step found to fit.
         """
         weighted = list(zip(self.pieces, self.weights, strict=True))
         layers = [Magnitudes.of(vector[start:stop]) if weight else None for (start, stop), weight in weighted]
@@ -48,7 +48,7 @@ class OneStep:
             return self._segments(layers, 1.0)[0]
         peak = max(layer.peak * w for layer, w in scaled)
         least = min(layer.peak * w for layer, w in scaled) / TOP
-        # All is zero at the first step of the curve, and at the last no code can be finer.
+        # The curve's first step quantizes everything to zero; at its last, no code can be finer.
         steps = np.geomspace(4 * peak, least, _POINTS)
         best, size = self._segments(layers, float(steps[0]))
         if size >= self.budget:
@@ -73,7 +73,7 @@ class OneStep:
         return best
 
     def _segments(self, layers: Sequence[Magnitudes | None], step: float) -> tuple[tuple[Segment, ...], int]:
-        """The segments of a step, and the bytes of their payload."""
+        """Returns the segments for a step, and the bytes of their payload."""
         segments, size = [], PAYLOAD_HEADER
         for layer, (start, stop), weight in zip(layers, self.pieces, self.weights, strict=True):
             if layer:
@@ -87,11 +87,11 @@ class OneStep:
 
 
 def _rough(layer: Magnitudes, steps: Floats) -> Floats:
-    """About how many bytes a layer takes at each step: which elements are not zero, their signs, and a geometric
-    distribution of how many steps they hold. Not falling as steps do."""
+    """Approximate bytes of a layer at each step: positions of nonzero elements, their signs, and magnitudes with a
+    geometric distribution. They never fall as steps get smaller."""
     steps = np.maximum(steps, layer.peak / TOP)
     count = len(layer.values)
-    zone = np.full(len(steps), 0.5)  # what is below so many steps goes to zero: the more, the more of it there is
+    zone = np.full(len(steps), 0.5)  # values below this many steps become zero; it grows with the share of zeros
     for _ in range(2):
         zeros = np.searchsorted(layer.values, np.minimum(zone * steps, layer.peak).astype(np.float32), side="right")
         nonzero = count - zeros
@@ -102,6 +102,6 @@ def _rough(layer: Magnitudes, steps: Floats) -> Floats:
 
 
 def _entropy(p: Floats) -> Floats:
-    """Of a coin, in bits."""
+    """Entropy of a biased coin, in bits."""
     q = 1 - p
     return -p * np.log2(np.maximum(p, 1e-300)) - q * np.log2(np.maximum(q, 1e-300))

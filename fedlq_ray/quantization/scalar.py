@@ -1,4 +1,4 @@
-"""Quantizers that take each element by itself: float32, float16, and stochastic min-max."""
+"""Quantizers that code each element separately: float32, float16, and stochastic min-max."""
 
 import struct
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from fedlq_ray.quantization.packing import look_up, pack, packed_size
 
 @dataclass(frozen=True)
 class Absent:
-    """A layer that is not sent: no bytes, and zeros where it is decoded."""
+    """A layer that is not sent: it takes no bytes and decodes to zeros."""
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         return b""
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         if len(body):
-            raise PayloadError(f"{len(body)} bytes of a layer that is not sent")
+            raise PayloadError(f"{len(body)} bytes for a layer that is not sent")
         return torch.zeros(count)
 
     def size(self, count: int) -> int:
@@ -45,7 +45,7 @@ class Float32:
 
 @dataclass(frozen=True)
 class Float16:
-    """Half precision, rounded to nearest; values beyond its range become its largest."""
+    """Half precision, rounded to nearest; values beyond its range are clipped to it."""
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         return x.clamp(-65504.0, 65504.0).half().numpy().astype("<f2", copy=False).tobytes()
@@ -60,16 +60,16 @@ class Float16:
 def _floats(body: memoryview, count: int, wire: str, native: type) -> Tensor:
     due = count * np.dtype(wire).itemsize
     if len(body) != due:
-        raise PayloadError(f"{len(body)} bytes where {count} elements take {due}")
+        raise PayloadError(f"{len(body)} bytes, but {count} elements take {due}")
     return require_finite(torch.from_numpy(np.frombuffer(body, wire).astype(native)).float())
 
 
 @dataclass(frozen=True)
 class MinMax:
-    """Round, at random and without bias, onto 2**bits values evenly spaced from a layer's least to its greatest.
+    """Round at random, without bias, to one of 2**bits evenly spaced values from a layer's minimum to its maximum.
 
     Source: Suresh et al., ICML 2017, arXiv:1611.00429, stochastic k-level quantization.
-    Departs from it: the range is a layer's (or, with `strategy.scope=model`, the whole vector's), without rotation.
+    Departs from it: the range is that of a layer (or, with `strategy.scope=model`, of the whole vector); no rotation.
     Body: bits (1 byte), low and step (float32 each), codes of `bits` bits.
     """
 
@@ -84,17 +84,17 @@ class MinMax:
         top = 2**self.bits - 1
         low, high = (float(v) for v in x.double().aminmax())
         step = as_float32((high - low) / top)
-        if step == 0:  # a constant layer decodes exactly, whatever its codes
+        if step == 0:  # a constant layer decodes exactly, whatever the codes are
             levels = torch.zeros_like(x)
         else:
             noise = torch.rand(x.shape, generator=rng)
-            # A float32 step may be short of the range by a rounding: 256 would wrap to 0 in uint8.
+            # Rounding may make the float32 step too small, and a level of 256 would wrap to 0 in uint8.
             levels = x.double().sub_(low).div_(step).add_(noise).clamp_(max=top)
         return self.HEADER.pack(self.bits, low, step) + pack(levels.numpy().astype(np.uint8), self.bits)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         bits, low, step = read_header(body, self.HEADER)
-        codes = torch.arange(2 ** read_bits(bits), dtype=torch.float64)  # where no product overflows
+        codes = torch.arange(2 ** read_bits(bits), dtype=torch.float64)  # in which no product overflows
         levels = (codes * step + low).float().numpy()
         return require_finite(torch.from_numpy(look_up(body[self.HEADER.size :], count, int(bits), levels)))
 

@@ -1,4 +1,4 @@
-"""Signs alone, with their mean magnitude or without."""
+"""Sends only signs, with or without their mean magnitude."""
 
 import struct
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from fedlq_ray.quantization.packing import look_up, pack, packed_size
 
 @dataclass(frozen=True)
 class Sign:
-    """Each element as its sign times the layer's mean magnitude |x|_1 / n.
+    """Send each element as its sign times the layer's mean magnitude |x|_1 / n.
 
     Source: Karimireddy et al., ICML 2019, arXiv:1901.09847, Algorithm 1 (EF-signSGD): |Q(x) - x|^2 =
-    (1 - |x|_1^2 / (n |x|^2)) |x|^2, a contraction. Biased: use it with error feedback, as they do.
+    (1 - |x|_1^2 / (n |x|^2)) |x|^2, a contraction. It is biased: use it with error feedback, as the authors do.
     Unscaled, each element is 1 or -1: a vote, as in signSGD with majority vote (Bernstein et al., ICML 2018,
     arXiv:1802.04434).
-    Departs from it: sgn(0) is 1, as one bit has no third value; a layer of zeros alone decodes to zeros.
-    Body: scale (float32), a bit an element; 1 is plus.
+    Departs from it: sgn(0) is 1, because one bit has no third value; an all-zero layer decodes to zeros.
+    Body: scale (float32), one bit per element; 1 is plus.
 
     Args:
-        scaled: by the mean magnitude, else by 1.
+        scaled: whether to scale by the mean magnitude; otherwise the scale is 1.
     """
 
     scaled: bool = True
@@ -39,7 +39,7 @@ class Sign:
     def decode(self, body: memoryview, count: int) -> Tensor:
         (scale,) = read_header(body, self.HEADER)
         if np.signbit(scale):
-            raise PayloadError(f"a scale of {scale:g}, which is negative")
+            raise PayloadError(f"the scale {scale:g} is negative")
         minus_plus = np.array([-scale, scale], np.float32)
         return torch.from_numpy(look_up(body[self.HEADER.size :], count, 1, minus_plus))
 

@@ -1,4 +1,4 @@
-"""TernGrad: a sign or zero for each element, and one scale."""
+"""TernGrad: a sign or zero per element, and one scale."""
 
 import struct
 from dataclasses import dataclass
@@ -10,25 +10,26 @@ from torch import Generator, Tensor
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
 
-_PER_BYTE = 5  # 3**5 = 243 of a byte's 256: 1.6 bits a ternary digit, where log2(3) = 1.585
+_PER_BYTE = 5  # 3**5 = 243 of a byte's 256 values: 1.6 bits per ternary digit; log2(3) = 1.585
 _POWERS = (3 ** np.arange(_PER_BYTE)).astype(np.uint8)
-# What each byte stands for (243, 5): digits 0, 1, 2, the least significant first, are 0, 1, -1.
+# The elements of each byte (243, 5): digits 0, 1, 2, least significant first, represent 0, 1, -1.
 _DIGITS = np.array([0, 1, -1], np.float32)[np.arange(243)[:, None] // _POWERS % 3]
 
 
 @dataclass(frozen=True)
 class TernGrad:
-    """Clip, then send each x as m sgn(x) with probability |x| / m and else as 0; m is the greatest magnitude left.
+    """Clip, then send each x as m sgn(x) with probability |x| / m and else as 0; m is the largest clipped magnitude.
 
     Source: Wen et al., NeurIPS 2017, arXiv:1705.07878: ternarizing, layer-wise scales, clipping at 2.5 standard
-    deviations. Without clipping it is unbiased, with E|Q(x) - x|^2 = sum |x| (m - |x|); with, the mean is clipped x.
-    Departs from it: the deviation is from zero, not from the layer's mean: a layer whose elements are nearly equal, or
-    that has one element, would else be clipped to nearly nothing (their code spares small layers for that). Five
-    elements share a byte, 1.6 bits each, where the paper counts 2 bits or log2(3).
-    Body: m (float32), five elements a byte.
+    deviations. Without clipping it is unbiased, with E|Q(x) - x|^2 = sum |x| (m - |x|); with clipping, the mean is the
+    clipped x.
+    Departs from it: the deviation is measured from zero, not from the layer's mean. Otherwise a layer of one element,
+    or of nearly equal elements, would be clipped to nearly nothing (the authors' code exempts small layers). Five
+    elements share a byte, 1.6 bits each; the paper counts 2 bits or log2(3).
+    Body: m (float32), five elements per byte.
 
     Args:
-        clip: in deviations; None for none.
+        clip: threshold in deviations; None for no clipping.
     """
 
     clip: float | None = 2.5
@@ -46,11 +47,11 @@ class TernGrad:
         values, magnitudes = x.numpy(), x.abs().numpy()
         top = float(magnitudes.max())
         if self.clip is not None:
-            # In float64, where no square of a float32 overflows or vanishes.
+            # In float64, in which the square of a float32 cannot overflow or underflow.
             top = min(top, self.clip * float(np.sqrt(np.square(values, dtype=np.float64).mean())))
         m = as_float32(top)
         noise = torch.rand(x.shape, generator=rng, dtype=torch.float64).numpy()
-        # Where |x| >= m, clipped elements among them, this is certain, as the noise is below 1.
+        # Elements with |x| >= m, such as clipped ones, are always sent, because the noise is below 1.
         sent = noise * m < magnitudes if m > 0 else np.zeros(len(values), bool)
         digits = np.zeros(-(-len(values) // _PER_BYTE) * _PER_BYTE, np.uint8)
         digits[: len(values)] = sent.view(np.uint8) + (sent & (values < 0))
@@ -62,16 +63,16 @@ class TernGrad:
     def decode(self, body: memoryview, count: int) -> Tensor:
         (m,) = read_header(body, self.HEADER)
         if len(body) != self.size(count):
-            raise PayloadError(f"{len(body)} bytes where {count} elements take {self.size(count)}")
+            raise PayloadError(f"{len(body)} bytes, but {count} elements take {self.size(count)}")
         if np.signbit(m):
-            raise PayloadError(f"a scale of {m:g}, which is negative")
+            raise PayloadError(f"the scale {m:g} is negative")
         raw = np.frombuffer(body[self.HEADER.size :], np.uint8)
         if raw.max() >= len(_DIGITS):
-            raise PayloadError(f"a byte of {raw.max()}, where five ternary digits make 242 at most")
+            raise PayloadError(f"a byte of {raw.max()}; five ternary digits give at most 242")
         if _DIGITS[raw[-1], _PER_BYTE + count - _PER_BYTE * len(raw) :].any():
-            raise PayloadError("the filling after the last element is not zero")
+            raise PayloadError("the padding after the last element is not zero")
         if m == 0 and raw.any():
-            raise PayloadError("elements that are not zero, where the scale is")
+            raise PayloadError("an element is not zero, but the scale is")
         return torch.from_numpy(np.take(_DIGITS * np.float32(m), raw, axis=0).reshape(-1)[:count])
 
     def size(self, count: int) -> int:

@@ -1,10 +1,10 @@
-"""The wire format: what a client sends in a round, as bytes whose `len` is the traffic.
+"""The wire format: the payload that a client sends in a round, as bytes whose `len` is the traffic.
 
 Version 1, little-endian. Header of 18 bytes: magic `FQ`, version (1 byte), kind (1 byte: 0 update, 1 model),
-round and client (4 bytes each), number of segments (2 bytes), CRC-32 of all other bytes (4 bytes). Then for each
-segment 9 bytes, quantizer's number (1), elements (4), bytes of the body (4), followed by the body that the quantizer
-made. The decoder is told what it must find (kind, round, client, elements in all), and allocates nothing before the
-lengths agree with the bytes that are there.
+round and client (4 bytes each), number of segments (2 bytes), CRC-32 of all other bytes (4 bytes). Each segment has a
+header of 9 bytes: the quantizer's number (1), elements (4), bytes of the body (4). The quantizer's body follows. The
+caller passes the expected kind, round, client and total number of elements to the decoder, which allocates nothing
+until the lengths agree with the number of bytes.
 """
 
 import struct
@@ -36,8 +36,8 @@ PAYLOAD_HEADER: int = _HEADER.size
 LAYER_HEADER: int = _SEGMENT.size
 """Bytes of a segment's header."""
 KINDS = ("update", "model")
-# Numbers on the wire: never changed, only added to.
-# What decodes each number: a body says all that is needed, so the settings here do not matter.
+# Numbers on the wire: never change them, only add new ones.
+# The decoder of each number. A body holds everything that decoding needs, so the settings here do not matter.
 DECODERS: dict[int, Quantizer] = {
     0: Float32(),
     1: Float16(),
@@ -54,11 +54,11 @@ DECODERS: dict[int, Quantizer] = {
     12: Absent(),
 }
 NUMBERS: dict[type, int] = {type(quantizer): number for number, quantizer in DECODERS.items()}
-CUSTOM = 255  # a user's own quantizer, which both sides hold
+CUSTOM = 255  # a user's own quantizer, which both sides have
 
 
 class Segment(NamedTuple):
-    """How a piece of the vector is sent: by which quantizer, and which elements."""
+    """A piece of the vector to send: its quantizer and its range of elements."""
 
     quantizer: Quantizer
     start: int
@@ -66,7 +66,7 @@ class Segment(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A piece of a decoded payload: its elements, and the bytes that it took, header included."""
+    """A piece of a decoded payload: its range of elements, and its bytes, header included."""
 
     start: int
     stop: int
@@ -75,14 +75,14 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class Payload:
-    """A decoded payload: the vector (d,) float32, and the pieces that it came in."""
+    """A decoded payload: the vector (d,) float32, and its pieces."""
 
     vector: Tensor
     segments: tuple[Sent, ...]
 
 
 def encode(vector: Tensor, segments: Sequence[Segment], *, kind: str, round: int, client: int, rng: Generator) -> bytes:
-    """A client's payload.
+    """Returns a client's payload.
 
     Args:
         vector: finite float32 (d,), which the segments cover in order.
@@ -103,14 +103,14 @@ def send(
     rng: Generator,
     custom: Callable[[int], Quantizer] | None = None,
 ) -> tuple[bytes, Tensor]:
-    """What `encode` makes, and the vector (d,) that `decode` makes of it.
+    """Returns the encoded payload, and the vector (d,) that it decodes to.
 
     Raises:
-        PayloadError: the segments leave something out, or a user's quantizer does not decode what it encoded.
+        PayloadError: the segments do not cover the vector, or a user's quantizer fails to decode its own encoding.
     """
     ends = [0, *(stop for _, _, stop in segments)]
     if ends[:-1] != [start for _, start, _ in segments] or ends[-1] != len(vector):
-        raise PayloadError(f"its segments do not cover the {len(vector)} elements one after another")
+        raise PayloadError(f"the segments do not cover the {len(vector)} elements in order")
     bodies, pieces = [], []
     for index, (quantizer, start, stop) in enumerate(segments):
         x = vector[start:stop]
@@ -143,30 +143,30 @@ def decode(
     client: int,
     custom: Callable[[int], Quantizer] | None = None,
 ) -> Payload:
-    """The vector of a payload.
+    """Decodes a payload.
 
     Args:
-        data: anything; nothing in it is trusted.
-        count: the elements of the vector.
-        kind, round, client: what the payload must say.
-        custom: the user's quantizer by level, where there is one.
+        data: any bytes; nothing in them is trusted.
+        count: number of elements of the vector.
+        kind, round, client: the values that the header must have.
+        custom: the user's quantizer by level, if there is one.
     Raises:
         PayloadError: the bytes are not such a payload.
     """
     view = memoryview(data)
     if len(view) < PAYLOAD_HEADER:
-        raise PayloadError(f"{len(view)} bytes where the header alone takes {PAYLOAD_HEADER}")
+        raise PayloadError(f"{len(view)} bytes, but the header alone takes {PAYLOAD_HEADER}")
     magic, version, kind_number, its_round, its_client, pieces, checksum = _HEADER.unpack_from(view)
     if magic != MAGIC:
-        raise PayloadError("does not start as a payload does")
+        raise PayloadError("the bytes do not start as a payload does")
     if version != VERSION:
-        raise PayloadError(f"version {version}, where {VERSION} is known")
+        raise PayloadError(f"unknown version {version}; the known version is {VERSION}")
     if zlib.crc32(view[PAYLOAD_HEADER:], zlib.crc32(view[: PAYLOAD_HEADER - 4])) != checksum:
-        raise PayloadError("the checksum does not agree with the bytes")
+        raise PayloadError("the checksum does not match the bytes")
     if (kind_number, its_round, its_client) != (KINDS.index(kind), round, client):
         raise PayloadError(
             f"kind {kind_number}, round {its_round}, client {its_client}, "
-            f"where kind {KINDS.index(kind)}, round {round}, client {client} was due"
+            f"expected kind {KINDS.index(kind)}, round {round}, client {client}"
         )
     found = _segments(view, pieces, count)
     vectors, sent, start = [], [], 0
@@ -180,30 +180,30 @@ def decode(
 def _piece(
     index: int, number: int, body: memoryview, elements: int, custom: Callable[[int], Quantizer] | None
 ) -> Tensor:
-    """A segment's elements."""
+    """Decodes a segment's elements."""
     quantizer = custom(1) if number == CUSTOM and custom else DECODERS.get(number)
     if quantizer is None or (number == CUSTOM and type(quantizer) in NUMBERS):
-        own = "; a quantizer of your own is named by strategy.quantizer" if number == CUSTOM else ""
-        raise PayloadError(f"segment {index} names quantizer {number}, which is not known{own}")
+        own = "; set strategy.quantizer to your own quantizer" if number == CUSTOM else ""
+        raise PayloadError(f"segment {index} names the unknown quantizer {number}{own}")
     try:
         piece = quantizer.decode(body, elements)
         if piece.shape != (elements,) or piece.dtype != torch.float32:
             raise PayloadError(f"decoded to {tuple(piece.shape)} {piece.dtype}, not ({elements},) float32")
-        return require_finite(piece) if number == CUSTOM else piece  # those of this package check theirs
+        return require_finite(piece) if number == CUSTOM else piece  # this package's quantizers check their values
     except PayloadError as exc:
         raise PayloadError(f"segment {index}: {exc}") from exc
 
 
 def _segments(view: memoryview, pieces: int, count: int) -> list[tuple[int, int, memoryview]]:
-    """The (number, elements, body) of each segment; lengths and counts are found to agree before any is decoded."""
+    """Returns each segment's (number, elements, body); checks all lengths and counts before any body is decoded."""
     found, at, seen = [], PAYLOAD_HEADER, 0
     for index in range(pieces):
         if len(view) - at < LAYER_HEADER:
-            raise PayloadError(f"ends in the header of segment {index}")
+            raise PayloadError(f"the payload ends within the header of segment {index}")
         number, elements, length = _SEGMENT.unpack_from(view, at)
         at += LAYER_HEADER
         if length > len(view) - at:
-            raise PayloadError(f"segment {index} claims {length} bytes where {len(view) - at} are left")
+            raise PayloadError(f"segment {index} claims {length} bytes, but {len(view) - at} are left")
         if elements == 0:
             raise PayloadError(f"segment {index} has no elements")
         found.append((number, elements, view[at : at + length]))
@@ -212,5 +212,5 @@ def _segments(view: memoryview, pieces: int, count: int) -> list[tuple[int, int,
     if at != len(view):
         raise PayloadError(f"{len(view) - at} bytes follow the last segment")
     if seen != count or not found:
-        raise PayloadError(f"{seen} elements where {count} were due")
+        raise PayloadError(f"{seen} elements, expected {count}")
     return found

@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere, as the events that `simulate` tells of one here: from its folder, or from MLflow."""
+"""Follows a run of another process from its folder or from MLflow, as the events that `simulate` emits."""
 
 import tempfile
 import time
@@ -16,7 +16,7 @@ from fedlq_ray.tracking import stores
 
 
 def folder(path: Path, every_s: float = 1.0) -> tuple[Config, Iterator[Event]]:
-    """The settings of a run, and its events until it ends: RoundDone, and at last Closed.
+    """Returns the settings of a run, and its events until it ends: RoundDone, and finally Closed.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -27,7 +27,7 @@ def folder(path: Path, every_s: float = 1.0) -> tuple[Config, Iterator[Event]]:
 def _from_folder(path: Path, every_s: float) -> Iterator[Event]:
     told = 0
     while True:
-        running = is_locked(path)  # asked first, so that what it wrote last is read below
+        running = is_locked(path)  # checked first, so that the last records are read below
         told, events = news(path, told)
         yield from events
         if not running:
@@ -37,7 +37,7 @@ def _from_folder(path: Path, every_s: float) -> Iterator[Event]:
 
 
 def news(path: Path, told: int) -> tuple[int, list[Event]]:
-    """How many rounds a run's folder has, and what is new since it had `told`."""
+    """Returns the number of rounds in a run's folder, and the events since it had `told` rounds."""
     back: list[Event] = []
     if (rounds := rundir.rounds(path)) < told:
         back, told = [Restarted(f"the run went back to round {rounds}")], 0
@@ -46,10 +46,10 @@ def news(path: Path, told: int) -> tuple[int, list[Event]]:
 
 
 def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterator[Event]]:
-    """The same, from what MLflow has of a run.
+    """As `folder`, from the metrics of a run in MLflow.
 
     Raises:
-        ConfigError: there is no such run, it is none of ours, or MLflow does not answer.
+        ConfigError: the run does not exist, is not a run of fedlq, or MLflow does not answer.
     """
     stores.require_readable(uri, "--tracking-uri")
     try:
@@ -69,7 +69,7 @@ def _from_mlflow(client: Any, run_id: str, every_s: float) -> Iterator[Event]:
             name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
             for name in ("sim_time_s", "uplink_mb", "accuracy")
         }
-        # A round's metrics come in one batch: a step that has the first has all that there will be.
+        # A round's metrics are logged in one batch, so a step with the first metric has all of them.
         for step in sorted(step for step in found["sim_time_s"] if step > told):
             uplink = found["uplink_mb"].get(step, sent)
             yield RoundDone(

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and a closed output as a wish that a run ends at its next payload."""
+"""Turns SIGINT, SIGTERM and a closed output into a request that a run end at its next payload."""
 
 import contextlib
 import signal
@@ -10,13 +10,13 @@ from fedlq_ray.runs.output import OutputClosed, silence
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: as an interrupt, with another exit code."""
+    """SIGTERM was received: like an interrupt, with another exit code."""
 
 
 class Interrupts:
-    """SIGINT and SIGTERM as a wish: the first is only noted, and the run ends at the next payload; a second ends all.
+    """Handles SIGINT and SIGTERM: the first is only noted, and the run ends at its next payload; a second interrupts.
 
-    To be entered after ray.init, which sets handlers of its own; without effect outside of the main thread.
+    Enter it after ray.init, which sets its own handlers; it has no effect outside the main thread.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def showing(self) -> Iterator[None]:
-        """Note output that nobody reads any more as an interrupt is noted."""
+        """Notes closed output in the same way as an interrupt."""
         try:
             yield
         except BrokenPipeError:
@@ -42,7 +42,7 @@ class Interrupts:
             self.received = self.received or signal.SIGPIPE
 
     def pass_on(self) -> None:
-        """What was noted, as an exception."""
+        """Raises the noted interrupt as an exception, if there is one."""
         if self.received is not None:
             kinds: dict[int, type[BaseException]] = {signal.SIGTERM: Terminated, signal.SIGPIPE: OutputClosed}
             raise kinds.get(self.received, KeyboardInterrupt)

@@ -1,4 +1,4 @@
-"""Standard output and error, which the program that reads them may close at any time."""
+"""Standard output and error; the program that reads them may close them at any time."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ import rich.console
 
 
 class OutputClosed(BrokenPipeError):
-    """The program that read the output has ended, and the run ended as by an interrupt."""
+    """The program that read the output has ended, so the run ended as if interrupted."""
 
 
 def silence() -> None:
-    """Discard what is written to a standard stream that nobody reads: Python would complain when it ends."""
+    """Discards output to standard streams that are no longer read; otherwise Python reports an error at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -28,7 +28,7 @@ def silence() -> None:
 
 
 def say(text: str) -> None:
-    """A line on stderr, if anybody reads it."""
+    """Prints a line to stderr, if it is still read."""
     try:
         click.echo(text, err=True)
     except BrokenPipeError:
@@ -36,14 +36,14 @@ def say(text: str) -> None:
 
 
 class Console(rich.console.Console):
-    """A terminal, or a file. Where nobody reads it any more, printing raises BrokenPipeError."""
+    """A terminal or a file; printing raises BrokenPipeError if the output is no longer read."""
 
     def on_broken_pipe(self) -> None:
-        raise  # rich would end the program
+        raise  # rich would exit the program
 
 
 class Commands(click.Group):
-    """Commands that let BrokenPipeError through, which click knows by its number and ends the program for."""
+    """Commands that let BrokenPipeError through; click would recognise it by its errno and exit the program."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _unnumbered():

@@ -1,4 +1,4 @@
-"""What made a result: the checkout's commit, the versions, the machine."""
+"""Provenance of a result: the checkout's commit, the versions, the machine."""
 
 import functools
 import getpass
@@ -13,7 +13,7 @@ PACKAGES = ("fedlq-ray", "torch", "numpy", "ray", "mlflow")
 
 
 def versions() -> dict[str, str]:
-    """The version of each package that a result may depend on, and of Python."""
+    """Returns the version of each package that a result may depend on, and of Python."""
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
@@ -21,23 +21,23 @@ def versions() -> dict[str, str]:
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # this package itself, where a job brought it along as files
+    except PackageNotFoundError:  # this package itself, if a job uploaded it as files
         return "not installed"
 
 
 def commit() -> str | None:
-    """The commit of the checkout that the working directory lies in, `-dirty` behind it where files differ."""
+    """Returns the commit of the working directory's checkout, with the suffix `-dirty` if files differ; else None."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, check=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
-        return None  # not in a checkout, or git is missing, slow, or refuses a folder of another user
+        return None  # not a checkout; or git is missing, is slow, or rejects another user's folder
     return done.stdout.decode(errors="replace").strip()
 
 
 def machine() -> str:
-    """The processor's name, how many cores this process may use, and the NVIDIA GPUs."""
-    names = _values(Path("/proc/cpuinfo"), "model name")  # none: not Linux, or a processor that tells no name
+    """Returns the processor's name, the number of cores that this process may use, and the NVIDIA GPUs."""
+    names = _values(Path("/proc/cpuinfo"), "model name")  # empty: not Linux, or the processor reports no name
     name = names[0] if names else platform.processor() or platform.machine()
     gpus = Path("/proc/driver/nvidia/gpus")
     models = [model for file in gpus.glob("*/information") for model in _values(file, "Model")]
@@ -49,7 +49,7 @@ def machine() -> str:
 
 
 def _values(file: Path, key: str) -> list[str]:
-    """What a file of /proc has for a key, a value per line; nothing where it cannot be read."""
+    """Returns the values of a key in a file of /proc, one per line; an empty list if the file cannot be read."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -58,12 +58,12 @@ def _values(file: Path, key: str) -> list[str]:
 
 
 def made_by() -> dict[str, Any]:
-    """What a result is kept with; the commit is None outside of a checkout."""
+    """Returns the provenance to store with a result; the commit is None outside a checkout."""
     return {"commit": commit(), "machine": machine(), "versions": versions()}
 
 
 def tags() -> dict[str, str]:
-    """What made a result, for MLflow."""
+    """Returns the provenance as MLflow tags."""
     made_by = {f"version.{name}": number for name, number in versions().items()}
     made_by |= {"mlflow.source.name": "fedlq", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
     found = commit()
@@ -73,5 +73,5 @@ def tags() -> dict[str, str]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a number that has no name, as in many containers
+    except (KeyError, OSError):  # a user id without a name, as in many containers
         return str(os.getuid())

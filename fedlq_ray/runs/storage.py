@@ -1,4 +1,4 @@
-"""Where checkpoints lie, when they are written, and which one a run goes on from."""
+"""Storage of checkpoints: their folder, when they are written, and which one a run resumes from."""
 
 import contextlib
 import os
@@ -20,15 +20,15 @@ from fedlq_ray.files import expand, make_folder, write_durably
 from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
 
 SUFFIX = ".ckpt"
-_FIRST_S = 10.0  # before the first checkpoint: a shorter run is as soon run again
-_SHARE = 0.05  # of the time, for checkpoints
+_FIRST_S = 10.0  # delay before the first checkpoint: shorter runs are as quickly repeated
+_SHARE = 0.05  # maximum share of the time that is spent on checkpoints
 
 
 class Folder:
-    """Where a run's checkpoints lie: a local folder, or any filesystem of pyarrow by its address (s3://...).
+    """A folder for a run's checkpoints: local, or on any filesystem of pyarrow by its address (s3://...).
 
     Args:
-        run: begins the files' names, where several runs may share the place.
+        run: prefix of the files' names, so that several runs can share a folder.
     """
 
     def __init__(self, where: str, run: str = "") -> None:
@@ -42,7 +42,7 @@ class Folder:
         return found, path
 
     def names(self) -> list[str]:
-        """Checkpoints, the newest first."""
+        """Names of checkpoints, newest first."""
         return self._found(rf"{re.escape(self.run)}\d+{re.escape(SUFFIX)}")
 
     def _found(self, pattern: str) -> list[str]:
@@ -59,12 +59,12 @@ class Folder:
         return sorted((name for name in found if re.fullmatch(pattern, name)), reverse=True)
 
     def write(self, name: str, data: bytes) -> None:
-        """Whole or not at all, and on the disk when this returns."""
+        """Writes a file atomically; it is on disk when this returns."""
         if self.remote:
             system, path = self._filesystem()
             try:
                 stream = system.open_output_stream(f"{path}/{name}.part")
-            except FileNotFoundError:  # a filesystem that has folders, and not this one
+            except FileNotFoundError:  # the filesystem has folders, but this one does not exist
                 system.create_dir(path)
                 stream = system.open_output_stream(f"{path}/{name}.part")
             with stream:
@@ -82,7 +82,7 @@ class Folder:
         return (Path(self.where) / name).read_bytes()
 
     def clear(self) -> None:
-        """Remove all of the run's checkpoints, and those that were being written when it was killed: it is finished."""
+        """Removes all checkpoints of the finished run, including files that were incomplete when it was killed."""
         for name in self._found(rf"\.?{re.escape(self.run)}\d+{re.escape(SUFFIX)}(\.part)?"):
             self.remove(name)
         with contextlib.suppress(FileNotFoundError):
@@ -97,12 +97,12 @@ class Folder:
             (Path(self.where) / name).unlink(missing_ok=True)
 
     def name_of(self, round: int) -> str:
-        """The file of the checkpoint from which `round` comes next."""
+        """Name of the checkpoint from which a run resumes with `round`."""
         return f"{self.run}{round:08d}{SUFFIX}"
 
 
 def checkpoints(folder: Path, config: Config) -> Folder:
-    """Where a run's checkpoints lie: outside of its folder under a name of their own, which is kept in it."""
+    """Returns a run's checkpoint folder; outside the run's folder, files have a unique prefix, which the run stores."""
     if config.checkpoint.path is None:
         return Folder(str(folder / "checkpoints"))
     name = folder / "checkpoints.id"
@@ -112,7 +112,7 @@ def checkpoints(folder: Path, config: Config) -> Folder:
 
 
 def clear(folder: Path, config: Config) -> None:
-    """Remove all checkpoints of a run that is finished; without effect where there are none."""
+    """Removes all checkpoints of a finished run, if there are any."""
     name = folder / "checkpoints.id"
     if name.exists() or (folder / "checkpoints").exists():
         checkpoints(folder, config).clear()
@@ -122,25 +122,25 @@ def clear(folder: Path, config: Config) -> None:
 def latest(
     folder: Folder, rounds: int, checksum: Callable[[int], str] | None = None
 ) -> tuple[Snapshot | None, list[str]]:
-    """The newest checkpoint that can be used, or None where there is none; and what was wrong with newer ones.
+    """Returns the newest usable checkpoint, or None if there are none, and the faults of newer ones.
 
     Args:
-        rounds: that the journal holds; a checkpoint of more is not usable.
-        checksum: of so many rounds of the journal; a checkpoint that was written after others is not usable.
+        rounds: number of rounds in the journal; a checkpoint of a later round is not usable.
+        checksum: checksum of the journal's first rounds; a checkpoint with another checksum is not usable.
     Raises:
-        CheckpointError: there are checkpoints, and none can be used.
+        CheckpointError: there are checkpoints, but none is usable.
     """
     faults: list[str] = []
     for name in folder.names():
         try:
             snapshot = unpack(folder.read(name))
             if type(snapshot.get("round")) is not int or snapshot["round"] < 0:
-                raise CheckpointError("does not say of which round it is")
+                raise CheckpointError("does not state its round")
             if missing := [name for name in FIELDS if name not in snapshot]:
                 raise CheckpointError(f"lacks {', '.join(missing)}")
             if snapshot["round"] > rounds:
-                raise CheckpointError(f"is of round {snapshot['round']}, and rounds.jsonl has {rounds} whole rounds")
-            # Versions before wrote none.
+                raise CheckpointError(f"is of round {snapshot['round']}, but rounds.jsonl has {rounds} whole rounds")
+            # Earlier versions wrote no checksum.
             if checksum and snapshot.get("journal") not in (None, checksum(snapshot["round"])):
                 raise CheckpointError(
                     f"is of other rounds: rounds.jsonl changed in its first {snapshot['round']} lines"
@@ -151,20 +151,20 @@ def latest(
     if faults:
         told = "; ".join(faults)
         raise CheckpointError(
-            f"no checkpoint can be used: {told}; put back what they were, or remove them to start anew"
+            f"no checkpoint can be used: {told}; restore the files, or remove the checkpoints to start from round 0"
         )
     return None, faults
 
 
 class Saver:
-    """Writes checkpoints in a thread of its own, one at a time, and keeps the last few.
+    """Writes checkpoints in a separate thread, one at a time, and keeps the last few.
 
-    Without `checkpoint.every_rounds` it takes no more than a twentieth of the time. A checkpoint that cannot be written
-    ends nothing: `failure` tells, and those before it stay.
+    Without `checkpoint.every_rounds`, it uses at most a twentieth of the time. If a checkpoint cannot be written, the
+    run continues: `failure` holds the reason, and earlier checkpoints remain.
 
     Args:
-        recall: gives memories in a host's form as tensors.
-        sync: puts the journal on the disk; called before a checkpoint that builds on it.
+        recall: converts memories from the host's form to tensors.
+        sync: syncs the journal to disk; called before a checkpoint that refers to it.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Saver:
         self._ended, self._took = time.monotonic(), 0.0
 
     def offer(self, snapshot: Snapshot) -> None:
-        """Take a round's snapshot, and write it if it is time."""
+        """Takes a round's snapshot, and starts writing it if a checkpoint is wanted now."""
         self.last = snapshot
         every = self.config.every_rounds
         if every is None:
@@ -197,7 +197,7 @@ class Saver:
             self._thread.start()
 
     def finish(self, completed: bool) -> None:
-        """Wait for what is being written; a run that is to go on later also leaves the last round's."""
+        """Waits for the checkpoint in progress; for a run that is not completed, also writes the last round's."""
         self._join()
         if not completed and self.config.keep and self.last is not None and self.saved != self.last["round"]:
             self._write(self.last)
@@ -215,7 +215,7 @@ class Saver:
             self.saved = snapshot["round"]
             for name in self.folder.names()[self.config.keep :]:
                 self.folder.remove(name)
-        except Exception as exc:  # a full disk, a filesystem that is gone: the training itself goes on
+        except Exception as exc:  # such as a full disk or a lost filesystem: training continues
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
             self.failure = f"no checkpoint of round {snapshot['round']} in {self.folder.where}: {reason}"
         self._ended = time.monotonic()

@@ -1,4 +1,4 @@
-"""How much a layer matters, and the levels that follow from it under a budget."""
+"""Measures how much each layer matters, and allocates levels by it under a budget."""
 
 from fedlq_ray.significance.allocation import Allocation, exact, greedy
 from fedlq_ray.significance.metrics import METRICS, Evidence

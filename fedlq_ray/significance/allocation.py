@@ -1,4 +1,4 @@
-"""Levels for a client's layers under its budget: FedLQ's greedy algorithm, and the exact one."""
+"""Chooses levels for a client's layers under its budget: FedLQ's greedy algorithm, and an exact one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ Table = NDArray[np.float64]
 
 
 class Allocation(NamedTuple):
-    """The level's index for each layer, the bytes that they take, and the total drop."""
+    """The index of each layer's level, the total bytes, and the total drop."""
 
     choice: tuple[int, ...]
     size: int
@@ -24,13 +24,13 @@ def _allocation(choice: Sequence[int], drops: Table, sizes: NDArray[np.int64]) -
 
 
 def greedy(drops: Table, sizes: NDArray[np.int64], budget: float, margins: Table | None = None) -> Allocation:
-    """All layers at the highest level; lower the one of least significance by a level until the budget is met.
+    """Start at the highest level; lower the layer of least significance by one level until the budget is met.
 
     Args:
         drops: A_l(b), (L, levels), never rising with the level.
         sizes: bytes of layer l at level b, (L, levels), rising with the level.
-        budget: bytes. A layer that can go no lower is skipped; where nothing fits, all end at the lowest level.
-        margins: significance of lowering layer l from level b to b - 1, (L, levels - 1), where it is not the ratio
+        budget: bytes. Layers at the lowest level are skipped; if nothing fits, all end at the lowest level.
+        margins: significance of lowering layer l from level b to b - 1, (L, levels - 1); by default the ratio
             [A_l(b') - A_l(b)] / bytes saved.
     """
     if margins is None:
@@ -48,7 +48,7 @@ def greedy(drops: Table, sizes: NDArray[np.int64], budget: float, margins: Table
 
 
 def _filled(choice: list[int], drops: Table, sizes: NDArray[np.int64], budget: float) -> list[int]:
-    """Spend what is left where it lowers the drop most: a large layer's last step may have freed more than was due."""
+    """Spend the rest of the budget where it lowers the drop most; a large layer's last step may free too many bytes."""
     total = sum(int(sizes[i, c]) for i, c in enumerate(choice))
     while True:
         best: tuple[float, int, int] | None = None
@@ -65,9 +65,9 @@ def _filled(choice: list[int], drops: Table, sizes: NDArray[np.int64], budget: f
 
 
 def exact(drops: Table, sizes: NDArray[np.int64], budget: float) -> Allocation:
-    """The least total drop that the budget allows: a multiple-choice knapsack over the Pareto front of (bytes, drop).
+    """Finds the least total drop within the budget: a multiple-choice knapsack over the Pareto front of (bytes, drop).
 
-    Exact for real-valued drops and whole bytes. Where nothing fits, all at the lowest level.
+    It is exact for real-valued drops and whole bytes. If nothing fits, all layers get the lowest level.
     """
     front: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     least_left = np.concatenate([np.cumsum(sizes[::-1].min(axis=1))[::-1][1:], [0]])

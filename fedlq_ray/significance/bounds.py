@@ -1,7 +1,7 @@
-"""The convergence bound of docs/theory.md, as numbers: what a plan of levels costs, in gradient norm.
+"""Computes the convergence bound of docs/theory.md: what a plan of levels costs, in gradient norm.
 
-Theorem 1 is for full participation and unbiased quantizers, whose noise is independent between clients. With sampled
-clients, or with a biased quantizer and error feedback, what comes out ranks plans and bounds nothing.
+Theorem 1 assumes full participation and unbiased quantizers whose noise is independent between clients. With sampled
+clients, or with a biased quantizer and error feedback, the result ranks plans but is not a bound.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from fedlq_ray.significance.error_factors import Floats
 
 @dataclass(frozen=True)
 class Problem:
-    """What the bound needs to know of the losses.
+    """The constants of the losses that the bound depends on.
 
     Args:
-        smoothness: L, of every client's loss.
-        noise: sigma^2, of a stochastic gradient.
-        heterogeneity: sigma_g^2 >= sum p_i |grad f_i - grad f|^2, everywhere.
+        smoothness: L of every client's loss.
+        noise: sigma^2 of a stochastic gradient.
+        heterogeneity: sigma_g^2 >= sum p_i |grad f_i - grad f|^2, at all weights.
         gap: f(w_0) - f*.
     """
 
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Bound:
-    """Theorem 1's bound on the mean over rounds of E|grad f(w_t)|^2, by its causes."""
+    """Theorem 1's bound on the mean over rounds of E|grad f(w_t)|^2, split by cause."""
 
     start: float
     noise: float
@@ -45,13 +45,13 @@ class Bound:
 
 
 def mean_error(shares: ArrayLike, errors: ArrayLike) -> float:
-    """E|sum p_i (Q_i(x_i) - x_i)|^2 = sum p_i^2 sum_l errors, averaged over what axes come first.
+    """E|sum p_i (Q_i(x_i) - x_i)|^2 = sum p_i^2 sum_l errors, averaged over all leading axes.
 
     Args:
         shares: p_i (clients,).
-        errors: E|Q(x) - x|^2 (..., clients, layers): `minmax_error`, or q (`plan_q`) times the squared norms of what
-            is sent (the update; or the model, with payload `model`). Times L_l / L where layers' own smoothness is
-            known.
+        errors: E|Q(x) - x|^2 (..., clients, layers): `minmax_error`, or q (`plan_q`) times the squared norms of the
+            payload (the update; or the model, with payload `model`). Multiply by L_l / L if the smoothness of each
+            layer is known.
     """
     return float(np.einsum("i,...il->...", np.square(_shares(shares)), np.asarray(errors)).mean())
 
@@ -59,13 +59,13 @@ def mean_error(shares: ArrayLike, errors: ArrayLike) -> float:
 def convergence_bound(
     problem: Problem, *, lr: float, local_steps: ArrayLike, rounds: int, shares: ArrayLike, error: float
 ) -> Bound:
-    """Theorem 1, with the constants of its proof for this step size; Theorem 2 where clients' steps differ.
+    """Theorem 1, with the constants of its proof for this step size; Theorem 2 if clients' steps differ.
 
     Args:
-        lr: eta; eta L tau must be such that rho > 0, as it is up to 3/4.
-        local_steps: tau; or tau_i (clients,), where updates are normalised by them and summed for their mean (FedNova).
-        shares: p_i (clients,), which sum to 1.
-        error: what `mean_error` gives, averaged over rounds; of updates as they are sent, so normalised.
+        lr: eta; eta L tau must give rho > 0, which holds up to 3/4.
+        local_steps: tau; or tau_i (clients,), if updates are divided by tau_i and rescaled by their mean (FedNova).
+        shares: p_i (clients,), with sum 1.
+        error: the result of `mean_error`, averaged over rounds; for updates as sent, so after normalisation.
     """
     p = _shares(shares)
     steps = np.broadcast_to(np.asarray(local_steps, dtype=float), p.shape)
@@ -85,17 +85,17 @@ def convergence_bound(
 def worst_case_bound(
     problem: Problem, *, lr: float, local_steps: int, rounds: int, shares: ArrayLike, q: ArrayLike
 ) -> float:
-    """Corollary 2: the bound where no update has been seen yet, from q (clients, layers) alone, such as `plan_q` has
-    it; payload `update`.
+    """Corollary 2: the bound before any update has been seen, from q (clients, layers) alone, such as `plan_q`
+    returns; for payload `update`.
 
     Raises:
-        ValueError: the step is too long for so coarse a plan.
+        ValueError: the learning rate is too large for a plan this coarse.
     """
     kappa, rho = _constants(problem, lr, local_steps)
     worst = float(np.max(_shares(shares)[:, None] * np.asarray(q)))
     left = rho - kappa * worst * lr * problem.smoothness * local_steps
     if left <= 0:
-        raise ValueError(f"lr={lr:g} is too great for p q = {worst:g}; lower lr or raise bits")
+        raise ValueError(f"lr={lr:g} is too large for p q = {worst:g}; lower lr or raise bits")
     exact = convergence_bound(problem, lr=lr, local_steps=local_steps, rounds=rounds, shares=shares, error=0.0)
     sent = local_steps * problem.heterogeneity + problem.noise
     return (exact.total * rho + kappa * worst * lr * problem.smoothness * sent) / left
@@ -106,21 +106,21 @@ def fedpaq_bound(
 ) -> float:
     """FedPAQ's theorem 2: the mean over all T = rounds x tau iterations of E|grad f|^2 at the clients' mean weights.
 
-    Source: Reisizadeh et al., AISTATS 2020, arXiv:1909.13014. Its setting: clients draw from one distribution, equal
-    shares, lr 1 / (L sqrt(T)).
+    Source: Reisizadeh et al., AISTATS 2020, arXiv:1909.13014. It assumes that all clients draw from one distribution,
+    that shares are equal, and that lr is 1 / (L sqrt(T)).
 
     Raises:
-        ValueError: heterogeneity, or tau above what the theorem allows (its condition 16).
+        ValueError: heterogeneity is not zero, or tau exceeds the theorem's limit (its condition 16).
     """
     if problem.heterogeneity:
-        raise ValueError("FedPAQ's theorem 2 knows no heterogeneity")
+        raise ValueError("FedPAQ's theorem 2 does not allow heterogeneity")
     n, r = clients, participants
     absent = (n - r) / (r * (n - 1)) if n > 1 else 0.0
     b2 = q / n + 4 * absent * (1 + q)
     most = (sqrt(b2**2 + 0.8) - b2) / 8 * sqrt(iterations)
     if iterations < 2 or local_steps > most:
         raise ValueError(
-            f"local_steps={local_steps}, and FedPAQ's theorem 2 holds up to {most:.3g} at this q: lower it"
+            f"local_steps={local_steps}, but FedPAQ's theorem 2 holds up to {most:.3g} at this q: lower it"
         )
     first = (1 + q) * problem.noise / n * (1 + n * absent)
     second = problem.noise * (n + 1) / n
@@ -129,7 +129,7 @@ def fedpaq_bound(
 
 
 def _constants(problem: Problem, lr: float, local_steps: float) -> tuple[float, float]:
-    """kappa and rho of the drift lemma. Raises ValueError where the step is too long for the theorem."""
+    """Returns kappa and rho of the drift lemma. Raises ValueError if the step is too large for the theorem."""
     step = lr * problem.smoothness
     root = 1 - step * sqrt(local_steps * (local_steps - 1) / 2)
     kappa = root**-2 if root > 0 else float("inf")
@@ -140,7 +140,7 @@ def _constants(problem: Problem, lr: float, local_steps: float) -> tuple[float, 
 
 
 def _shares(shares: ArrayLike) -> Floats:
-    """p_i as an array; ValueError unless they are weights of a mean."""
+    """Returns p_i as an array. Raises ValueError unless they are the weights of a mean."""
     p = np.asarray(shares, dtype=float)
     if not (p >= 0).all() or abs(p.sum() - 1) > 1e-6:
         raise ValueError(f"shares must be non-negative and sum to 1, got {shares!r}")

@@ -1,6 +1,6 @@
-"""q, the most that a quantizer adds: E|Q(x) - x|^2 <= q |x|^2 for every x of a layer's size, E Q(x) = x.
+"""The error factor q of unbiased quantizers: E|Q(x) - x|^2 <= q |x|^2 for every x of a layer's size, E Q(x) = x.
 
-What docs/theory.md has of unbiased quantizers, a function each, and for the plans of a round.
+One function per quantizer of docs/theory.md, and one for the plans of a round.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
 
 
 def minmax_q(bits: ArrayLike, size: ArrayLike) -> Floats:
-    """q of stochastic min-max, size / (2 (2^bits - 1)^2), since max - min <= sqrt(2) |x|. 32 bits: float32, none.
+    """q of stochastic min-max, size / (2 (2^bits - 1)^2), since max - min <= sqrt(2) |x|; 0 at 32 bits (float32).
 
     Source: Suresh et al., ICML 2017, arXiv:1611.00429.
     """
@@ -29,9 +29,9 @@ def minmax_q(bits: ArrayLike, size: ArrayLike) -> Floats:
 
 
 def minmax_error(bits: ArrayLike, size: ArrayLike, span: ArrayLike) -> Floats:
-    """The most that E|Q(x) - x|^2 of stochastic min-max can be: size span^2 / (4 (2^bits - 1)^2), span = max - min.
+    """The maximum of E|Q(x) - x|^2 for stochastic min-max: size span^2 / (4 (2^bits - 1)^2), span = max - min.
 
-    Elements spread evenly within their steps give two thirds of it.
+    Elements that are uniform within their steps have two thirds of this error.
     """
     bits = _levels(bits)
     return np.where(bits == 32, 0.0, np.asarray(size) * np.square(span) / (4 * (2.0**bits - 1) ** 2))
@@ -51,8 +51,8 @@ def qsgd_q(bits: ArrayLike, size: ArrayLike) -> Floats:
 def lloyd_max_q(bits: int) -> float:
     """q of a uniformly random rotation, Lloyd-Max centroids and the unbiased scale: D / (1 - D), for large layers.
 
-    Source: Vargaftik et al., EDEN, ICML 2022, arXiv:2108.08842. A limit, not a bound: small layers have a little
-    more, and randomised Hadamard rotations are only nearly unbiased.
+    Source: Vargaftik et al., EDEN, ICML 2022, arXiv:2108.08842. This is a limit, not a bound: q of small layers is
+    slightly larger, and randomised Hadamard rotations are only nearly unbiased.
     """
     if bits not in _LLOYD_MAX:
         raise ValueError(f"bits must be 1 to 4, got {bits!r}")
@@ -60,7 +60,7 @@ def lloyd_max_q(bits: int) -> float:
 
 
 def _levels(bits: ArrayLike) -> Floats:
-    """The levels as floats; ValueError unless each is 1 to 8, or 32."""
+    """Returns the levels as floats. Raises ValueError unless each is 1 to 8, or 32."""
     levels = np.asarray(bits, dtype=float)
     if not (((levels >= 1) & (levels <= 8)) | (levels == 32)).all():
         raise ValueError(f"bits must be 1 to 8, or 32, got {bits!r}")
@@ -68,11 +68,10 @@ def _levels(bits: ArrayLike) -> Floats:
 
 
 def elias_q(levels: int, size: int, bucket: int | None = None, norm: str = "l2") -> float:
-    """q of `QsgdElias` with s = `levels`: min(d / (4 s^2), sqrt(d) / s), d being the elements that share a norm; with
-    the greatest magnitude as norm (1 + sqrt(d)) / (2 s) for the second, and `terngrad_q`, which is the same quantizer,
-    at s = 1.
+    """q of `QsgdElias` with s = `levels`: min(d / (4 s^2), sqrt(d) / s), where d elements share a norm. With norm
+    "max", the second term is (1 + sqrt(d)) / (2 s), and at s = 1 q is `terngrad_q`, because the quantizer is the same.
 
-    Source: Alistarh et al., as `qsgd_q`; a bucket is a layer of its own.
+    Source: Alistarh et al., as for `qsgd_q`; a bucket counts as a layer.
     """
     shared = min(bucket or size, size)
     if norm == "max" and levels == 1:
@@ -81,10 +80,10 @@ def elias_q(levels: int, size: int, bucket: int | None = None, norm: str = "l2")
 
 
 def terngrad_q(size: int) -> float:
-    """q of TernGrad without clipping, (sqrt(size) - 1) / 2: E|Q(x) - x|^2 = max|x| |x|_1 - |x|^2, which is greatest, to
-    |x|^2, for one element 1 and the others 1 / (1 + sqrt(size)).
+    """q of TernGrad without clipping, (sqrt(size) - 1) / 2: E|Q(x) - x|^2 = max|x| |x|_1 - |x|^2. Relative to |x|^2, it
+    is largest if one element is 1 and the others are 1 / (1 + sqrt(size)).
 
-    Source: Wen et al., NeurIPS 2017, arXiv:1705.07878, whose error this is; its bound is ours.
+    Source: the error is from Wen et al., NeurIPS 2017, arXiv:1705.07878; the bound is ours.
     """
     return (sqrt(size) - 1) / 2
 
@@ -93,7 +92,7 @@ def quantizer_q(quantizer: Quantizer, size: int) -> float:
     """q of a quantizer for a layer of `size` elements.
 
     Raises:
-        ValueError: it is biased, or its q is not known: EDEN's is a limit (`lloyd_max_q`), and no bound.
+        ValueError: the quantizer is biased, or its q is not known: EDEN has a limit (`lloyd_max_q`), but no bound.
     """
     if isinstance(quantizer, Float32):
         return 0.0
@@ -105,14 +104,14 @@ def quantizer_q(quantizer: Quantizer, size: int) -> float:
         return elias_q(quantizer.levels, size, quantizer.bucket, quantizer.norm)
     if isinstance(quantizer, TernGrad) and quantizer.clip is None:
         return terngrad_q(size)
-    raise ValueError(f"{quantizer}: biased, or with a q that is not known: the bound does not speak of it")
+    raise ValueError(f"{quantizer}: biased, or its q is not known, so the bound does not cover it")
 
 
 def plan_q(plans: Sequence[Plan]) -> Floats:
-    """q of each client's plan, a segment each: (clients, segments).
+    """q of each segment of each client's plan: (clients, segments).
 
     Raises:
-        ValueError: as `quantizer_q`; plans with error feedback or whose clients choose are of that kind.
+        ValueError: as `quantizer_q`; also if a plan uses error feedback or lets clients choose their quantizers.
     """
     rows = []
     for plan in plans:

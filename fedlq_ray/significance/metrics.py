@@ -1,12 +1,12 @@
-"""How much quantizing one layer alone matters: eight answers, one function each, all of one signature: a table (L, n).
+"""Eight metrics of how much quantizing one layer alone matters: one function each, which returns a table (L, n).
 
-`loss` and `accuracy` try it out; the others need no pass over the samples for each layer and level, or none at all.
+`loss` and `accuracy` measure it; the others need fewer passes over the samples than one per layer and level, or none.
 With w the weights, e the error of layer l at a level, zero elsewhere, and f the mean loss of the samples,
 f(w + e) - f(w) = g'e + e'He / 2 + ...: `taylor` is its first term, `fisher` and `hawq` are two models of its second.
-None of them is scaled by the layer: a layer whose gradients are small is to come out small.
+No metric is normalised per layer: a layer with small gradients should get a small value.
 
-The sources are of pruning and of centralised quantization; the losses that each predicts in federated learning are
-compared in experiments/significance.
+The sources are on pruning and centralised quantization; experiments/significance compares the losses that the metrics
+predict in federated learning.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from fedlq_ray.seeding import numpy_rng, torch_rng
 from fedlq_ray.training.local import sample_losses
 
 Table = NDArray[np.float64]
-CHUNK = 128  # samples whose graph is kept at a time
+CHUNK = 128  # samples whose graph is in memory at a time
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that a metric may look at, for L layers and n quantizers.
+    """The inputs of a metric, for L layers and n quantizers.
 
     Args:
         base: flat vector (d,) that `sent` is added to: zeros for payload `model`, the old weights for `update`.
         sent: flat vector (d,): the weights, or the last cohort's mean update.
-        layers: the L that may be quantized; none is a buffer.
-        decoded: what comes of `sent` by each quantizer, (n, d); buffers as they are.
-        sizes: bytes of each layer by each quantizer, (L, n).
-        unbiased: of each quantizer, whether its error is zero in expectation over its rounding (n,).
-        x, y: normalised inputs (samples, ...) and labels (samples,), where the model is.
-        seed, round, block: what randomness is keyed by.
+        layers: the L layers that may be quantized; none is a buffer.
+        decoded: `sent` after each quantizer, (n, d); buffers are unchanged.
+        sizes: bytes of each layer with each quantizer, (L, n).
+        unbiased: whether each quantizer's expected error over its rounding is zero, (n,).
+        x, y: normalised inputs (samples, ...) and labels (samples,), on the model's device.
+        seed, round, block: keys of the random draws.
     """
 
     model: FlatModel
@@ -67,14 +67,14 @@ class Evidence:
         return self.base + self.sent
 
     def with_layer(self, layer: Layer, column: int) -> Tensor:
-        """The weights (d,) with this layer alone quantized, by one of the quantizers."""
+        """The weights (d,) with only this layer quantized, by one of the quantizers."""
         changed, piece = self.weights, slice(layer.start, layer.stop)
         changed[piece] = self.base[piece] + self.decoded[column, piece]
         return changed
 
     @cached_property
     def tried(self) -> tuple[Table, Table]:
-        """How much the loss rises and the accuracy falls, means over samples, with one layer quantized: (L, n) each."""
+        """Rise of the loss and fall of the accuracy, means over samples, with one layer quantized: (L, n) each."""
         losses, right = sample_losses(self.model, self.weights, self.x, self.y)
         rises, falls = np.zeros(self.shape), np.zeros(self.shape)
         for row, layer in enumerate(self.layers):
@@ -99,19 +99,19 @@ def first_order(evidence: Evidence) -> Table:
 
 
 def loss(evidence: Evidence) -> Table:
-    """The rise of the loss, measured, less its first order where that is zero in expectation over the rounding: of the
-    draw at hand it is not, and would drown the rest (a control variate; experiments/significance has what it saves)."""
+    """The measured rise of the loss. For unbiased quantizers, its first-order term is subtracted as a control variate:
+    it is zero in expectation, but noise in one draw that would dominate (see experiments/significance)."""
     found = rise(evidence)
     return np.where(evidence.unbiased, found - first_order(evidence), found) if evidence.unbiased.any() else found
 
 
 def accuracy(evidence: Evidence) -> Table:
-    """The accuracy before minus the accuracy after, measured."""
+    """The measured accuracy before minus the accuracy after."""
     return evidence.tried[1]
 
 
 def _by_layer(evidence: Evidence, weights: Tensor, power: int) -> Table:
-    """sum_i weights_i e_i^power of each layer and level, weights (num_parameters,) in double."""
+    """sum_i weights_i e_i^power for each layer and level; weights (num_parameters,) are float64."""
     rows = []
     for layer in evidence.layers:
         piece = slice(layer.start, layer.stop)
@@ -120,18 +120,18 @@ def _by_layer(evidence: Evidence, weights: Tensor, power: int) -> Table:
 
 
 def squared_error(evidence: Evidence) -> Table:
-    """|e|^2: every parameter matters alike. What L-GreCo and Kimad go by."""
+    """|e|^2: every parameter matters equally. L-GreCo and Kimad use this metric."""
     return _by_layer(evidence, torch.ones(evidence.model.num_parameters, dtype=torch.float64), 2)
 
 
 def _mean_loss(model: FlatModel, parameters: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The loss as a function of the flat parameters (num_parameters,), which differentiates twice."""
+    """The loss as a function of the flat parameters (num_parameters,); it is twice differentiable."""
     logits = functional_call(model.module, model.parameters_of(parameters), (x,))
     return cross_entropy(logits.float(), y)
 
 
 def _gradients(evidence: Evidence, chunk: int) -> Iterator[tuple[Tensor, int]]:
-    """The mean gradient (num_parameters,) of each so many samples, in double on the CPU, and how many they were."""
+    """Yields the mean gradient (num_parameters,) of each `chunk` samples, float64 on the CPU, and their number."""
     parameters = _at_weights(evidence)
     for x, y in zip(evidence.x.split(chunk), evidence.y.split(chunk), strict=True):
         with _differentiable(evidence.model.module):
@@ -141,7 +141,7 @@ def _gradients(evidence: Evidence, chunk: int) -> Iterator[tuple[Tensor, int]]:
 
 @contextlib.contextmanager
 def _differentiable(module: nn.Module) -> Iterator[None]:
-    """Without cuDNN where a layer is recurrent: its kernels for those have no gradient in evaluation mode."""
+    """Disables cuDNN if a layer is recurrent, because its recurrent kernels have no gradient in evaluation mode."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = before and not any(isinstance(m, nn.RNNBase) for m in module.modules())
     try:
@@ -151,7 +151,7 @@ def _differentiable(module: nn.Module) -> Iterator[None]:
 
 
 def _at_weights(evidence: Evidence) -> Tensor:
-    """The parameters as a leaf of the graph (num_parameters,); the model gets its buffers, and evaluation mode."""
+    """Returns the parameters as a graph leaf (num_parameters,); loads the model's buffers and sets evaluation mode."""
     evidence.model.load(evidence.weights)
     evidence.model.module.eval()
     return evidence.weights[: evidence.model.num_parameters].to(evidence.model.device).requires_grad_()
@@ -160,7 +160,7 @@ def _at_weights(evidence: Evidence) -> Tensor:
 def fisher(evidence: Evidence) -> Table:
     """sum_i F_i e_i^2 / 2 with the empirical Fisher's diagonal F, the mean of squared gradients of single samples.
 
-    Source: Theis et al., arXiv:1801.05787. Squared gradients of a batch's mean would be another, smaller thing.
+    Source: Theis et al., arXiv:1801.05787. The squared gradient of a batch's mean is a different, smaller quantity.
     """
     total = torch.zeros(evidence.model.num_parameters, dtype=torch.float64)
     for gradient, _ in _gradients(evidence, 1):  # as fast as vmap on a CPU, for any model
@@ -169,9 +169,9 @@ def fisher(evidence: Evidence) -> Table:
 
 
 def taylor(evidence: Evidence) -> Table:
-    """|g'e| with g the mean gradient, here of a block: fewer samples, and so more of their noise in it.
+    """|g'e| with g the mean gradient, here of a block, which has fewer samples and therefore more noise.
 
-    Source: Molchanov et al., ICLR 2017, arXiv:1611.06440, who prune activations.
+    Source: Molchanov et al., ICLR 2017, arXiv:1611.06440, for pruning activations.
     """
     return np.abs(first_order(evidence))
 
@@ -179,9 +179,9 @@ def taylor(evidence: Evidence) -> Table:
 def hessian_traces(evidence: Evidence, draws: int) -> Table:
     """Hutchinson's estimates v'Hv of the trace of each layer's block of the Hessian, v Rademacher: (draws, L).
 
-    v is zero outside the layer, so that there are L products a draw. A vector that served all layers would have no
-    bias either, but the blocks off the diagonal would drown what is sought: a last layer's trace, which cannot be
-    negative, then came out so.
+    v is zero outside the layer, which takes L products per draw. One vector for all layers would be unbiased too, but
+    the off-diagonal blocks would dominate the estimate: they made the trace of a last layer, which cannot be negative,
+    come out negative.
     """
     parameters = _at_weights(evidence)
     rng = torch_rng(evidence.seed, "hutchinson", evidence.round, evidence.block)
@@ -202,7 +202,7 @@ def hessian_traces(evidence: Evidence, draws: int) -> Table:
 def hawq(evidence: Evidence, draws: int = 8) -> Table:
     """tr(H_l) / d_l x |e|^2 / 2.
 
-    Source: Dong et al., HAWQ-V2, NeurIPS 2020, arXiv:1911.03852. Away from a minimum a trace may be below zero.
+    Source: Dong et al., HAWQ-V2, NeurIPS 2020, arXiv:1911.03852. Away from a minimum, a trace may be negative.
     """
     traces = hessian_traces(evidence, draws) / [2 * layer.size for layer in evidence.layers]
     mean: Table = traces.mean(0)[:, None] * squared_error(evidence)
@@ -210,9 +210,9 @@ def hawq(evidence: Evidence, draws: int = 8) -> Table:
 
 
 def size(evidence: Evidence) -> Table:
-    """d_l 4^-b with b the bits a parameter that were sent: at one level the larger layer matters more.
+    """d_l 4^-b, where b is the bits per parameter that were sent: at equal levels, the larger layer matters more.
 
-    Each bit quarters the error of an even quantizer, so this is |e|^2 of layers that all have one range.
+    Each bit quarters the error of a uniform quantizer, so this is |e|^2 for layers that all have the same range.
     """
     count = np.array([layer.size for layer in evidence.layers], float)[:, None]
     table: Table = count * 4.0 ** (-8 * evidence.sizes / count)
@@ -220,7 +220,7 @@ def size(evidence: Evidence) -> Table:
 
 
 def random(evidence: Evidence) -> Table:
-    """Uniform on [0, 1), from the seed and the round: what a metric has to beat."""
+    """Uniform on [0, 1), from the seed and the round: the baseline that a metric should beat."""
     return numpy_rng(evidence.seed, "random significance", evidence.round).random(evidence.shape)
 
 

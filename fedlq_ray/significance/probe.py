@@ -1,7 +1,7 @@
 """FedLQ's two measurements of a layer: the memory that quantizing it saves, and the accuracy that it costs.
 
-Source: Xu et al., Computer Networks 264, 2025, 111223. Only the abstract is public to us: the formulas are our
-reading of it. Significance is the accuracy drop per memory saved.
+Source: Xu et al., Computer Networks 264, 2025, 111223. We could read only the abstract, so the formulas are our
+interpretation. Significance is the accuracy drop per memory saved.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from fedlq_ray.quantization import Quantizer
 from fedlq_ray.seeding import torch_rng
 from fedlq_ray.significance.metrics import METRICS, Evidence, Table
 
-BLOCKS = 8  # of the held-out samples, each with rounding of its own
+BLOCKS = 8  # blocks of held-out samples, each with its own rounding
 
 
 def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
@@ -26,9 +26,10 @@ def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What quantizing one layer alone costs, in one metric: tables (L, levels).
+    """The cost of quantizing one layer alone, in one metric: tables (L, levels).
 
-    noise: the standard error of the drop over blocks, so of samples and of rounding.
+    drop: the metric.
+    noise: the standard error of the drop over blocks, which covers samples and rounding.
     distortion: squared error of the layer.
     """
 
@@ -50,7 +51,7 @@ def gather(
     round: int,
     block: int = 0,
 ) -> Evidence:
-    """Quantize every layer by every quantizer; the arguments are as in `Evidence`, x and y held out from training."""
+    """Quantizes every layer with every quantizer; arguments are as in `Evidence`, with x and y held out of training."""
     decoded = sent.repeat(len(quantizers), 1)
     sizes = np.zeros((len(layers), len(quantizers)), np.int64)
     for row, layer in enumerate(layers):
@@ -64,9 +65,9 @@ def gather(
 
 
 def in_blocks(take: Callable[..., Evidence], x: Tensor, y: Tensor) -> Iterator[Evidence]:
-    """The samples in `BLOCKS` parts, each with rounding of its own: as many passes over them as with one.
+    """Splits the samples into `BLOCKS` parts, each with its own rounding; this takes no more passes than one part.
 
-    `take` is `gather`, given all but x, y and block.
+    `take` is `gather` with all arguments bound except x, y and block.
     """
     count = min(BLOCKS, len(y))
     for block, part in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True)):
@@ -74,20 +75,20 @@ def in_blocks(take: Callable[..., Evidence], x: Tensor, y: Tensor) -> Iterator[E
 
 
 def measure(blocks: Iterable[Evidence], *metrics: str) -> dict[str, Measurement]:
-    """The metrics of these names.
+    """Computes the named metrics.
 
-    Where one block's is not finite, as of weights that a coarse level breaks, it is +-1e30 without noise; one block
-    alone does not tell its noise, which is then 1e30, so that nothing stands out.
+    If a block's value is not finite, for example because a coarse level breaks the weights, the drop is +-1e30 with
+    zero noise. With a single block, the noise is unknown and set to 1e30, so that no drop is significant.
     """
     found, sizes = [], []
     for evidence in blocks:
         found.append(_tables(evidence, metrics))
         sizes.append(len(evidence.y))
-        del evidence  # its tables, before the next one's are made
+        del evidence  # free its tables before the next block allocates its own
     tables = np.array(found)
     broken = ~np.isfinite(tables).all(0)
     tables[:, broken] = np.where(np.isneginf(tables[:, broken]).any(0), -1e30, 1e30)
-    means = np.average(tables, 0, sizes)  # blocks differ by a sample at most
+    means = np.average(tables, 0, sizes)  # the sizes of blocks differ by at most one sample
     noises = tables.std(0, ddof=1) / len(found) ** 0.5 if len(found) > 1 else np.full_like(means, 1e30)
     noises[broken] = 0
     return {name: Measurement(means[i], noises[i], means[-1]) for i, name in enumerate(metrics)}
@@ -99,11 +100,11 @@ def _tables(evidence: Evidence, metrics: Sequence[str]) -> list[Table]:
 
 @dataclass(frozen=True)
 class Drops:
-    """The running estimate of A_l(b), kept over rounds: an exponential average, above its noise, falling in b.
+    """The running estimate of A_l(b) over rounds: an exponential average that falls in b.
 
-    Where a measurement is not above twice its standard error its order would be chance: there the estimate is the
-    distortion, scaled to the drops that stand out (A ~ k D for small errors), those of the same layer if it has some,
-    and capped by the noise.
+    The order of measurements below twice their standard error would be chance. For these, the estimate is the
+    distortion, scaled to the significant drops (A ~ k D for small errors), those of the same layer if it has any, and
+    capped by the noise.
     """
 
     decay: float
@@ -112,7 +113,7 @@ class Drops:
     distortion: Table | None = None
 
     def add(self, measurement: Measurement) -> "Drops":
-        """The estimate with one more measurement."""
+        """The averages with one more measurement."""
         drop, variance, distortion = measurement.drop, measurement.noise**2, measurement.distortion
         if self.measured is None or self.variance is None or self.distortion is None:
             return Drops(self.decay, drop, variance, distortion)
@@ -125,10 +126,11 @@ class Drops:
         )
 
     def curvature(self, sizes: Sequence[int], floor: float = 1e-3) -> Table:
-        """s_l = sum_b A_l(b) / sum_b D_l(b), the drop per unit of squared error of each layer: (L,), above zero.
+        """s_l = sum_b A_l(b) / sum_b D_l(b), each layer's drop per unit of squared error: (L,), above zero.
 
-        At least `floor` of the mean over parameters, so that noise makes no layer worthless; layers without any error
-        have the mean. All are 1 before any measurement, where none stands out, and in the metric `squared_error`.
+        Values are at least `floor` times the mean over parameters, so that noise makes no layer worthless; layers
+        without any error get the mean. All are 1 before any measurement, if no drop is positive, and for the metric
+        `squared_error`.
         """
         if self.measured is None or self.distortion is None:
             return np.ones(len(sizes))
@@ -143,7 +145,8 @@ class Drops:
     def estimate(self, sizes: Sequence[int], levels: Sequence[int]) -> Table:
         """A_l(b), (L, levels): never negative, never rising with b.
 
-        Before any measurement: the error of the min-max quantizer for layers of one range, d_l / (6 (2^b - 1)^2).
+        Before any measurement, it is the error of the min-max quantizer for layers of equal range,
+        d_l / (6 (2^b - 1)^2).
         """
         if self.measured is None or self.variance is None or self.distortion is None:
             top = 2.0 ** np.minimum(np.array(levels, float), 32) - 1

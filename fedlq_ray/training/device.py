@@ -1,4 +1,4 @@
-"""Where models run, and what makes the same sums there come out the same every time."""
+"""The device that models run on, and the settings that make its results reproducible."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from fedlq_ray.errors import ConfigError
 
 @contextlib.contextmanager
 def reproducible(device: str) -> Iterator[None]:
-    """One thread, since more would change sums; on a GPU deterministic kernels in full float32. Afterwards as before.
+    """Use one thread, since more would change sums; on a GPU, deterministic kernels in full float32. Restores settings.
 
-    A GPU's bytes are those of its type and of PyTorch's version, and not a CPU's.
+    A GPU's results depend on its type and on PyTorch's version, and differ from a CPU's.
 
     Raises:
         ConfigError: PyTorch finds no GPU in this process.
@@ -27,9 +27,9 @@ def reproducible(device: str) -> Iterator[None]:
     try:
         if device == "cuda":
             require_gpu()
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may differ from call to call
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS results may vary between calls
             torch.use_deterministic_algorithms(True)
-            memory.fill_uninitialized_memory = False  # a kernel more for every tensor
+            memory.fill_uninitialized_memory = False  # filling launches one more kernel per tensor
             torch.backends.cudnn.allow_tf32 = False
         yield
     finally:
@@ -40,6 +40,6 @@ def reproducible(device: str) -> Iterator[None]:
 
 
 def require_gpu() -> None:
-    """Refuse where PyTorch finds no GPU."""
+    """Raises ConfigError if PyTorch finds no GPU."""
     if not torch.cuda.is_available():
         raise ConfigError("train.device=cuda: PyTorch finds no GPU in the process that trains")

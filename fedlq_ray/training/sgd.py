@@ -1,4 +1,4 @@
-"""The clients' SGD: passes over a shard, a step at a time, in place on a flat model."""
+"""The clients' SGD: passes over a shard that update a flat model in place."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,16 +12,16 @@ from torch.nn.functional import cross_entropy
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.models import FlatModel
 
-_WARM_UP = 3  # steps before one is recorded, in which libraries choose their kernels and take their memory
+_WARM_UP = 3  # steps before recording, in which libraries choose their kernels and allocate their memory
 
 
 def samples_of(shard: int, settings: TrainConfig) -> int:
-    """Samples that a client with a shard of this size uses in a pass."""
+    """Number of samples that a client with a shard of this size uses in one pass."""
     return shard if settings.max_samples is None else min(shard, settings.max_samples)
 
 
 def _batches(samples: int, size: int) -> list[slice]:
-    """A pass in pieces of `size`; a last one of a single sample joins its neighbour (batch-norm needs two)."""
+    """Splits a pass into batches of `size`; a last batch of one sample joins the one before (batch-norm needs two)."""
     batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
     if len(batches) > 1 and samples % size == 1:
         batches[-2:] = [slice(batches[-2].start, samples)]
@@ -29,44 +29,44 @@ def _batches(samples: int, size: int) -> list[slice]:
 
 
 def batch_sizes(samples: int, size: int) -> list[int]:
-    """Samples in each step of a pass over so many, in batches of `size`."""
+    """Number of samples in each step of a pass over `samples`, in batches of `size`."""
     return [batch.stop - batch.start for batch in _batches(samples, size)]
 
 
 def _passes(shard: int, samples: int, settings: TrainConfig) -> Iterator[int]:
-    """The samples of each pass in which so many are gone through."""
+    """Yields the number of samples of each pass until `samples` are processed."""
     seen = 0
     while seen < samples:
-        # Two samples at least, where there are two (batch-norm needs them), though one were left to go through.
+        # At least two samples if the shard has two (batch-norm needs them), even if only one is left to process.
         size = min(samples_of(shard, settings), max(2, samples - seen))
         yield size
         seen += size
 
 
 def steps_of(shard: int, samples: int, settings: TrainConfig) -> int:
-    """Steps in which a client with a shard of this size goes through so many samples."""
+    """Number of steps in which a client with a shard of this size processes `samples`."""
     return sum(len(batch_sizes(size, settings.batch_size)) for size in _passes(shard, samples, settings))
 
 
 class LocalSGD:
-    """Trains one model for client after client; nothing but the model's weights goes from one to the next.
+    """Trains one model for one client after another; they share nothing but the model's weights.
 
-    The step is that of torch.optim.SGD, bit for bit. That class imports PyTorch's compiler when it is first made, a
-    second and 70 MB in each process that trains.
+    Its step equals that of torch.optim.SGD bit for bit. That class imports PyTorch's compiler on first use, which takes
+    a second and 70 MB in each process that trains.
 
     Args:
         model: holds the global weights when `train` begins, and the client's own when it ends.
-        record: on a GPU, record a step, for each size of batch that comes again, and replay it: one launch in place of
-            a hundred. For models that do the same operations at every step, on whatever input.
+        record: on a GPU, record a step for each batch size that recurs, and replay it: one launch instead of a hundred.
+            Only for models that run the same operations at every step, whatever the input.
     """
 
     def __init__(self, model: FlatModel, settings: TrainConfig, *, record: bool = False) -> None:
         self.model, self.settings = model, settings
         self.velocity = torch.zeros_like(model.grad) if settings.momentum else None
-        self.anchor = torch.zeros_like(model.grad) if settings.prox_mu else None  # what FedProx pulls to
+        self.anchor = torch.zeros_like(model.grad) if settings.prox_mu else None  # the weights that FedProx pulls to
         self.loss = torch.zeros((), dtype=torch.float64, device=model.device)  # sum over the samples seen
         self.record = record and model.device.type == "cuda"
-        self.recorded: dict[int, _Recorded | None] = {}  # by the size of the batch; None: it came once
+        self.recorded: dict[int, _Recorded | None] = {}  # by batch size; None: seen once
 
     def train(
         self,
@@ -77,12 +77,12 @@ class LocalSGD:
         samples: int,
         rng: np.random.Generator,
     ) -> float:
-        """Train on one shard; gives the mean loss of all samples seen.
+        """Train on one shard; returns the mean loss over all samples seen.
 
         Args:
             x, y: inputs (n, ...) as stored, labels (n,).
-            normalise: makes of stored inputs what the model takes, float32, where the model is.
-            samples: how many to go through, in as many passes as that takes.
+            normalise: converts stored inputs to the model's inputs, float32, on the model's device.
+            samples: number of samples to process, in as many passes as needed.
             rng: source of the order of samples.
         """
         self.model.module.train()
@@ -119,7 +119,7 @@ class LocalSGD:
         self.loss += loss.detach() * len(y)
 
     def _replay(self, x: Tensor, y: Tensor) -> None:
-        """A step, by its record where there is one."""
+        """Take a step, replaying its record if there is one."""
         size = len(y)
         if size not in self.recorded and size != self.settings.batch_size:
             self.recorded[size] = None
@@ -131,7 +131,7 @@ class LocalSGD:
         recorded.graph.replay()
 
     def _record(self, x: Tensor, y: Tensor) -> "_Recorded":
-        """The step as a graph; the model and all else is as it was."""
+        """Record the step as a graph; the model and all other state is restored."""
         kept = [self.model.storage, self.loss, *([] if self.velocity is None else [self.velocity])]
         kept += [buffer for buffer in self.model.module.buffers() if not buffer.is_floating_point()]
         before = [tensor.clone() for tensor in kept]
@@ -141,7 +141,7 @@ class LocalSGD:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 self._step(recorded.x, recorded.y)
-        # Records share their memory: nothing in it outlives a replay.
+        # Records share their memory, because nothing in it is needed after a replay.
         shared = next((known.graph.pool() for known in self.recorded.values() if known), None)
         with torch.cuda.graph(recorded.graph, stream=stream, pool=shared):
             self._step(recorded.x, recorded.y)
@@ -151,7 +151,7 @@ class LocalSGD:
 
 
 class _Recorded(NamedTuple):
-    """A step, and the batch that it reads."""
+    """A recorded step, and the batch that it reads."""
 
     graph: torch.cuda.CUDAGraph
     x: Tensor

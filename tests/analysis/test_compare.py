@@ -71,7 +71,7 @@ def test_the_reference_is_who_is_asked_for(tmp_path):
     outcome = Outcome({"a": done(tmp_path, [0.5], [6.0]), "b": done(tmp_path, [0.4], [2.0])})
     assert [row["speed_up"] for row in compare.rows(outcome)] == pytest.approx([1, 3])
     assert [row["speed_up"] for row in compare.rows(outcome, "b")] == pytest.approx([1 / 3, 1])
-    with pytest.raises(ConfigError, match="there is no run c; there are a, b"):
+    with pytest.raises(ConfigError, match="there is no run c; the runs are a, b"):
         compare.rows(outcome, "c")
 
 
@@ -107,7 +107,7 @@ def test_what_holds_no_run_or_twice_the_same_with_other_results_is_refused(tmp_p
     assert [len(one) for one in runs.find(["runs"], None, tmp_path).runs.values()] == [1]
     summary = tmp_path / "runs/demo-0-2/summary.json"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"weights_sha256": "0"}))
-    with pytest.raises(ConfigError, match="same settings and seed, and other results"):
+    with pytest.raises(ConfigError, match="same settings and seed, but different results"):
         runs.find(["runs"], None, tmp_path)
 
 

@@ -197,7 +197,7 @@ def test_the_bounds_charge_is_theorem_1s_term_and_pairs_are_counted_where_seeds_
     assert bound.shown({"fedavg": outcome.runs["fedavg"], "votes": [nothing]}) is None
     charged = {"a": ([0, 0], [1.0, 1.2]), "b": ([1, 1], [1.1, 1.3]), "c": ([2, 2], [1.3, 1.0]), "d": ([3, 3], [0.9, 1])}
     known = {name: (np.array(x, float), np.array(y, float)) for name, (x, y) in charged.items()}
-    assert "in 1 of 3 pairs of runs that the seeds tell apart" in bound._title(known)  # c differs from nobody surely
+    assert "in 1 of 3 pairs of runs that the seeds distinguish" in bound._title(known)  # c differs from nobody surely
     assert bound._title({"c": known["c"], "a": known["a"]}).startswith("No two runs")
 
 
@@ -211,7 +211,7 @@ def test_clients_who_never_sent_and_folders_without_clients_are_drawn(outcome, t
         layers = {k: [v[i] for i in kept] for k, v in record.client_bits_per_parameter.items()}
         records.append(replace(record, **cut, client_bits_per_parameter=layers))
     shown, _ = figures.bits({"fedlq": [run._replace(records=records)]})
-    assert [one.title.split(":")[1] for one in shown][1:] == [" bits a parameter by client"]
+    assert [one.title.split(":")[1] for one in shown][1:] == [" bits per parameter by client"]
     shutil.copy(run.folder / "model.safetensors", tmp_path)
     shown += figures.bits({"fedlq": [run._replace(folder=tmp_path)]})[0]
     assert len(shown) == 5 and not figures.clients_of(run._replace(folder=tmp_path))
@@ -239,7 +239,7 @@ def test_findings_claim_only_what_the_intervals_bear():
     ]
     told = " ".join(report.findings(made, 0.8))
     assert "No run reached 80 %" in told and "sure differs from fedavg by +2.0 (+1.0 to +3.0) points" in told
-    assert "unsure cannot be told from fedavg by 3 seeds" in told
+    assert "3 seeds do not distinguish unsure from fedavg" in told
 
 
 def test_an_unfinished_run_and_one_without_clients_are_no_fault(folder, tmp_path):

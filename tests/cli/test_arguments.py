@@ -67,7 +67,7 @@ def test_an_argument_that_is_a_file_is_the_file():
         (["empty"], "empty: is a folder; give a configuration file"),
         (["one.yaml", "rounds=2", "two.yaml"], "one.yaml and two.yaml: only one of the arguments may be a file"),
         (["one.yaml", "none.yaml"], "one.yaml and none.yaml: only one"),
-        (["runs/lr=0.1/confg.yaml"], "runs/lr=0.1/confg.yaml: no such file, and runs/lr is no setting"),
+        (["runs/lr=0.1/confg.yaml"], "runs/lr=0.1/confg.yaml: no such file, and runs/lr is not a setting"),
         (["none.yaml"], "none.yaml: no such file, and no key=value"),
     ],
 )
@@ -178,5 +178,5 @@ def test_results_of_a_job_are_fetched_to_the_home_folder(home):
     config = Config(out="~/x")
     assert not submit._stays(config) and submit._local(config) == home / "x"
     (home / "x").mkdir()
-    with pytest.raises(ConfigError, match="out: .*home/x is there already"):
+    with pytest.raises(ConfigError, match="out: .*home/x already exists"):
         submit._local(config)

@@ -201,7 +201,7 @@ def test_a_run_is_submitted_shown_and_fetched_and_its_name_is_then_taken(cluster
     assert json.loads((project / "runs/small-0/tracking.json").read_text())["uri"] == "sqlite:///../../mlflow.db"
     assert (project / "mlflow.db").exists()
     again = cluster.submit("small.yaml")
-    assert again.returncode == 2 and "small-1 has succeeded, and its results lie on one node alone" in again.stderr
+    assert again.returncode == 2 and "small-1 has succeeded, and its results are on a single node" in again.stderr
     fetched = cluster.submit("--attach", "small-1")
     assert fetched.returncode == 0 and "results in runs/small-0-2" in fetched.stdout, fetched.stderr
     assert set(cluster.jobs().values()) == {"SUCCEEDED"}

@@ -134,7 +134,7 @@ def test_actors_go_where_their_resources_are(nodes, expected, tmp_path, monkeypa
     look = after(1, lambda: seen.append((homes(), ray.available_resources().get("big", 0))))
     assert run(tmp_path, "clients.hosting=packed", *asked, watch=look) == expected
     assert seen == [([0, 5], 0)] or seen == [([1, 4], 0)]  # four that train, and the one that evaluates, anywhere
-    with pytest.raises(fedlq_ray.FedLQError, match="an actor asks for 9 huge, and the cluster has 0"):
+    with pytest.raises(fedlq_ray.FedLQError, match="an actor requests 9 huge, but the cluster has 0"):
         run(tmp_path / "none", "clients.hosting=packed", "clients.resources.huge=9")
     monkeypatch.setattr(hosting, "_START_S", 3.0)
     waits = load(None, [*QUICK, "clients.resources.huge=9", "clients.actors=1", "clients.timeout_s=3"])

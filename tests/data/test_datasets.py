@@ -74,9 +74,9 @@ def test_a_dataset_four_arrays_and_a_mapping_are_alike():
     made = as_dataset(arrays())
     assert as_dataset(made) is made
     assert np.array_equal(as_dataset(tuple(arrays().values())).x_test, made.x_test)
-    with pytest.raises(ConfigError, match="gave no x_test"):
+    with pytest.raises(ConfigError, match="returned no x_test"):
         as_dataset({k: v for k, v in arrays().items() if k != "x_test"})
-    with pytest.raises(ConfigError, match="gave a int, not the four arrays"):
+    with pytest.raises(ConfigError, match="returned a int, not the four arrays"):
         as_dataset(3)
 
 
@@ -91,14 +91,14 @@ def with_value(value):
     [
         ({"x_test": with_value(np.nan)}, r"x_test\[5\] holds a NaN"),
         ({"x_test": with_value(-np.inf)}, r"x_test\[5\] holds .*infinity"),
-        ({"x_test": with_value(1e300)}, r"x_test\[5\] holds .*float32 cannot hold"),
-        ({"y_test": np.full(8, 9)}, r"y_test\[0\] is 9.*end at 3"),
+        ({"x_test": with_value(1e300)}, r"x_test\[5\] holds .*beyond float32's range"),
+        ({"y_test": np.full(8, 9)}, r"y_test\[0\] is 9.*largest label of y_train is 3"),
         ({"y_train": np.full(40, -1)}, r"y_train\[0\] is -1.*out of range"),
         ({"y_train": np.full(40, 0.5)}, "y_train must be one whole number"),
         ({"y_train": np.full(40, np.nan)}, "y_train must be one whole number"),
         ({"y_train": np.full(40, 1e30)}, "y_train must be one whole number"),
         ({"y_train": np.zeros(39, int)}, "40 samples in x_train, 39 in y_train"),
-        ({"y_train": np.full(40, 3)}, "y_train has one class only"),
+        ({"y_train": np.full(40, 3)}, "y_train has only one class, 3"),
         ({"x_train": np.ones((0, 3)), "y_train": np.ones(0, int)}, r"x_train has shape \(0, 3\)"),
         (
             {"x_train": np.ones((40, 3, 9, 9))},
@@ -162,7 +162,7 @@ def test_shapes_with_two_readings_are_refused(shape):
 
 def test_a_layout_must_fit_the_shape():
     x, y = np.ones((12, 8, 8)), np.arange(12) % 3
-    with pytest.raises(ConfigError, match=r"\(12, 4\), and data\.layout=series needs \(n, length, channels\)"):
+    with pytest.raises(ConfigError, match=r"\(12, 4\), but data\.layout=series needs \(n, length, channels\)"):
         as_dataset((x[:, 0, :4], y, x[:, 0, :4], y), layout="series")
     with pytest.raises(ConfigError, match=r"data\.layout: images is for arrays"):
         as_dataset(as_dataset((x, y, x, y)), layout="images")
@@ -177,7 +177,7 @@ def test_labels_may_be_whole_floats_and_booleans(dtype):
 
 
 def test_lists_of_unequal_lengths_are_refused():
-    with pytest.raises(ConfigError, match="x_train cannot be made a NumPy array"):
+    with pytest.raises(ConfigError, match="x_train cannot be converted to a NumPy array"):
         as_dataset(arrays(x_train=[[1, 2], [3]]))
 
 
@@ -260,7 +260,7 @@ def test_without_files_and_network_one_error_says_the_places_and_the_remedy(name
 
 def test_a_damaged_folder_of_cifar10_is_named(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(ConfigError, match=r"data\.path: .*cifar-10-batches-py: is incomplete or damaged"):
+    with pytest.raises(ConfigError, match=r"data\.path: .*cifar-10-batches-py: incomplete or damaged"):
         load("cifar10", str(tmp_path))
     with pytest.raises(ConfigError, match=r"data\.path: .*neither an \.npz nor a folder"):
         load("cifar10", str(tmp_path / "nowhere"))

@@ -142,7 +142,7 @@ def test_variation_out_of_bounds_is_refused(tmp_path: Path, sigma: str) -> None:
         (HEADER.replace(",", ";"), "line 1: separate the columns with commas, got 'uplink_mbps;"),
         (HEADER.replace(",", "\t"), "line 1: separate the columns with commas"),
         (f"{HEADER},region", "line 1: unknown column 'region'; known: .*, variation, device"),
-        (f"{HEADER},latency_ms", "line 1: a column is there twice"),
+        (f"{HEADER},latency_ms", "line 1: a column occurs twice"),
     ],
 )
 def test_wrong_header_is_refused(tmp_path: Path, header: str, message: str) -> None:

@@ -116,12 +116,12 @@ REFUSED = {
     "a tuple": (lambda: Wrapped(lambda m, x: (x, x)), "forward pass returns a tuple"),
     "a tuple in training": (lambda: Wrapped(lambda m, x: (x, x) if m.training else x), "forward pass returns a tuple"),
     "whole numbers": (lambda: Wrapped(lambda m, x: x.argmax(1)), r"returns a tensor of torch\.int64"),
-    "too few outputs": (lambda: Wrapped(lambda m, x: x[:, :3]), r"gives \(2, 3\) for 2 samples"),
+    "too few outputs": (lambda: Wrapped(lambda m, x: x[:, :3]), r"returns \(2, 3\) for 2 samples"),
     "a generator without a seed": (
         lambda: Wrapped(lambda m, x: x * np.random.default_rng().random()),
-        "gives other outputs when it is repeated",
+        "returns other outputs when it is repeated",
     ),
-    "a state that is no tensor": (lambda: Extra(), r"state_dict cannot be kept in model\.safetensors"),
+    "a state that is no tensor": (lambda: Extra(), r"state_dict cannot be saved in model\.safetensors"),
     "two steps fail": (
         lambda: Wrapped(lambda m, x: x if not m.training else 1 / 0),
         "a training step fails: ZeroDivision",

@@ -146,7 +146,7 @@ def test_rates_that_cannot_be_are_refused(bits):
         (Eden.HEADER.pack(8, 0, 1.0) + b"\0\0", "16 bits of codes"),  # 2 bits, said to be a level of 1
         (Eden.HEADER.pack(72, 0, 1.0) + bytes(9), "72 bits of codes"),
         (Eden.HEADER.pack(9, 0, 1.0) + b"\1", "7 bits of codes"),
-        (Eden.HEADER.pack(1, 0, 1.0) + b"\1", "filling"),
+        (Eden.HEADER.pack(1, 0, 1.0) + b"\1", "padding"),
         (Eden.HEADER.pack(8, 0, -1.0) + b"\0", "negative"),
         (Eden.HEADER.pack(8, 0, math.inf) + b"\0", "infinity"),
         (Eden.HEADER.pack(8, 0, 1.0)[:-1], "8 bytes"),

@@ -23,8 +23,8 @@ def test_codes_lie_one_after_the_other_and_come_back(bits, count):
 def test_other_lengths_and_fillings_are_refused(bits):
     values = np.zeros(2**bits, np.float32)
     for read in (unpack, lambda data, count, bits: look_up(data, count, bits, values)):
-        with pytest.raises(PayloadError, match=f"{bits + 1} bytes of codes where 8 codes"):
+        with pytest.raises(PayloadError, match=f"{bits + 1} bytes of codes, but 8 codes"):
             read(bytes(bits + 1), 8, bits)
         if bits < 8:  # the last bit of the last byte is filling
-            with pytest.raises(PayloadError, match="filling"):
+            with pytest.raises(PayloadError, match="padding"):
                 read(bytes(bits - 1) + b"\x01", 7, bits)

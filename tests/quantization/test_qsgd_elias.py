@@ -159,17 +159,17 @@ SOUND = "0011001 00 01 01"
     [
         (body_of(4, 5, 0, [5.0], SOUND), "way 4"),
         (body_of(0, 0, 0, [5.0], SOUND), "0 levels"),
-        (body_of(0, MOST + 1, 0, [5.0], SOUND), "levels, where"),
+        (body_of(0, MOST + 1, 0, [5.0], SOUND), r"levels; 1 to \d+ are"),
         (body_of(0, 5, 0, [-5.0], SOUND), "negative"),
         (body_of(0, 5, 0, [-0.0], SOUND), "negative"),
         (body_of(0, 5, 0, [float("inf")], SOUND), "infinity"),
-        (body_of(0, 5, 0, [0.0], SOUND), "not zero, where its norm is"),
+        (body_of(0, 5, 0, [0.0], SOUND), "not zero, but its norm is"),
         (body_of(0, 5, 1, [5.0], SOUND), "norms alone take 21"),
         (body_of(0, 3, 0, [5.0], SOUND), "integer above 4"),
-        (body_of(0, 5, 0, [5.0], "0011001 0"), "ends in an integer|signs"),
+        (body_of(0, 5, 0, [5.0], "0011001 0"), "ends within an integer|signs"),
         (body_of(0, 5, 0, [5.0], "00010001000 1"), "integer|3 integers"),
-        (body_of(0, 5, 0, [5.0], SOUND + "1"), "no filling"),
-        (body_of(0, 5, 0, [5.0], SOUND + "000 00000000"), "no filling"),
+        (body_of(0, 5, 0, [5.0], SOUND + "1"), "not padding"),
+        (body_of(0, 5, 0, [5.0], SOUND + "000 00000000"), "not padding"),
         (body_of(3, 5, 0, [5.0], "0"), "way 3, which is not the shortest"),
         (body_of(2, 5, 0, [5.0], "010 001 00 1 0"), "integer"),  # the fourth of three
         (body_of(2, 5, 0, [5.0], "011 0101 11 11 00"), "beyond the last"),  # distances 3 and 3

@@ -59,7 +59,7 @@ def test_extremes_are_safe():
 @pytest.mark.parametrize(
     "body, why",
     [
-        (HEADER.pack(1.0) + bytes([0b00010000]), "filling"),
+        (HEADER.pack(1.0) + bytes([0b00010000]), "padding"),
         (HEADER.pack(-1.0) + bytes(1), "negative"),
         (HEADER.pack(-0.0) + bytes(1), "negative"),
         (HEADER.pack(float("inf")) + bytes(1), "infinity"),

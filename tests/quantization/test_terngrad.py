@@ -97,13 +97,13 @@ def test_settings_that_cannot_be_are_refused(clip):
     "body, why",
     [
         (HEADER.pack(1.0) + bytes([243, 0]), "243"),
-        (HEADER.pack(1.0) + bytes([0, 3]), "filling"),  # the seventh of six
-        (HEADER.pack(0.0) + bytes([1, 0]), "where the scale is"),
+        (HEADER.pack(1.0) + bytes([0, 3]), "padding"),  # the seventh of six
+        (HEADER.pack(0.0) + bytes([1, 0]), "not zero, but the scale is"),
         (HEADER.pack(-1.0) + bytes([1, 0]), "negative"),
         (HEADER.pack(-0.0) + bytes(2), "negative"),
         (HEADER.pack(float("nan")) + bytes(2), "NaN"),
-        (HEADER.pack(1.0) + bytes(1), "5 bytes where 6 elements take 6"),
-        (HEADER.pack(1.0) + bytes(3), "7 bytes where 6 elements take 6"),
+        (HEADER.pack(1.0) + bytes(1), "5 bytes, but 6 elements take 6"),
+        (HEADER.pack(1.0) + bytes(3), "7 bytes, but 6 elements take 6"),
         (b"\0\0", "scalars"),
     ],
 )

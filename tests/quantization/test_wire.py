@@ -140,7 +140,7 @@ def test_random_bytes_are_refused_whatever_they_claim(data, count, pieces):
 @pytest.mark.parametrize("wrong", [{"kind": "model"}, {"round": 4}, {"client": 8}])
 def test_another_kind_round_or_client_is_refused(wrong):
     data, count, _ = payload([(MinMax(4), 10)])
-    with pytest.raises(PayloadError, match="was due"):
+    with pytest.raises(PayloadError, match="expected kind"):
         decode(data, count, **{**WHERE, **wrong})
-    with pytest.raises(PayloadError, match="10 elements where 11"):
+    with pytest.raises(PayloadError, match="10 elements, expected 11"):
         decode(data, 11, **WHERE)

@@ -65,16 +65,16 @@ def test_a_path_that_an_old_sqlalchemy_would_cut_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("", "is no address of an MLflow store; name a file, such as sqlite:///mlflow.db"),
+        ("", "is not an address of an MLflow store; name a file, such as sqlite:///mlflow.db"),
         ("mlruns", "no stores in folders any more; name a file"),
         ("file:///tmp/mlruns", "no stores in folders any more"),
-        ("foo://x", "is no address of an MLflow store"),
-        ("sqlite://mlflow.db", "is no address of an MLflow store; name a file, such as sqlite:///mlflow.db"),
+        ("foo://x", "is not an address of an MLflow store"),
+        ("sqlite://mlflow.db", "is not an address of an MLflow store; name a file, such as sqlite:///mlflow.db"),
         ("sqlite:///", "names no file"),
         ("sqlite:///:memory:", "names no file"),
-        ("sqlite:///none/mlflow.db", "there is no folder .*none; make it"),
-        ("sqlite:///folder", "folder is no file"),
-        ("sqlite:///text.db", r"text\.db is no SQLite database"),
+        ("sqlite:///none/mlflow.db", "there is no folder .*none; create it"),
+        ("sqlite:///folder", "folder is not a file"),
+        ("sqlite:///text.db", r"text\.db is not a SQLite database"),
         ("postgresql+psycopg2://h/d", "needs the Python package psycopg2; install it"),
         ("mysql://user:secret@h/d", r"mysql://user:\*\*\*@h/d: needs the Python package MySQLdb"),
         ("postgresql+none://h/d", "is not an address of a database"),
@@ -106,7 +106,7 @@ def test_a_store_that_may_answer_later_is_none_that_is_wrong(made, tmp_path, mon
 
 
 def test_a_deleted_experiment_is_refused_with_the_remedy(made):
-    remedy = r"'gone' in sqlite.* is deleted; restore it \(mlflow experiments restore\), or name another"
+    remedy = r"'gone' in sqlite.* is deleted; restore it \(mlflow experiments restore\), or choose another"
     with pytest.raises(ConfigError, match=f"^tracking.experiment: .*{remedy}"):
         stores.require(Config(tracking={"uri": f"sqlite:///{made}", "experiment": "gone"}).tracking)
     where = tracking.Tracking(f"sqlite:///{made}", "gone", "key", 1)
@@ -225,7 +225,7 @@ def test_a_run_says_first_what_comes_from_the_environment_and_resumes_elsewhere(
     Path("here/summary.json").unlink()
     Path("env.db").write_text("spoilt " * 40, encoding="utf-8")
     before = Path("here/config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match=r"^tracking.uri: .*env\.db is no SQLite database"):
+    with pytest.raises(ConfigError, match=r"^tracking.uri: .*env\.db is not a SQLite database"):
         resume("here", ["rounds=2"])
     assert Path("here/config.yaml").read_bytes() == before
     resume("here", ["rounds=2", "tracking.uri=sqlite:///new.db"])

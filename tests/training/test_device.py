@@ -49,7 +49,7 @@ def test_without_a_gpu_nothing_is_written(tmp_path):
 @pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_in_the_cluster_ray_says_so(tmp_path, ray_here):
-    with pytest.raises(FedLQError, match="an actor asks for 0.2 GPU, and the cluster has 0"):
+    with pytest.raises(FedLQError, match="an actor requests 0.2 GPU, but the cluster has 0"):
         simulated(tmp_path / "run", *GPU)
 
 

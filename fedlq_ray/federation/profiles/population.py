@@ -1,7 +1,7 @@
-"""What each client has: drawn from a shipped population of devices, or read from a user's CSV file.
+"""Profiles of clients: drawn from a shipped population of devices, or read from a user's CSV file.
 
-A device has one compute figure. Measured boards differ 20 to 30 times between network architectures at the same
-FLOP count, so a figure here is a device's order of magnitude for common convolutional networks, not a benchmark.
+Each device has a single compute value. Measured boards differ by a factor of 20 to 30 between network architectures at
+the same FLOP count, so a value is the order of magnitude for common convolutional networks, not a benchmark.
 """
 
 import csv
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 _KEY = "clients.profiles"
 _REQUIRED = ("uplink_mbps", "downlink_mbps", "latency_ms", "compute_gflops")
-_MAX_VARIATION = 3.0  # a larger sigma is a percentage by mistake: at 3 half of the rounds have 1/90 of the mean
+_MAX_VARIATION = 3.0  # a larger sigma is probably a percentage: at 3, half of the rounds are below 1/90 of the mean
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One client's means over rounds; Mb are 10^6 bits."""
+    """One client's means over rounds; Mb means 10^6 bits."""
 
     uplink_mbps: float
     downlink_mbps: float
@@ -44,7 +44,7 @@ _COLUMNS = tuple(field.name for field in fields(Profile))
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """One row of populations.csv: a share of a population's clients, and the ranges (low, high) they lie in."""
+    """One row of populations.csv: a share of a population's clients, and the ranges (low, high) of their values."""
 
     device: str
     share: float
@@ -59,15 +59,15 @@ class DeviceClass:
 
 
 def load_profiles(spec: str, *, count: int, seed: int, variation: float) -> list[Profile]:
-    """The profiles of clients 0 to `count` - 1.
+    """Returns the profiles of clients 0 to `count` - 1.
 
     Args:
-        spec: the name of a population, which goes first, or the path of a CSV file with a row for each client.
-        count: how many clients.
-        seed: the configuration's; with a client's number it alone fixes the client's draw, whatever `count` is.
-        variation: every client's, except where a file has a column of that name.
+        spec: the name of a population, which takes precedence, or the path of a CSV file with one row per client.
+        count: number of clients.
+        seed: the configuration's seed; with the client's number it determines the client's draw, whatever `count` is.
+        variation: the variation of every client, unless a file has a column of that name.
     Raises:
-        ConfigError: no such population, or the file is not as it should be.
+        ConfigError: the population does not exist, or the file is not valid.
     """
     known = populations()
     if spec in known:
@@ -81,7 +81,7 @@ def load_profiles(spec: str, *, count: int, seed: int, variation: float) -> list
 
 
 def populations() -> dict[str, tuple[DeviceClass, ...]]:
-    """The shipped populations: the device classes of each, by name, in the file's order."""
+    """Returns the device classes of each shipped population, by name, in the file's order."""
     found: dict[str, tuple[DeviceClass, ...]] = {}
     text = (resources.files("fedlq_ray.federation.profiles") / "populations.csv").read_text(encoding="utf-8")
     for row in csv.DictReader(text.splitlines(), strict=True):
@@ -109,8 +109,8 @@ def _device_class(row: dict[str, str]) -> DeviceClass:
 
 
 def _draw(classes: tuple[DeviceClass, ...], *, seed: int, client: int, variation: float) -> Profile:
-    """A class by its share, then each figure log-uniform in its range, independently."""
-    # Four draws whatever the class, so that none of them shifts when a class's ranges change.
+    """Draws a class by its share, then each value log-uniformly in its range, independently."""
+    # Always four draws, so that none of them shifts when a class's ranges change.
     pick, up, down, compute = numpy_rng(seed, "profile", client).random(4).tolist()
     shares = list(accumulate(c.share for c in classes))
     chosen = classes[bisect_right(shares, pick * shares[-1])]  # pick < 1
@@ -132,7 +132,7 @@ def _log_uniform(span: tuple[float, float], uniform: float) -> float:
 
 
 def _read(path: str, *, count: int, variation: float) -> list[Profile]:
-    """The first `count` rows of a user's file; a line without values is not a row."""
+    """Reads the first `count` rows of a user's file; lines without values are not rows."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte-order mark first
             reader = csv.reader(file, strict=True)
@@ -147,7 +147,7 @@ def _read(path: str, *, count: int, variation: float) -> list[Profile]:
     except UnicodeDecodeError as exc:
         raise ConfigError(f"{_KEY}: {path} is not UTF-8 text ({exc.reason}); save it as CSV, UTF-8") from exc
     if len(profiles) < count:
-        raise ConfigError(f"{_KEY}: {path} has {len(profiles)} rows for {count} clients; it needs a row for each")
+        raise ConfigError(f"{_KEY}: {path} has {len(profiles)} rows for {count} clients; it needs one row per client")
     return profiles
 
 
@@ -167,12 +167,12 @@ def _header(path: str, cells: list[str]) -> list[str]:
     if extra:
         raise ConfigError(f"{where}: unknown column {', '.join(map(repr, extra))}; known: {', '.join(_COLUMNS)}")
     if len(set(header)) < len(header):
-        raise ConfigError(f"{where}: a column is there twice, got {', '.join(header)}")
+        raise ConfigError(f"{where}: a column occurs twice, got {', '.join(header)}")
     return header
 
 
 def _rows(path: str, reader: "_csv.Reader", header: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where each row is, for messages, and its cells by column."""
+    """Yields each row's location, for messages, and its cells by column."""
     for cells in reader:
         if not any(cell.strip() for cell in cells):
             continue

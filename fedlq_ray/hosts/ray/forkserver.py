@@ -1,13 +1,13 @@
-"""A server that has imported PyTorch once, and forks a ready Ray worker whenever Ray starts one.
+"""A server that imports PyTorch once, and forks a ready Ray worker whenever Ray starts one.
 
-A worker that imports torch itself has some 150 MB of its own; a forked one shares them. Ray starts this file in place
-of Python by its public `runtime_env: py_executable` (`placement.py`). What Ray starts is a stub: it hands its
-arguments, environment and standard streams to the server, and then waits, as a shell of a few hundred kB, for the
-worker's end.
+A worker that imports torch itself uses about 150 MB of its own; forked workers share them. Ray starts this file instead
+of Python through its public `runtime_env: py_executable` (`placement.py`). The process that Ray starts is a stub: it
+passes its arguments, environment and standard streams to the server, then becomes a shell of a few hundred kB that
+waits for the worker to end.
 
-One server for each raylet and package, started by the first stub; its socket lies in a folder that only the user can
-read. It ends when the raylet does, or when no worker has been left for a while. Ray is imported after the fork, since
-it reads its environment at import. Only the standard library is imported at the top: the stub runs without packages.
+Each raylet and package has one server, started by the first stub; its socket is in a folder that only the user can
+read. The server ends when the raylet ends, or after a while without workers. Ray is imported after the fork, since it
+reads its environment at import. Only the standard library is imported at the top: the stub runs without packages.
 """
 
 import contextlib
@@ -25,51 +25,51 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-FORKED = "FEDLQ_FORKED"  # in a forked worker's environment
-IDLE_S = 10.0  # without a worker, until the server ends
-_START_S = 60.0  # that a stub waits for the server
+FORKED = "FEDLQ_FORKED"  # set in a forked worker's environment
+IDLE_S = 10.0  # time without a worker after which the server ends
+_START_S = 60.0  # time that a stub waits for the server
 _LENGTH = struct.Struct("<I")
 
 
 def command() -> str | None:
-    """What to give to Ray as `py_executable`; None where forking such a process is not safe or not possible."""
+    """Returns the value for Ray's `py_executable`; None if forking such a process is unsafe or impossible."""
     if sys.platform != "linux":
         return None
-    import shlex  # a stub, which has no need of it, is to start soon
+    import shlex  # here, so that a stub, which does not need it, starts faster
 
     return f"{shlex.quote(sys.executable)} -S -E -P {shlex.quote(__file__)} stub"
 
 
 def _address(raylet: str) -> Path:
     base = tempfile.gettempdir()
-    folder = Path(base if len(base) < 60 else "/tmp") / f"fedlq-fork-{os.getuid()}"  # sockets' names have 107 bytes
+    folder = Path(base if len(base) < 60 else "/tmp") / f"fedlq-fork-{os.getuid()}"  # socket paths: at most 107 bytes
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to somebody else")
+        raise PermissionError(f"{folder} belongs to another user")
     key = f"{raylet} {sys.executable} {__file__}"
-    # Not hash(): it differs from process to process.
+    # Not hash(), which differs between processes.
     return folder / f"{raylet}-{sum(i * b for i, b in enumerate(key.encode(), 1)):x}"
 
 
 def stub(arguments: list[str]) -> NoReturn:
-    """Have a worker forked, and wait for its end; start it as an ordinary process where that fails."""
+    """Has a worker forked, and waits for it to end; starts it as an ordinary process if forking fails."""
     link = None
     with contextlib.suppress(OSError, KeyError):
         raylet = os.environ["RAY_RAYLET_PID"]
-        for _ in range(3):  # a server may end for idleness just as a stub comes
+        for _ in range(3):  # an idle server may end just as a stub connects
             link = _ask(_address(raylet), raylet, arguments)
             if link is not None:
                 break
     if link is None:
         os.execv(sys.executable, [sys.executable, *arguments])
     os.dup2(link.fileno(), 3)
-    os.set_inheritable(3, True)  # which dup2 does not see to where it was 3 before
-    # The server writes the exit status when the worker ends; that it closes without a word means that it was killed.
+    os.set_inheritable(3, True)  # dup2 does not set this if the descriptor was already 3
+    # The server writes the exit status when the worker ends; if it closes without a status, it was killed.
     os.execv("/bin/sh", ["sh", "-c", "read status <&3; exit ${status:-1}"])
 
 
 def _ask(address: Path, raylet: str, arguments: list[str]) -> socket.socket | None:
-    """A connection on which the server has said that the worker runs, or None."""
+    """Returns a connection on which the server has confirmed that the worker runs, or None."""
     link = _connect(address) or _start(address, raylet)
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     data = json.dumps(request).encode()
@@ -92,7 +92,7 @@ def _connect(address: Path) -> socket.socket | None:
 
 
 def _start(address: Path, raylet: str) -> socket.socket:
-    """Start the server, unless another stub does; a connection to it."""
+    """Starts the server, unless another stub does; returns a connection to it."""
     with address.with_suffix(".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         link = _connect(address)
@@ -113,21 +113,21 @@ def _start(address: Path, raylet: str) -> socket.socket:
 
 
 def serve(address: Path, raylet: int) -> None:
-    """Fork workers on request, until the raylet ends or none is left for a while."""
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # no thread before a fork
+    """Forks workers on request, until the raylet ends or no worker has run for a while."""
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # no threads before a fork
     import gc
     import resource
 
     import torch
 
-    import fedlq_ray.federation.task  # noqa: F401  (what a worker needs, but Ray)
+    import fedlq_ray.federation.task  # noqa: F401  (all that a worker needs, except Ray)
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # a link for each worker
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # each worker has a link
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # a collection in a worker would touch, and so copy, every object
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # so that select is woken
+    gc.freeze()  # a collection in a worker would touch, and therefore copy, every object
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes select
     _clear(address.parent)
     address.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
@@ -142,7 +142,7 @@ def serve(address: Path, raylet: int) -> None:
             link: Any = event.fileobj
             if link is listener:
                 _accept(listener, waiting, workers, files)
-            else:  # a stub says nothing: it has ended, and so shall its worker
+            else:  # a stub sends nothing more, so it has ended; its worker must end too
                 for pid in [pid for pid, its in workers.items() if its is link]:
                     os.kill(pid, signal.SIGKILL)
                 waiting.unregister(link)
@@ -157,7 +157,7 @@ def serve(address: Path, raylet: int) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what servers of raylets that have ended left."""
+    """Removes files of servers whose raylets have ended."""
     for file in folder.iterdir():
         if not Path(f"/proc/{file.name.partition('-')[0]}").exists():
             file.unlink(missing_ok=True)
@@ -169,10 +169,10 @@ def _accept(
     workers: dict[int, socket.socket],
     files: tuple[int, int],
 ) -> None:
-    """Fork what a stub asks for; a stub whose link is closed without a word starts its worker itself."""
+    """Forks the worker that a stub requests; a stub whose link is closed without a reply starts its worker itself."""
     try:
         link, _ = listener.accept()
-    except OSError:  # no more files: the stub waits until a worker ends
+    except OSError:  # out of file descriptors: the stub waits until a worker ends
         time.sleep(0.1)
         return
     link.settimeout(5.0)
@@ -202,7 +202,7 @@ def _accept(
 
 
 def _request(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """What a stub asks for, and its standard streams."""
+    """Receives a stub's request and its standard streams."""
     head, streams, _, _ = socket.recv_fds(link, _LENGTH.size, 3)
     try:
         (length,) = _LENGTH.unpack(head)
@@ -236,14 +236,14 @@ def _reap(waiting: selectors.BaseSelector, workers: dict[int, socket.socket]) ->
 def _become_worker(
     request: dict[str, Any], streams: list[int], link: socket.socket, files: tuple[int, int]
 ) -> NoReturn:
-    """Be what Ray meant to start: run its script as __main__, with its arguments and environment."""
+    """Becomes the process that Ray meant to start: runs its script as __main__, with its arguments and environment."""
     import resource
     import runpy
 
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, files)
-        os.setsid()  # Ray ends the process group of a worker that dies: it must be of this one alone
+        os.setsid()  # Ray kills the process group of a worker that dies, so the group must hold only this worker
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""On which node of a cluster an actor lives."""
+"""Places actors on the nodes of a cluster."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,10 +14,10 @@ from fedlq_ray.hosts.ray import forkserver
 
 
 class Node(NamedTuple):
-    """A node that is there.
+    """A node of the cluster that is alive.
 
     Attributes:
-        fork: how Ray is to start actors from the fork server there; None: as ordinary processes.
+        fork: the command with which Ray starts actors from the node's fork server; None: as ordinary processes.
     """
 
     id: str
@@ -26,7 +26,7 @@ class Node(NamedTuple):
 
 
 def deal(count: int, nodes: Iterable[Node], taken: Mapping[str, int]) -> list[str]:
-    """Nodes for so many actors, each to the node that then has the most cores an actor; `taken` tells who has some."""
+    """Returns nodes for `count` actors: each goes to the node with the most cores per actor; `taken` counts others."""
     cores = {node.id: node.cores for node in nodes}
     if not any(cores.values()):
         cores = dict.fromkeys(cores, 1.0)
@@ -40,7 +40,7 @@ def deal(count: int, nodes: Iterable[Node], taken: Mapping[str, int]) -> list[st
 
 
 def asks(clients: ClientsConfig) -> dict[str, Any]:
-    """What an actor asks Ray for, if the settings have it ask; Ray then chooses its node."""
+    """Returns the resources that an actor requests from Ray, if the settings have any; Ray then chooses its node."""
     wanted: dict[str, Any] = {
         "num_cpus": clients.num_cpus,
         "num_gpus": clients.num_gpus,
@@ -52,10 +52,10 @@ def asks(clients: ClientsConfig) -> dict[str, Any]:
 
 
 def fitting(asks: Mapping[str, Any]) -> int:
-    """How many actors that ask for so much the cluster has room for.
+    """Returns the number of actors with these requests that the cluster has room for.
 
     Raises:
-        FedLQError: for none.
+        FedLQError: there is no room for a single actor.
     """
     has = ray.cluster_resources()
     amounts = {"CPU": asks.get("num_cpus"), "GPU": asks.get("num_gpus"), **asks.get("resources", {})}
@@ -64,21 +64,21 @@ def fitting(asks: Mapping[str, Any]) -> int:
     if lacking:
         name = lacking[0]
         raise FedLQError(
-            f"an actor asks for {amounts[name]:g} {name}, and the cluster has {has.get(name, 0.0):g}; ask for less, or "
-            "set clients.actors, to wait for nodes that join"
+            f"an actor requests {amounts[name]:g} {name}, but the cluster has {has.get(name, 0.0):g}; request less, or "
+            "set clients.actors to wait for nodes that join"
         )
     return min(room.values(), default=max(1, int(has.get("CPU", 1))))
 
 
 class Nodes:
-    """The nodes that there are, as last looked at."""
+    """The nodes that were alive at the last query."""
 
     def __init__(self) -> None:
         self.known: dict[str, Node] = {}
         self.look()
 
     def look(self) -> dict[str, Node]:
-        """Look again."""
+        """Queries the nodes again."""
         alive = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]}
         if alive.keys() != self.known.keys():
             forks = {name: node.fork for name, node in self.known.items()}
@@ -92,31 +92,31 @@ class Nodes:
         return max(1, int(sum(node.cores for node in self.known.values())))
 
     def options(self, at: str | None) -> dict[str, Any]:
-        """Of an actor on this node; None: wherever Ray puts it."""
+        """Returns Ray's options for an actor on this node; None: Ray chooses the node."""
         forks = {node.fork for node in self.known.values()}
         fork = self.known[at].fork if at else forks.pop() if len(forks) == 1 else None
         return options(at, fork)
 
 
 def options(at: str | None, fork: str | None) -> dict[str, Any]:
-    """Of an actor on this node, forked by this command; None: wherever Ray puts it, not forked."""
+    """Returns Ray's options for an actor on node `at` (None: Ray chooses), forked by `fork` (None: not forked)."""
     made: dict[str, Any] = {"runtime_env": {"py_executable": fork}} if fork else {}
     return made | ({"scheduling_strategy": on(at)} if at else {})
 
 
 def on(node: str) -> Any:
-    """Ray's scheduling strategy for this node alone."""
+    """Returns Ray's scheduling strategy for this node only."""
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _commands(nodes: Iterable[str]) -> dict[str, str | None]:
-    """Each node's own way to the fork server: its paths may be others than here."""
+    """Returns each node's own fork-server command, because its paths may differ from this node's."""
     ask: Any = ray.remote(num_cpus=0)(forkserver.command)
     asked = {node: ask.options(scheduling_strategy=on(node)).remote() for node in nodes}
     found: dict[str, str | None] = {}
     for node, answer in asked.items():
         try:
             found[node] = ray.get(answer, timeout=120)
-        except RayError:  # it has left, or is too slow
+        except RayError:  # the node has left, or is too slow
             found[node] = None
     return found

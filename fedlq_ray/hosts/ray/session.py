@@ -1,4 +1,4 @@
-"""Joins a cluster of Ray, or starts one on this machine."""
+"""Joins a Ray cluster, or starts one on this machine."""
 
 import logging
 import os
@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 
-# Ray puts sockets into BASE/ray/session_DATE_TIME_PID/sockets/; the system allows 107 bytes in all (macOS: 103).
+# Ray puts sockets into BASE/ray/session_DATE_TIME_PID/sockets/; the system limits paths to 107 bytes (macOS: 103).
 _LONGEST_BASE = 35
 
 
 def require_address() -> None:
-    """Refuse a Ray that a run cannot join, before anything is written.
+    """Checks that a run can join Ray, before anything is written.
 
     Raises:
         ConfigError: RAY_ADDRESS is not the address of a cluster that answers, or this program uses Ray Client.
@@ -25,7 +25,7 @@ def require_address() -> None:
 
     if ray.util.client.ray.is_connected():
         raise ConfigError(
-            "this program is connected to Ray by Ray Client (ray://), and a run needs a node of the cluster; call "
+            "this program is connected to Ray by Ray Client (ray://), but a run needs a node of the cluster; call "
             f"ray.shutdown() first, or {_INSTEAD}"
         )
     address = _cluster()
@@ -37,14 +37,14 @@ def require_address() -> None:
         found = kind.get(urlsplit(str(address)).scheme, "not an address of Ray")
         raise ConfigError(
             f"RAY_ADDRESS={address}: is {found}; it must be HOST:PORT of a cluster that this machine is a node of "
-            f"(such as 127.0.0.1:6379), or auto; without it Ray starts here; or {_INSTEAD}"
+            f"(such as 127.0.0.1:6379), or auto; unset it to start Ray on this machine; or {_INSTEAD}"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as exc:
         raise ConfigError(
             f"RAY_ADDRESS={address}: no Ray cluster answers ({getattr(exc, 'strerror', None) or first_line(exc)}); "
-            "without it Ray starts here"
+            "unset it to start Ray on this machine"
         ) from exc
 
 
@@ -52,13 +52,13 @@ _INSTEAD = "send the run to the cluster: fedlq submit --address http://HEAD:8265
 
 
 def _cluster() -> str | None:
-    """RAY_ADDRESS, if it names a cluster."""
+    """Returns RAY_ADDRESS if it names a cluster, else None."""
     address = os.environ.get("RAY_ADDRESS", "")
     return None if address in ("", "local") else address
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine; a second call has no effect.
+    """Joins the cluster of RAY_ADDRESS, or starts one on this machine; a second call has no effect.
 
     Raises:
         ConfigError: RAY_ADDRESS or RAY_TMPDIR is wrong.
@@ -78,16 +78,16 @@ def start_ray() -> None:
         _provide_token()
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except Exception as exc:  # ValueError, ConnectionError, RuntimeError, and what else a system raises
+    except Exception as exc:  # ValueError, ConnectionError, RuntimeError, and other errors of the system
         hint = f"is there a cluster at RAY_ADDRESS={address}?" if address else "is there room in /dev/shm and in /tmp?"
         raise FedLQError(f"Ray did not start: {first_line(exc)}; {hint}") from exc
 
 
 def _provide_folder() -> None:
-    """Have Ray put its sockets elsewhere where TMPDIR is too long for their names, or cannot be written.
+    """Makes Ray put its sockets elsewhere if TMPDIR is too long for their names, or cannot be written.
 
     Raises:
-        ConfigError: RAY_TMPDIR is, or no folder is left.
+        ConfigError: RAY_TMPDIR has this fault, or no folder is suitable.
     """
     given = os.environ.get("RAY_TMPDIR")
     candidates = [given] if given else [os.environ.get("TMPDIR") or "/tmp", "/tmp"]
@@ -104,7 +104,7 @@ def _provide_folder() -> None:
 
 
 def _unfit(base: str) -> str | None:
-    """Why Ray cannot have its folder in this one; None where it can."""
+    """Returns why Ray cannot put its folder into this one; None if it can."""
     if len(os.fsencode(base)) > _LONGEST_BASE:
         return f"has {len(os.fsencode(base))} characters"
     try:
@@ -116,9 +116,9 @@ def _unfit(base: str) -> str | None:
 
 
 def _provide_token() -> None:
-    """Give Ray a token by the environment where it could not keep one in the home folder: else it would not start.
+    """Sets a token for Ray in the environment if Ray cannot store one in the home folder; else Ray would not start.
 
-    Ray asks for a token from processes that join the cluster that it starts. The processes of this run inherit it.
+    Ray requires a token from processes that join the cluster it starts. The processes of this run inherit it.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
