@@ -121,9 +121,9 @@ def unlike(outcome: Outcome) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for labels in by_population(outcome.runs).values():
         told = [flat(outcome.runs[label][0].config) for label in labels]
-        for path in told[0]:
+        for path in filter(lambda path: path.startswith(_COMMON) and _matters(path), told[0]):
             values = list(dict.fromkeys(str(one[path]) for one in told))
-            if path.startswith(_COMMON) and _matters(path) and len(values) > 1:
+            if len(values) > 1:
                 found[path] = values
     return found
 

@@ -85,7 +85,7 @@ def merge(base: Mapping[str, Any], overrides: Iterable[str], *, source: str | No
             name, equals, _ = override.partition("=")
             if not equals or not name.strip():
                 raise ConfigError(f"{override!r}: is neither a file nor key=value")
-            where = override
+            where = f"{source}: {override}" if source else override
             change(tree, override)
             change(given, override)
         where = source or "the command line"
