@@ -31,8 +31,10 @@ from fedlq_ray.cli.main import cli
 from fedlq_ray.config.load import EVERY, describe
 from fedlq_ray.config.schemes import SCHEMES, StrategyConfig, own_settings, readers
 from fedlq_ray.config.sections import keys
+from fedlq_ray.federation import metrics
 
 ROOT = Path(__file__).parent.parent
+METRICS_MARK = "<!-- metrics: the build of the site puts the table of federation/metrics.py here -->"
 FROM_ELSEWHERE = (
     "ARCHITECTURE.md", "CHANGELOG.md", "cluster/**/README.md",
     "experiments/**/README.md", "experiments/**/*.png", "experiments/**/*.html",
@@ -187,7 +189,7 @@ def stage(folder: Path) -> None:
             page.write_text(formulas(relink(text, page, source, sources)), encoding="utf-8")
         elif page.suffix == ".md":
             page.parent.mkdir(parents=True, exist_ok=True)
-            text = source.read_text(encoding="utf-8")
+            text = source.read_text(encoding="utf-8").replace(METRICS_MARK, metrics.table())
             page.write_text(formulas(relink(text, page, source, sources)), encoding="utf-8")
         elif source.suffix in (".png", ".html"):
             page.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from fedlq_ray import plots
 from fedlq_ray.analysis.runs import by_population, parameters, population
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.federation.metrics import METRICS
 from fedlq_ray.federation.record import Record
 from fedlq_ray.runs import provenance
 from fedlq_ray.sweeps.sweep import Finished, Outcome
@@ -103,25 +104,19 @@ def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
 
 def _row(label: str, runs: Sequence[Finished], outcome: Outcome) -> Row:
     done = [run.summary for run in runs if run.summary is not None]
-    accuracies = [s["final_accuracy"] for s in done]
-    whole = done if len(done) == len(runs) else []
-    seconds = [s["time_to_target_s"] for s in whole]
-    sent = [s["uplink_bytes_to_target"] and s["uplink_bytes_to_target"] / 1e6 for s in whole]
-    total = [s["uplink_bytes"] / 1e6 for s in done]
+    values: dict[str, float | None] = {}
+    for metric in METRICS:
+        if metric.of_run:
+            found = done if len(done) == len(runs) or not metric.of_all else []
+            known = [None if (value := metric.of_run(summary)) is None else value / metric.per for summary in found]
+            values |= {metric.name: _mean(known), f"{metric.name}_sd": _spread(known)}
     return {
         "run": label,
         "tuned": outcome.tuned.get(label),
         "seeds": len(runs),
         "failed": len(runs) - len(done),
-        "final_accuracy": _mean(accuracies),
-        "final_accuracy_sd": _spread(accuracies),
-        "time_to_target_s": _mean(seconds),
-        "time_to_target_s_sd": _spread(seconds),
-        "uplink_mb_to_target": _mean(sent),
-        "uplink_mb_to_target_sd": _spread(sent),
+        **values,
         "targets": {f"{target:g}": _reached(runs, target) for target in outcome.targets},
-        "uplink_mb": _mean(total),
-        "uplink_mb_sd": _spread(total),
         "bits_per_parameter": _bits(runs),
         "by_seed": [
             {"seed": run.config.seed}

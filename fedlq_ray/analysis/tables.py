@@ -13,6 +13,7 @@ from rich.table import Table
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.runs import by_population, population
 from fedlq_ray.config.load import Config
+from fedlq_ray.federation.metrics import METRICS
 
 Columns = dict[str, list[str]]  # by heading, one cell per row; the first column names the rows
 
@@ -54,7 +55,9 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
     made["accuracy, %"] = [figure(*one, least=2) for one in accuracies]
     if len(table) > 1 and any(row["accuracy_gain"] is not None for row in table):
         made["gain, points"] = _own(table, [between(row, "accuracy_gain", 100, places=1) for row in table])
-    made["MB in all"] = figures("uplink_mb")
+    for metric in METRICS:
+        if metric.column:
+            made[metric.column] = figures(metric.name)
     if any(row["bits_per_parameter"] is not None for row in table):
         made["bits/param."] = figures("bits_per_parameter")
     if len(table) > 1:

@@ -22,6 +22,7 @@ import numpy as np
 
 from fedlq_ray.config.load import Config, digest, flat, to_yaml
 from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.federation import metrics
 from fedlq_ray.federation.record import Record
 from fedlq_ray.tracking import stores
 
@@ -139,34 +140,19 @@ def open_run(client: Any, tracking: Tracking, config: Config) -> str:
     return run_id
 
 
-def _metric(what: str, layer: str) -> str:
-    """A layer's metric, in characters that MLflow takes."""
-    return f"{what}/{re.sub(r'[^A-Za-z0-9_. :/-]', '_', layer)}"
+def log_record(client: Any, run_id: str, tracking: Tracking, record: Record, totals: dict[str, float]) -> None:
+    """Log one round's metrics; `totals` has the sums over the rounds so far."""
+    _log_metrics(client, run_id, tracking, metrics.of_rounds(record, totals), record.sim_time_s, record.round)
 
 
-def log_record(client: Any, run_id: str, tracking: Tracking, record: Record, totals: dict[str, int]) -> None:
-    """One round's metrics; `totals` keeps the bytes so far."""
+def _log_metrics(
+    client: Any, run_id: str, tracking: Tracking, values: Mapping[str, float], sim_time_s: float, step: int
+) -> None:
     from mlflow.entities import Metric
 
-    for name in ("uplink_bytes", "downlink_bytes"):
-        totals[name] = totals.get(name, 0) + getattr(record, name)
-    bits = record.bits_per_parameter
-    values: dict[str, Any] = {
-        "accuracy": record.accuracy,
-        "test_loss": record.test_loss,
-        "train_loss": record.train_loss,
-        "update_norm": record.update_norm,
-        "quantization_error": record.quantization_error,
-        "sim_time_s": record.sim_time_s,
-        "uplink_mb": totals["uplink_bytes"] / 1e6,
-        "downlink_mb": totals["downlink_bytes"] / 1e6,
-        "round_uplink_mb": record.uplink_bytes / 1e6,
-        **{_metric("bits_per_parameter", layer): value for layer, value in bits.items()},
-        **{_metric("significance", layer): value for layer, value in record.report.get("significance", {}).items()},
-    }
-    at = tracking.started_ms + round(record.sim_time_s * 1e3)
-    metrics = [Metric(k, float(v), at, record.round) for k, v in values.items() if v is not None]
-    client.log_batch(run_id, metrics=metrics)
+    at = tracking.started_ms + round(sim_time_s * 1e3)
+    plain = {re.sub(r"[^A-Za-z0-9_. :/-]", "_", name): value for name, value in values.items()}  # as MLflow takes them
+    client.log_batch(run_id, metrics=[Metric(name, float(value), at, step) for name, value in plain.items()])
 
 
 class Tracker:
@@ -199,7 +185,7 @@ class Tracker:
             client = stores.connect(self._tracking.uri)
             run_id = open_run(client, self._tracking, self._config)
             client.update_run(run_id, status="RUNNING")  # a run that goes on was KILLED or FAILED
-            totals: dict[str, int] = {}
+            totals: dict[str, float] = {}
             while not isinstance(item := self._queue.get(), str):
                 log_record(client, run_id, self._tracking, item, totals)
             client.set_terminated(run_id, item)
@@ -222,7 +208,7 @@ def sync(
     """
     client = stores.connect(tracking.uri)
     run_id = open_run(client, tracking, config)
-    totals: dict[str, int] = {}
+    totals: dict[str, float] = {}
     for record in records:
         log_record(client, run_id, tracking, record, totals)
     if folder is not None:
@@ -290,18 +276,8 @@ def _log_files(
 
 def _log_summary(client: Any, run_id: str, tracking: Tracking, config: Config, summary: Mapping[str, Any]) -> None:
     """What a run came to, at its last round: metrics to sort a list of runs by, and a note to read."""
-    from mlflow.entities import Metric
-
-    sent = summary["uplink_bytes_to_target"]
-    values = {
-        "final_accuracy": summary["final_accuracy"],
-        "best_accuracy": summary["best_accuracy"],
-        "time_to_target_s": summary["time_to_target_s"],
-        "uplink_mb_to_target": None if sent is None else sent / 1e6,
-    }
-    at = tracking.started_ms + round(summary["sim_time_s"] * 1e3)
-    metrics = [Metric(k, float(v), at, summary["rounds"] - 1) for k, v in values.items() if v is not None]
-    client.log_batch(run_id, metrics=metrics)
+    values = metrics.of_run(summary)
+    _log_metrics(client, run_id, tracking, values, summary["sim_time_s"], summary["rounds"] - 1)
     note = (
         f"**{config.strategy.name}** on {config.data.name}: accuracy {summary['final_accuracy']:.2%} after "
         f"{summary['rounds']} rounds, {summary['sim_time_s']:.1f} simulated s, {summary['uplink_bytes'] / 1e6:.2f} MB "

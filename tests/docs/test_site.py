@@ -12,6 +12,7 @@ import pytest
 from fedlq_ray.cli.main import cli
 from fedlq_ray.config.sections import keys
 from fedlq_ray.config.settings import Config
+from fedlq_ray.federation.metrics import METRICS
 from fedlq_ray.strategies import STRATEGIES
 
 pytest.importorskip("mkdocs", reason="needs the extra docs")
@@ -49,6 +50,12 @@ def test_every_setting_and_command_is_there(site):
         assert f'id="{path}"' in settings.read_text()
     for name, command in cli.commands.items():
         assert isinstance(command, click.Command) and f"fedlq {name}" in commands.read_text()
+
+
+def test_every_metric_is_there(site):
+    page = (site / "metrics.html").read_text()
+    for metric in METRICS:
+        assert f"<code>{metric.shown}</code>" in page, metric.name
 
 
 def test_every_strategy_is_told(site):

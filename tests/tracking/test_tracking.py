@@ -18,6 +18,7 @@ from tracked import QUICK, rows, run
 from fedlq_ray import ClientError, ConfigError, resume, simulate
 from fedlq_ray.cli import main as cli
 from fedlq_ray.config.load import load
+from fedlq_ray.federation.metrics import METRICS
 from fedlq_ray.runs import rundir
 from fedlq_ray.runs.interrupts import Terminated
 from fedlq_ray.runs.rundir import journal
@@ -98,7 +99,7 @@ def test_ui_finds_the_store_of_the_runs():
 
 
 def test_two_processes_may_make_a_store_at_the_same_time():
-    code = "from fedlq_ray import stores; stores.connect('sqlite:///mlflow.db').search_experiments()"
+    code = "from fedlq_ray.tracking import stores; stores.connect('sqlite:///mlflow.db').search_experiments()"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=200) for process in both] == [0, 0]
     assert stores.connect("sqlite:///mlflow.db").search_experiments()
@@ -137,7 +138,7 @@ def test_the_same_relative_store_in_two_folders_is_two_stores(tmp_path, monkeypa
 def test_every_metric_and_tag_is_documented_with_its_unit():
     run("strategy.name=fedlq", "strategy.probe_every=1", "strategy.probe_samples=64", "target_accuracy=0.05")
     told = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
-    documented = set(re.findall(r"^\| `([\w/]+)` \| [^|]+ \|", told, re.MULTILINE))
+    documented = {metric.shown for metric in METRICS}
     logged = {re.sub(r"/.*", "/LAYER", key) for (key,) in rows("select distinct key from metrics")}
     assert logged == documented
     tags = {key for (key,) in rows("select key from tags") if key.startswith("fedlq.")} - {"fedlq.run_key"}

@@ -1,0 +1,168 @@
+"""Every metric of a run, in one table: MLflow's names, docs/metrics.md and the columns of comparisons come from it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedlq_ray.federation.record import Record
+
+Summary = Mapping[str, Any]  # what summary.json holds
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a round or a run has.
+
+    Attributes:
+        unit, meaning: for people; Markdown.
+        of_round: the value of one round; None for a metric of the whole run.
+        of_layers: the same for a metric of each layer, by layer's name.
+        of_run: the value of a finished run.
+        sums: the value of a round is added to those of the rounds before.
+        per: the divisor that turns a value into `unit`.
+        of_all: a comparison has it only where every seed finished.
+        column: the heading of its column in comparisons, which show the mean over seeds; None: no column of its own.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    of_round: Callable[[Record], float | None] | None = None
+    of_layers: Callable[[Record], Mapping[str, float]] | None = None
+    of_run: Callable[[Summary], float | None] | None = None
+    sums: bool = False
+    per: float = 1
+    of_all: bool = False
+    column: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name in documents."""
+        return f"{self.name}/LAYER" if self.of_layers else self.name
+
+
+METRICS = (
+    Metric(
+        "accuracy",
+        "fraction",
+        "accuracy on the test set (or, with `evaluate_on=holdout`, on held-out training samples) after the round; only "
+        "in rounds that are evaluated",
+        of_round=lambda r: r.accuracy,
+    ),
+    Metric(
+        "test_loss",
+        "nats",
+        "mean cross-entropy on the same samples; absent where it is not finite",
+        of_round=lambda r: r.test_loss,
+    ),
+    Metric(
+        "train_loss",
+        "nats",
+        "mean over the cohort's local training, with the weights of the average",
+        of_round=lambda r: r.train_loss,
+    ),
+    Metric(
+        "update_norm",
+        "of the weights",
+        "length of the cohort's mean update, before the server's own step",
+        of_round=lambda r: r.update_norm,
+    ),
+    Metric(
+        "quantization_error",
+        "of the weights",
+        "the error that quantization adds to the mean update, root mean square over its noise: "
+        "sqrt(sum p_n^2 \\|Q(x_n) - x_n\\|^2), as clients measure it. With error feedback, x_n includes the client's "
+        "memory. Its share of `update_norm` shows how coarse a plan is; its square is the term of the "
+        "[convergence bound](theory.md). Absent for `signsgd`, whose votes are not updates",
+        of_round=lambda r: r.quantization_error,
+    ),
+    Metric("sim_time_s", "s", "simulated clock at the end of the round", of_round=lambda r: r.sim_time_s),
+    Metric(
+        "uplink_mb",
+        "MB (10^6 bytes)",
+        "all payloads that clients have sent so far, headers included",
+        of_round=lambda r: r.uplink_bytes,
+        of_run=lambda s: s["uplink_bytes"],
+        sums=True,
+        per=1e6,
+        column="MB in all",
+    ),
+    Metric(
+        "downlink_mb",
+        "MB",
+        "all bytes that clients have fetched so far, whether the clock bills them or not",
+        of_round=lambda r: r.downlink_bytes,
+        sums=True,
+        per=1e6,
+    ),
+    Metric("round_uplink_mb", "MB", "payloads of this round", of_round=lambda r: r.uplink_bytes, per=1e6),
+    Metric(
+        "bits_per_parameter",
+        "bits",
+        "bits that the cohort's payloads spend on a layer, divided by its parameters and the number of payloads; "
+        "headers included",
+        of_layers=lambda r: r.bits_per_parameter,
+    ),
+    Metric(
+        "significance",
+        "loss (or accuracy) per share of memory saved; `fedlq_rd`: per unit of squared error",
+        "running average of probes, at the lowest level; only for strategies that measure it",
+        of_layers=lambda r: r.report.get("significance", {}),
+    ),
+    Metric(
+        "final_accuracy",
+        "fraction",
+        "accuracy of the last evaluation; logged once, at the last round",
+        of_run=lambda s: s["final_accuracy"],
+    ),
+    Metric(
+        "best_accuracy",
+        "fraction",
+        "highest accuracy of all evaluations; logged once",
+        of_run=lambda s: s["best_accuracy"],
+    ),
+    Metric(
+        "time_to_target_s",
+        "s",
+        "simulated clock when the run first reached `target_accuracy`; absent if it did not",
+        of_run=lambda s: s["time_to_target_s"],
+        of_all=True,
+    ),
+    Metric(
+        "uplink_mb_to_target",
+        "MB",
+        "bytes that clients have sent by then; absent if the run did not reach the target",
+        of_run=lambda s: s["uplink_bytes_to_target"],
+        per=1e6,
+        of_all=True,
+    ),
+)
+
+
+def of_rounds(record: Record, totals: dict[str, float]) -> dict[str, float]:
+    """A round's values by name, those of layers as NAME/LAYER; without those that the round does not have.
+
+    Args:
+        totals: the sums over the rounds so far, by name; this round is added.
+    """
+    found: dict[str, float] = {}
+    for metric in METRICS:
+        if metric.of_layers:
+            found |= {f"{metric.name}/{layer}": value for layer, value in metric.of_layers(record).items()}
+        elif metric.of_round and (value := metric.of_round(record)) is not None:
+            if metric.sums:
+                value = totals[metric.name] = totals.get(metric.name, 0.0) + value
+            found[metric.name] = value / metric.per
+    return found
+
+
+def of_run(summary: Summary) -> dict[str, float]:
+    """A finished run's values by name, of the metrics that only a whole run has."""
+    values = [(m, m.of_run(summary)) for m in METRICS if m.of_run and not m.of_round]
+    return {metric.name: value / metric.per for metric, value in values if value is not None}
+
+
+def table() -> str:
+    """The metrics as a Markdown table."""
+    rows = [f"| `{metric.shown}` | {metric.unit} | {metric.meaning} |" for metric in METRICS]
+    return "\n".join(["| metric | unit | what it is |", "| --- | --- | --- |", *rows])
