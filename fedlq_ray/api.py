@@ -1,5 +1,8 @@
-"""What a program calls: `simulate` and `resume`, and what they give."""
+"""What a program calls: `simulate`, `resume`, `sweep` and `compare`, and what they return."""
 
+import json
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +13,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedlq_ray.config.load import Config
+from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.events import Event
+from fedlq_ray.files import expand
 from fedlq_ray.runs import simulation
 
-__all__ = ["Result", "resume", "simulate"]
+__all__ = ["Comparison", "Result", "compare", "resume", "simulate", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -104,3 +109,85 @@ def resume(
     """
     given = {"model": model, "data": data, "strategy": strategy, "quantizer": quantizer}
     return Result.of(simulation.resume(folder, overrides, **given, watch=watch, parent=parent))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs, compared as `fedlq compare` does.
+
+    Attributes:
+        table: one row per run that differs in more than its seed: means over seeds, standard deviations (`_sd`), gains
+            and speed-ups over the reference with the bounds of their intervals.
+        runs: the folders of each row's runs, by its name, one per seed.
+        path: the folder of the sweep, with table.json, accuracy.png and report.html; None for `compare`.
+    """
+
+    table: pd.DataFrame
+    runs: dict[str, list[Path]]
+    path: Path | None = None
+
+    def _repr_html_(self) -> str:
+        shown = self.table.dropna(axis="columns", how="all").drop(columns=["by_seed", "targets"], errors="ignore")
+        return str(shown.to_html(index=False, float_format="%.4g"))
+
+
+def sweep(
+    runs: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path,
+    only: Sequence[str] = (),
+) -> Comparison:
+    """Run several experiments and compare them, as `fedlq sweep` does.
+
+    Args:
+        runs: a sweep's file, or a dict with its keys: `runs` (a name and a list of key=value each), and optionally
+            `base`, `seeds`, `tune`, `tuning`, `populations`, `targets`.
+        overrides: key=value settings for all runs.
+        out: the folder of the runs; finished runs in it are not repeated.
+        only: the names of the runs to do now; none: all.
+    Raises:
+        ConfigError: the input is wrong; nothing was written.
+        FedLQError: a run failed; the others are in `out`.
+    """
+    from fedlq_ray.analysis.conclude import conclude
+    from fedlq_ray.runs.output import Console
+    from fedlq_ray.sweeps import many
+    from fedlq_ray.sweeps import sweep as sweeps
+
+    out = Path(expand(str(out), "out"))
+    if isinstance(runs, Mapping):
+        comparison = sweeps.check(runs, f"the sweep {out.name}", overrides, only)
+        source = json.dumps(runs, indent=1, default=str)
+    else:
+        comparison, source = sweeps.load(runs, overrides, only), Path(runs).read_text(encoding="utf-8")
+    outcome = sweeps.run(comparison, out, many.starter(Console(quiet=True)), warnings.warn)
+    found = conclude(outcome, out, source, f"fedlq_ray.sweep({str(runs)!r}, out={str(out)!r})")
+    if found.failure:
+        warnings.warn(found.failure, stacklevel=2)
+    if outcome.failed:
+        raise FedLQError(f"{outcome.failed} runs of the sweep in {out} failed; call it again to retry them")
+    return _compared(found.table, outcome, out)
+
+
+def compare(*sources: str | Path, reference: str | None = None, tracking_uri: str | None = None) -> Comparison:
+    """Compare runs, as `fedlq compare` does.
+
+    Args:
+        sources: folders of runs, or folders that contain runs; with `tracking_uri` also MLflow's run ids, or the name
+            of an experiment.
+        reference: the run to compare the others with; by default fedavg, or the first.
+    Raises:
+        ConfigError: a source holds no run, or there is no run called `reference`.
+    """
+    from fedlq_ray.analysis import compare as comparing
+    from fedlq_ray.analysis import runs as finding
+
+    with tempfile.TemporaryDirectory() as scratch:
+        outcome = finding.find([str(source) for source in sources], tracking_uri, Path(scratch))
+        return _compared(comparing.rows(outcome, reference), outcome)
+
+
+def _compared(table: Sequence[Mapping[str, Any]], outcome: Any, out: Path | None = None) -> Comparison:
+    folders = {label: [run.folder for run in runs] for label, runs in outcome.runs.items()}
+    return Comparison(pd.DataFrame(table), folders, out)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fedlq_ray.cli.arguments import PATH
-from fedlq_ray.errors import ConfigError, first_line
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.events import Closed
 from fedlq_ray.runs.output import Console
 
@@ -39,30 +39,6 @@ def show(table: Any, outcome: Any, unlike: Any = (), form: str = "text", out: st
         click.echo(written, nl=False)
         return
     _write(Path(out), written)
-
-
-def conclude(table: Any, outcome: Any, out: Path, pictures: Any) -> None:
-    """Writes a sweep's report, and logs to MLflow a note with the table, the pictures, the table and the report."""
-    from fedlq_ray.analysis import report as reporting
-    from fedlq_ray.analysis import tables
-    from fedlq_ray.analysis.runs import unlike as differences
-    from fedlq_ray.runs import rundir
-    from fedlq_ray.tracking import log as tracking
-
-    unlike = differences(outcome)
-    shown = out.name if out.is_absolute() else out  # the report may be moved
-    page = reporting.page(outcome, table, unlike, f"fedlq report {shown} --out report.html")
-    (out / "report.html").write_text(page, encoding="utf-8")
-    runs = [r for seeds in outcome.runs.values() for r in seeds if (r.folder / "config.yaml").exists()]
-    where = next((kept for run in runs if (kept := rundir.read(run.folder).tracking) and kept.parent), None)
-    if where is None:
-        return
-    configs = {label: seeds[0].config for label, seeds in outcome.runs.items()}
-    note = tables.written(table, configs, unlike, "markdown")
-    try:
-        tracking.conclude(where, note, [*pictures, out / "table.json", out / "report.html"])
-    except Exception as exc:  # telemetry: the runs themselves are saved
-        click.echo(f"MLflow at {where.uri} has no summary of this sweep: {first_line(exc)}", err=True)
 
 
 def _write(file: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -142,35 +142,23 @@ def demo(overrides: tuple[str, ...], out: str | None) -> None:
 
 
 def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, ...] = ()) -> None:
-    from fedlq_ray.analysis import compare
-    from fedlq_ray.runs.progress import watch
-    from fedlq_ray.runs.simulation import run_or_resume
+    from fedlq_ray.analysis.conclude import conclude
     from fedlq_ray.sweeps import many
     from fedlq_ray.sweeps import sweep as sweeps
 
     comparison = sweeps.load(file, overrides, only)
     console = Console(stderr=True)
 
-    def begin(config: Config, parent: str) -> None:
-        with watch(config, console, False) as report:
-            run_or_resume(config, watch=report, parent=parent)
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
 
-    def start(configs: Sequence[Config], parent: str) -> Iterator[Any]:
-        abreast = many.abreast(configs)
-        if abreast:
-            yield from many.run(abreast, parent, console)
-        apart = {config.out for config in abreast}
-        yield from many.in_turn(begin)([config for config in configs if config.out not in apart], parent)
-
-    outcome = sweeps.run(comparison, out, start, lambda line: console.print(line, highlight=False, markup=False))
-    out.mkdir(parents=True, exist_ok=True)  # all runs may have failed before they created their folders
-    table = compare.rows(outcome)
+    outcome = sweeps.run(comparison, out, many.starter(console), tell)
+    found = conclude(outcome, out, file.read_text(encoding="utf-8"), cli_analysis.command())
+    cli_analysis.show(found.table, outcome)
+    if found.failure:
+        click.echo(found.failure, err=True)
     first = next(iter(outcome.runs.values()))[0].config
-    compare.save(table, file.read_text(encoding="utf-8"), cli_analysis.command(), out / "table.json")
-    pictures = compare.plot(outcome, out / "accuracy.png")
-    cli_analysis.show(table, outcome)
-    cli_analysis.conclude(table, outcome, out, pictures)
-    click.echo(f"plot: {', '.join(map(str, pictures))}, table: {out}/table.json, report: {out}/report.html")
+    click.echo(f"plot: {', '.join(map(str, found.pictures))}, table: {out}/table.json, report: {out}/report.html")
     if first.tracking.uri:
         click.echo(f"the runs in MLflow: {Path(sys.argv[0]).parent}/fedlq ui")
     if outcome.failed:

@@ -22,6 +22,7 @@ from fedlq_ray.runs import follow, progress, rundir
 from fedlq_ray.runs.interrupts import Interrupts
 from fedlq_ray.runs.output import Console
 from fedlq_ray.runs.simulation import run_or_resume
+from fedlq_ray.sweeps.sweep import Start
 
 # What a run may take, asked of Ray for each: 0.7 GB measured with Fashion-MNIST, 1.0 GB with CIFAR-10.
 RUN_BYTES = 2e9
@@ -40,6 +41,23 @@ def in_turn(begin: Callable[[Config, str], Any]) -> Callable[[Sequence[Config], 
             except FedLQError as exc:
                 failure = exc
             yield config, failure
+
+    return start
+
+
+def starter(console: Console) -> Start:
+    """What `sweep.run` calls to begin runs: side by side where cores allow it, the others one after another."""
+
+    def begin(config: Config, parent: str) -> None:
+        with progress.watch(config, console, False) as report:
+            run_or_resume(config, watch=report, parent=parent)
+
+    def start(configs: Sequence[Config], parent: str) -> Iterator[tuple[Config, FedLQError | None]]:
+        together = abreast(configs)
+        if together:
+            yield from run(together, parent, console)
+        apart = {config.out for config in together}
+        yield from in_turn(begin)([config for config in configs if config.out not in apart], parent)
 
     return start
 

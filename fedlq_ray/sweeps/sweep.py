@@ -78,10 +78,8 @@ Start = Callable[[Sequence[Config], str], Iterable[tuple[Config, FedLQError | No
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
-    """Read and check a sweep: all its configurations, before any of them runs.
+    """Read and check a sweep's file, as `check` does.
 
-    Args:
-        only: the runs to keep, by name; none: all.
     Raises:
         ConfigError: the file or one of its configurations is wrong.
     """
@@ -91,6 +89,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise ConfigError(f"{path}: no such file") from exc
     except UNREADABLE as exc:
         raise unreadable(path, exc) from exc
+    return check(tree, str(path), overrides, only)
+
+
+def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
+    """Check a sweep: all its configurations, before any of them runs.
+
+    Args:
+        tree: the keys of a sweep's file.
+        path: where they come from, for messages; its stem is the default name.
+        only: the names of the runs to keep; none: all.
+    Raises:
+        ConfigError: a key or one of the configurations is wrong.
+    """
     if (
         not isinstance(tree, Mapping)
         or set(tree) - set(KEYS)
