@@ -47,7 +47,7 @@ def in_turn(begin: Callable[[Config, str], Any]) -> Callable[[Sequence[Config], 
 def abreast(configs: Sequence[Config]) -> list[Config]:
     """The runs to run in parallel, with `serial` hosting.
 
-    These are the runs with `serial` or `auto` hosting, if there are at least two, and cores and memory for two are free.
+    These are the runs with `serial` or `auto` hosting, if there are at least two and two fit the free cores and memory.
     Hosting does not change a run's result, and parallel runs leave no core idle at a round's end.
     """
     found = [config for config in configs if config.clients.hosting in ("serial", "auto")]
