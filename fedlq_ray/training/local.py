@@ -36,7 +36,7 @@ class Plan:
             vector (d,) that it will send: a function from that vector to the pieces, which can be pickled.
         error_feedback: True adds what was lost in earlier rounds and keeps what this round loses; "ef21" sends the
             difference from the server's vector of this client, and keeps that vector.
-        weight: the client's weight in the average, relative to the sum over clients that answer; None: its samples per pass.
+        weight: the weight in the average, relative to the sum over clients that answer; None: its samples per pass.
     """
 
     payload: str
@@ -145,7 +145,7 @@ def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: 
 
 
 def _require_constants(model: FlatModel, round: int, client: int) -> None:
-    """Raises ClientError if training changed a buffer that the trial step did not: it is not sent, so it would be lost."""
+    """Requires that training changes no buffer that the trial step left unchanged: such buffers are not sent."""
     if changed := model.changed_constants():
         raise ClientError(
             f"training changed buffer {changed[0]}, which the trial step before the run did not change, so it is not "
