@@ -167,7 +167,7 @@ class Strategy(Generic[State]):
     """
 
     error_feedback: Feedback = False  # what `strategy.error_feedback=null` means
-    timeless = False  # uses neither fixed_s nor uplink_bytes_per_s nor round_time_s; each class declares it itself
+    timeless = False  # uses neither fixed_s nor uplink_bytes_per_s nor round_time_s; your own class must declare it
 
     def __setattr__(self, name: str, value: Any) -> None:
         if vars(self).get("_made"):

@@ -3,7 +3,7 @@ learning", ICML 2022, arXiv:2111.00465, sections 3.3 to 3.6 and Theorem 1; check
 
 Over time: with the running loss G_t = psi G_(t-1) + (1 - psi) loss_t, levels double when G_t >= G_(t+1-phi), then stay
 for at least phi rounds. By client: q_i = max(1, round(sqrt(a/b) w_i^(2/3))), a = sum w_j^(2/3), b = sum w_j^2 / q^2,
-which has the variance of q levels for every client, with the smallest sum of levels.
+which keeps the average's variance at that of q for all, with the smallest sum of levels.
 Departs from it: losses are those that clients see while they train (the paper takes an extra pass over their data). G
 starts at the first loss. phi is in rounds, where the paper uses a tenth of the run's. Each layer has its own norm,
 unless `strategy.scope=model`. Runs of zeros are coded as in `QsgdElias`.

@@ -1,6 +1,6 @@
 """FedHQ. Chen, Shen, Zhang, Tang, "Dynamic aggregation for heterogeneous quantization in federated learning", IEEE
 Transactions on Wireless Communications 20(10), 2021: weights in the average that minimise the bound on convergence
-when clients quantize differently: p_n / (1 + q_n), for independent errors of q_n |x_n|^2.
+when clients quantize differently: p_n / (1 + q_n). Errors q_n |x_n|^2 are independent; the 1 is the signal's own share.
 
 We could check only the abstract: weights come from the clients' own errors, which clients send. The form
 p_n / (1 + q_n) is the project's derivation.
