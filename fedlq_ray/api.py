@@ -1,4 +1,4 @@
-"""What a program calls: `simulate`, `resume`, `sweep` and `compare`, and what they return."""
+"""The Python interface: `simulate`, `resume`, `sweep`, `compare`, and their results."""
 
 import json
 import tempfile
@@ -23,11 +23,11 @@ __all__ = ["Comparison", "Result", "compare", "resume", "simulate", "sweep"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
-        history: a row a round, with the keys of rounds.jsonl.
-        summary: that of summary.json.
+        history: one row per round, with the keys of rounds.jsonl.
+        summary: the contents of summary.json.
         weights: the final flat vector (d,) float32; model.safetensors has it as a state_dict.
         path: the run's folder.
     """
@@ -50,7 +50,7 @@ class Result:
 
     @staticmethod
     def of(outcome: simulation.Outcome) -> "Result":
-        """With the records as a table."""
+        """A Result with the records as a table."""
         history = pd.DataFrame([record.to_json() for record in outcome.records])
         return Result(history, outcome.summary, outcome.weights, outcome.path)
 
@@ -65,16 +65,16 @@ def simulate(
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
-    """Run one experiment.
+    """Runs one experiment.
 
     Args:
         config: the settings, or a dict of them; None for the defaults.
-        model: a torch.nn.Module, which is copied with its weights, or a factory of one; goes before `model.name`.
+        model: a torch.nn.Module, which is copied with its weights, or a factory of one; it replaces `model.name`.
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
         watch: called with each event (fedlq_ray.federation.events).
-        parent: a comparison that this run belongs to, for MLflow: any text; what follows the last / is its name.
+        parent: a comparison that this run belongs to, for MLflow: any text; the part after the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
@@ -94,17 +94,17 @@ def resume(
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
-    """Go on with a run that did not finish, from its last checkpoint: what it gives is what it would have given.
+    """Resumes a run that did not finish, from its last checkpoint. The result is that of an uninterrupted run.
 
     Args:
-        folder: the run's.
-        overrides: key=value settings: more `rounds`, or what cannot change a result, such as clients.hosting.
-        model, data, strategy, quantizer: as they were given to `simulate`.
+        folder: the run's folder.
+        overrides: key=value settings: more `rounds`, or settings that cannot change a result, such as clients.hosting.
+        model, data, strategy, quantizer: as given to `simulate`.
         watch: as for `simulate`.
-        parent: as it was given to `simulate`, for a run that was killed before it was noted.
+        parent: as given to `simulate`, for a run that was killed before it stored its parent.
     Raises:
-        ConfigError: no such run, or it is finished, or running, or what it is of has changed (nothing was written).
-        CheckpointError: there are checkpoints, and none can be used.
+        ConfigError: the run does not exist, is finished or running, or its identity changed (nothing was written).
+        CheckpointError: there are checkpoints, but none can be used.
         FedLQError: the run failed again.
     """
     given = {"model": model, "data": data, "strategy": strategy, "quantizer": quantizer}

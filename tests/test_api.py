@@ -32,7 +32,7 @@ def test_a_sweep_and_a_comparison_of_its_folder_have_the_same_rows(tmp_path, mon
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ({"runs": {}}, "runs is needed"),
+        ({"runs": {}}, "runs is required"),
         ({"runs": {"a": ["strategy.name=lgreco", "strategy.floor_bits=2"]}}, "strategy.floor_bits: lgreco does not"),
         ({"runs": {"a": []}, "seed": [1]}, "a sweep has"),
     ],

@@ -1,1 +1,1 @@
-"""Settings: what they are, how they are read, and the parts that they name."""
+"""Settings: their definitions, how they are read, and the parts that they name."""

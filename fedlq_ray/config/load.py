@@ -1,6 +1,6 @@
-"""Settings read from YAML and `key=value` overrides, written as YAML, described, and compared.
+"""Reads settings from YAML and `key=value` overrides, writes them as YAML, describes and compares them.
 
-`load(path, overrides)` reads and checks; one `ConfigError` tells every fault at once. `settings.py` has the settings.
+`load(path, overrides)` reads and checks; one `ConfigError` reports all faults. `settings.py` defines the settings.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from fedlq_ray.errors import ConfigError
 __all__ = ["Config", "load", "parse", "to_yaml"]
 
 EVERY = Config(strategy={"name": "module:attribute"})  # type: ignore[arg-type]  # a dict is read as settings
-WITHOUT_EFFECT = frozenset(affects(EVERY, "nothing"))  # settings that are left out of config_sha256
+WITHOUT_EFFECT = frozenset(affects(EVERY, "nothing"))  # settings that config_sha256 leaves out
 TEXTS = {path: is_optional(field) for path, field, _ in keys(EVERY) if is_text(field)}  # text: whether it may be null
 
-# What OmegaConf, and YAML's makers of numbers and dates, raise of what a file holds.
+# What OmegaConf, and YAML's constructors of numbers and dates, raise for a file's contents.
 UNREADABLE = (
     OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException
 )  # fmt: skip
 
 
 def unreadable(source: object, exc: Exception) -> ConfigError:
-    """One of `UNREADABLE` as one line."""
+    """A ConfigError of one line for an error of `UNREADABLE`."""
     told, where = " ".join(str(exc).split()), str(source)[:300]
     if isinstance(exc, RecursionError):
         told = "is nested too deeply"
@@ -42,7 +42,7 @@ def unreadable(source: object, exc: Exception) -> ConfigError:
 
 
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """The configuration of a YAML file, and `key=value` overrides of which a later one wins.
+    """The configuration of a YAML file and `key=value` overrides; later overrides win.
 
     Raises:
         ConfigError: the file cannot be read, or the settings are wrong (all faults in one message).
@@ -51,7 +51,7 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
 
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The same for the config.yaml of a run's folder, which an earlier version may have written."""
+    """Like `load`, for the config.yaml of a run's folder, which an earlier version may have written."""
     base = _read(path)
     if isinstance(base.get("strategy"), dict):
         base["strategy"] = schemes.migrated(base["strategy"])
@@ -71,12 +71,12 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], overrides: Iterable[str], *, source: str | None = None) -> Config:
-    """Checked settings: `base`, and `key=value` overrides of which a later one wins.
+    """Checked settings from `base` and `key=value` overrides; later overrides win.
 
-    Where an override names another strategy, the settings of `base` that this one does not read are left out.
+    If an override names another strategy, the settings of `base` that this strategy does not read are left out.
 
     Raises:
-        ConfigError: an override is no `key=value`, or the settings are wrong.
+        ConfigError: an override is not `key=value`, or the settings are wrong.
     """
     where = source or "the command line"
     try:
@@ -100,13 +100,13 @@ def merge(base: Mapping[str, Any], overrides: Iterable[str], *, source: str | No
 
 
 def read(path: str | Path, *, under: str | None = None, named: Iterable[str] = ()) -> Any:
-    """What a YAML file holds, interpolations unresolved; text settings as they are written.
+    """The contents of a YAML file, with interpolations unresolved and text settings as written.
 
-    YAML reads `name: 0123` as 83, `1:30` as 90 and `1_000` as 1000.
+    Otherwise YAML reads `name: 0123` as 83, `1:30` as 90 and `1_000` as 1000.
 
     Args:
-        under: the key that has the settings; None: the file itself.
-        named: keys of mappings whose keys are names, and so text too.
+        under: the key that has the settings; None: the whole file.
+        named: keys of mappings whose keys are names, which are text too.
     """
     text = Path(path).read_text(encoding="utf-8")
     found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
@@ -121,13 +121,13 @@ def read(path: str | Path, *, under: str | None = None, named: Iterable[str] = (
 
 
 def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
-    """A YAML mapping's value."""
+    """The value of a key in a YAML mapping."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return next((value for key, value in pairs if key.value == name), None)
 
 
 def _restore(found: Any, node: yaml.Node | None, path: str = "") -> None:
-    """Put the text of a YAML node where a text setting became something else."""
+    """Restores the text of a YAML node where a text setting became another type."""
     if not isinstance(found, dict) or not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
@@ -142,14 +142,14 @@ def _restore(found: Any, node: yaml.Node | None, path: str = "") -> None:
 def plain(tree: Any) -> Any:
     """An OmegaConf tree as dicts, lists and values."""
     found = OmegaConf.to_container(tree, resolve=True)
-    repr(found)  # fails on an integer of thousands of digits, which no message and no file could hold
+    repr(found)  # fails for an integer of thousands of digits, which messages and files cannot hold
     return found
 
 
 def change(tree: Any, override: str) -> None:
-    """Set one key=value of an OmegaConf tree: it takes the place of what was there, also where it is a dict.
+    """Sets one key=value of an OmegaConf tree. It replaces the old value, even a dict.
 
-    The value is YAML; where the setting is text, it is that text.
+    The value is YAML; the value of a text setting is its text.
     """
     name, _, value = override.partition("=")
     path = name.strip()
@@ -163,7 +163,7 @@ def change(tree: Any, override: str) -> None:
 
 
 def _as_text(value: str, *, optional: bool) -> str | None:
-    """The text of an override's value, without quotes around all of it; None for null, where a setting may be null."""
+    """The text of an override's value, without enclosing quotes; None for null, if the setting may be null."""
     if optional and value in ("", "null", "Null", "NULL", "~"):
         return None
     if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1:
@@ -175,7 +175,7 @@ def parse(settings: Any, *, source: str | None = None) -> Config:
     """A checked configuration from plain dicts.
 
     Raises:
-        ConfigError: every fault, a line each: the key, what is wrong, what was given.
+        ConfigError: all faults, one per line: the key, what is wrong, what was given.
     """
     try:
         return Config.model_validate(settings)
@@ -184,7 +184,7 @@ def parse(settings: Any, *, source: str | None = None) -> Config:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every setting's value, as JSON has it, by its dotted path."""
+    """Every setting's value, as in JSON, by its dotted path."""
     settings = config.model_dump(mode="json")
     found: dict[str, Any] = {}
     for path, _, _ in keys(config):
@@ -199,7 +199,7 @@ _DEFAULTS = flat(EVERY)
 
 
 def describe(path: str, field: Any) -> str:
-    """One line on a setting: meaning, unit, bounds or choices."""
+    """One line about a setting: meaning, unit, and bounds or choices."""
     parts = [field.description]
     unit = (field.json_schema_extra or {}).get("unit")
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -217,7 +217,7 @@ def describe(path: str, field: Any) -> str:
 
 
 def to_yaml(config: Config, *, commented: bool = False) -> str:
-    """The resolved configuration, without `out`, as YAML that `load` reads back to the same."""
+    """The resolved configuration without `out`, as YAML that `load` reads back unchanged."""
     if not commented:
         return yaml.safe_dump(config.model_dump(mode="json", exclude={"out"}), sort_keys=False, allow_unicode=True)
     settings = flat(config)
@@ -239,13 +239,13 @@ def to_yaml(config: Config, *, commented: bool = False) -> str:
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """What turns one configuration into another, `out` left out, as overrides."""
+    """The overrides that turn one configuration into another, except `out`."""
     old, new = flat(before), flat(after)
     return [f"{p}={json.dumps(v)}" for p, v in new.items() if p != "out" and (p not in old or old[p] != v)]
 
 
 def digest(config: Config, *, without: Iterable[str] = ()) -> str:
-    """SHA-256 (hex) of the settings that can change a result, but for those of `without`."""
+    """SHA-256 (hex) of the settings that can change a result, except those in `without`."""
     settings = config.model_dump(mode="json") | {"strategy": schemes.whole(config.strategy)}
     for path in (*WITHOUT_EFFECT, *without):
         section, dot, name = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""One way from a name to a part: a built-in by its plain dict, or a user's own by `module:attribute`."""
+"""Finds a part by name: a built-in in its dict, or a user's own as `module:attribute`."""
 
 import difflib
 import importlib
@@ -18,7 +18,7 @@ def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
         kind: the configuration key, for messages, such as `model.name`.
         name: a key of `builtin`, or `module:attribute`.
     Raises:
-        ConfigError: no such name; the module or the attribute cannot be had.
+        ConfigError: the name is unknown, the module cannot be imported, or it lacks the attribute.
     """
     if name in builtin:
         return builtin[name]
@@ -37,17 +37,17 @@ def find(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
 
 
 def unknown(name: str, builtin: Mapping[str, Any]) -> str:
-    """What to say where no part is called `name`."""
+    """The message if no part is called `name`."""
     near = difflib.get_close_matches(name, builtin, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"no {name!r}; known: {', '.join(builtin)}, or your own as module:attribute{hint}"
 
 
 def require_picklable(given: Mapping[str, Any]) -> None:
-    """Check that Ray can send parts to its actors.
+    """Requires that Ray can send parts to its actors.
 
     Args:
-        given: parts by the setting that each stands for.
+        given: parts by the setting that each replaces.
     Raises:
         ConfigError: one cannot be pickled.
     """
@@ -65,7 +65,7 @@ def require_picklable(given: Mapping[str, Any]) -> None:
 
 
 def _hidden(module_name: str) -> str:
-    """What to add where the user has a module of this name, and another of the same name was found."""
+    """A hint for the message, if the import found another module than the user's of the same name."""
     found = getattr(sys.modules[module_name], "__file__", None)
     own = Path(*module_name.split("."))
     for file in (own.with_name(f"{own.name}.py"), own / "__init__.py"):
@@ -91,7 +91,7 @@ def takes_all(factory: Callable[..., Any]) -> bool:
 
 
 def call(kind: str, factory: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
-    """Call a part's factory with `args`, and with those of the `offered` values that its parameters name.
+    """Calls a part's factory with `args`, and with the `offered` values that its parameters name.
 
     Raises:
         ConfigError: `args` do not fit the factory, or it raises.

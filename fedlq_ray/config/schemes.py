@@ -1,6 +1,6 @@
-"""The settings of each strategy: `SCHEMES` has one class per name, and a class has what its strategy reads.
+"""The settings of each strategy: `SCHEMES` has one class per name, with the settings that the strategy reads.
 
-They live apart from the strategies, so that settings are checked and shown without loading PyTorch.
+They are separate from the strategies, so that settings are checked and shown without loading PyTorch.
 """
 
 from collections.abc import Mapping
@@ -17,19 +17,19 @@ BITS = "bits per parameter"
 
 
 def own(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A setting that one strategy alone has, under a name that may mean something else for another strategy."""
+    """A setting of one strategy only; its name may mean something else for another strategy."""
     return key(default, meaning, own=True, **bounds)
 
 
 class StrategyConfig(Section):
-    """What every strategy reads."""
+    """Settings that every strategy reads."""
 
     name: Text = key("fedlq", "a scheme by name (docs/algorithms lists them), or your own as module:function")
     payload: Literal["update", "model"] = key("update", "what a client sends: its update, or its whole model")
     error_feedback: bool | Literal["ef21"] | None = key(
         None,
         "clients add what quantization lost in a round to what they send in the next; ef21: they send the difference "
-        "from what the server has of them; null: the strategy's own default; signsgd takes neither",
+        "from the server's vector of them; null: the strategy's own default; signsgd allows neither",
     )
 
     @field_validator("name")
@@ -43,7 +43,7 @@ class StrategyConfig(Section):
 
 
 class Quantized(StrategyConfig):
-    """Levels are sent by a quantizer that the settings name."""
+    """The settings name the quantizer that sends levels."""
 
     quantizer: Text = key("minmax", "minmax, qsgd, or your own as module:attribute")
 
@@ -51,14 +51,14 @@ class Quantized(StrategyConfig):
 class Scoped(StrategyConfig):
     """One quantizer for all layers."""
 
-    scope: Literal["layer", "model"] = key("layer", "what the quantizer takes at once: a layer, or the whole model")
+    scope: Literal["layer", "model"] = key("layer", "what the quantizer encodes at once: a layer, or the whole model")
 
 
 class Rated(StrategyConfig):
     """One rate for all clients."""
 
     bits: float = key(
-        4.0, "rate of a client's payload; uniform: the level, of which fractions mix two levels over clients",
+        4.0, "rate of a client's payload; uniform: the level; a fraction mixes two levels over clients",
         unit=BITS, gt=0, le=32,
     )  # fmt: skip
 
@@ -72,15 +72,15 @@ class Budgeted(Rated):
         "floor_bits sets the time that the others may fill",
     )
     floor_bits: float | None = key(
-        2.0, "budget=cohort: rate of the slowest, or the lowest level where that is more; null: what the convergence "
-        "bound finds best for a round. fedlq_rd, budget=deadline: a client that cannot send at this rate in time is "
+        2.0, "budget=cohort: rate of the slowest member, but at least the lowest level; null: the best rate by the "
+        "convergence bound, per round. fedlq_rd, budget=deadline: a client that cannot send at this rate in time is "
         "late; null: at 0.02",
         unit=BITS, gt=0, le=32,
     )  # fmt: skip
     noise_cost: float = key(
         0.05, "floor_bits=null: how much a relative squared error of the averaged update adds to the rounds", ge=0
     )
-    cap_bits: float = key(8.0, "the most that a client sends: more bits do not help", unit=BITS, gt=0, le=32)
+    cap_bits: float = key(8.0, "maximum rate of a client; more bits do not help", unit=BITS, gt=0, le=32)
     deadline_s: Positive | None = key(None, "budget=deadline: simulated length of a round", unit="s")
 
     @model_validator(mode="after")
@@ -94,7 +94,7 @@ class Budgeted(Rated):
     @model_validator(mode="after")
     def _reads_bits(self) -> Self:
         if self.budget != "bits" and self.bits != 4.0:
-            raise ValueError(f"bits={self.bits:g} is read with budget=bits alone; set budget=bits, or floor_bits")
+            raise ValueError(f"bits={self.bits:g} is read only with budget=bits; set budget=bits, or floor_bits")
         return self
 
 
@@ -103,9 +103,8 @@ class Late(Budgeted):
 
     late: Literal["wait", "drop", "partial"] = key(
         "wait",
-        "budget=deadline: what becomes of clients that cannot send all layers in time: the round waits for them, "
-        "continues without them, or they send what fits: the most significant layers (fedlq), all at a lower rate "
-        "(fedlq_rd)",
+        "budget=deadline: clients that cannot send all layers in time: the round waits for them, continues without "
+        "them, or they send what fits: the most significant layers (fedlq), or all at a lower rate (fedlq_rd)",
     )
 
 
@@ -126,8 +125,8 @@ class Probed(StrategyConfig):
 
     metric: Literal["loss", "accuracy", "squared_error", "fisher", "taylor", "hawq", "size", "random"] | None = key(
         None,
-        "in what a layer's drop is measured, or by what it is predicted; null: loss for fedlq, squared_error, which "
-        "needs no probe, for fedlq_rd",
+        "measure or predictor of a layer's drop; null: loss for fedlq, and squared_error, which needs no probe, for "
+        "fedlq_rd",
     )
     probe_on: Literal["proxy", "clients"] = key(
         "proxy", "whose held-out samples: all clients', drawn once, or those of the round's cohort (time not billed)"
@@ -141,10 +140,10 @@ class FedLQ(Late, Levelled, Probed):
     """fedlq."""
 
     allocation: Literal["greedy", "exact"] = key(
-        "greedy", "how levels are found under a budget: step by step, or those of the least total accuracy drop"
+        "greedy", "how levels are found under a budget: step by step, or with the least total accuracy drop"
     )
     significance: Literal["ratio", "sum"] = key(
-        "ratio", "accuracy drop per memory saved, or a weighted sum, which allocation=greedy alone has"
+        "ratio", "accuracy drop per memory saved, or a weighted sum (only with allocation=greedy)"
     )
     significance_alpha: float = key(0.5, "significance=sum: weight of the accuracy drop", ge=0, le=1)
 
@@ -154,7 +153,7 @@ class FedLQRD(Late, Probed):
 
 
 class Every(FedLQ, Scoped):
-    """A strategy of the user's own, which may read any setting, and gets `args`."""
+    """A user's own strategy, which may read any setting and gets `args`."""
 
     args: Args = key({}, "the strategy's own arguments, such as {fraction: 0.01}")
 
@@ -168,7 +167,7 @@ class Qsgd(Scoped):
 
     levels: int = own(7, "quantization levels between 0 and the norm", ge=1)
     bucket: int | None = own(512, "values that share a norm; null: those of a layer", ge=1)
-    norm: Literal["l2", "max"] = own("max", "the norm of a bucket: Euclidean, or its greatest magnitude")
+    norm: Literal["l2", "max"] = own("max", "the norm of a bucket: Euclidean, or its largest magnitude")
 
 
 class FedPAQ(Scoped):
@@ -180,7 +179,7 @@ class FedPAQ(Scoped):
 class TernGrad(Scoped):
     """terngrad."""
 
-    clip: Positive | None = own(2.5, "values are clipped at this many standard deviations; null: they are not")
+    clip: Positive | None = own(2.5, "values are clipped at this many standard deviations; null: no clipping")
 
 
 class SignSGD(Scoped):
@@ -199,29 +198,29 @@ class AdaQuantFL(Scoped):
     """adaquantfl."""
 
     s0: int = own(2, "levels of the first round", ge=1)
-    s_max: int = own(1024, "the most levels", ge=1)
+    s_max: int = own(1024, "maximum number of levels", ge=1)
 
 
 class DAdaQuant(Scoped):
     """dadaquant."""
 
-    q_min: int = own(1, "levels at first", ge=1)
-    q_max: int = own(16, "the most levels", ge=1)
+    q_min: int = own(1, "initial levels", ge=1)
+    q_max: int = own(16, "maximum number of levels", ge=1)
     psi: float = own(0.9, "weight of the past in the running loss", ge=0, lt=1)
-    phi: int = own(10, "rounds across which the running loss is compared", unit="rounds", ge=2)
+    phi: int = own(10, "rounds over which the running loss is compared", unit="rounds", ge=2)
 
 
 class FedDQ(Quantized):
     """feddq."""
 
-    resolution: Positive = own(0.005, "what two neighbouring values may differ by, in the units of what is sent")
+    resolution: Positive = own(0.005, "allowed difference of two neighbouring levels, in the units of what is sent")
 
 
 class AdaGQ(Quantized):
     """adagq."""
 
-    s0: float = own(255.0, "levels at first; 255 are 8 bits", ge=1, le=255)
-    lam: float = own(10.0, "levels that a doubling of the gradient's norm adds")
+    s0: float = own(255.0, "initial levels; 255 levels are 8 bits", ge=1, le=255)
+    lam: float = own(10.0, "levels added when the gradient's norm doubles")
 
 
 class FedMPQ(Quantized, Budgeted):
@@ -235,16 +234,16 @@ class FedHQ(Levelled, Budgeted):
 class FedFQ(Scoped):
     """fedfq."""
 
-    bits: float = own(4.0, "a parameter's share of a layer's bytes, 2 bits of them for the map", unit=BITS, gt=0, le=32)
+    bits: float = own(4.0, "mean bits per parameter of a layer, 2 of them for the map", unit=BITS, gt=0, le=32)
 
 
 class LGreCo(Quantized):
     """lgreco."""
 
-    bits: int = own(4, "the reference, and what is sent before the first adjustment", unit=BITS, ge=1, le=8)
-    alpha: Positive = own(1.0, "error that is allowed, in multiples of the reference's")
+    bits: int = own(4, "the reference; also the level before the first adjustment", unit=BITS, ge=1, le=8)
+    alpha: Positive = own(1.0, "allowed error, as a multiple of the reference's")
     every: int = own(10, "rounds between adjustments", unit="rounds", ge=1)
-    window: int = own(1, "rounds before an adjustment whose mean updates are averaged", unit="rounds", ge=1)
+    window: int = own(1, "last rounds before an adjustment, whose mean updates are averaged", unit="rounds", ge=1)
 
 
 class Kimad(Levelled, Budgeted):
@@ -304,7 +303,7 @@ else:
 
 
 def own_settings(kind: type[StrategyConfig]) -> tuple[str, ...]:
-    """The settings that a strategy alone has; they are arguments of its constructor."""
+    """The settings of one strategy only; they are arguments of its constructor."""
     return tuple(name for name, field in kind.model_fields.items() if (field.json_schema_extra or {}).get("own"))  # type: ignore[union-attr]  # always a dict here
 
 
@@ -325,27 +324,27 @@ def strategy_config(name: str = "fedlq", **settings: Any) -> StrategyConfig:
 
 
 def shared(config: StrategyConfig) -> dict[str, Any]:
-    """The settings that mean the same for every strategy that reads them."""
+    """The settings with the same meaning for every strategy that reads them."""
     own = own_settings(type(config))
     return {name: getattr(config, name) for name in type(config).model_fields if name not in own}
 
 
 def renamed(config: StrategyConfig, name: str) -> StrategyConfig:
-    """The settings of another strategy, with those of `config` that both read."""
+    """The settings of the strategy called `name`, with those of `config` that both read."""
     kind = SCHEMES.get(name, Every)
     kept = {key: value for key, value in shared(config).items() if key in kind.model_fields}
     return kind(**{**kept, "name": name})
 
 
 def every(config: StrategyConfig) -> Every:
-    """All settings there are, for a strategy that is given as an object: those of `config`, else the defaults."""
+    """All settings, for a strategy given as an object: those of `config`, else the defaults."""
     return config if isinstance(config, Every) else Every.model_construct(**shared(config))
 
 
 def whole(config: StrategyConfig) -> dict[str, Any]:
-    """All settings there are, as JSON: what a strategy does not read has its default, its own settings are in `args`.
+    """All settings, as JSON. Settings that a strategy does not read have their defaults; its own ones are in `args`.
 
-    Digests are made of this, so that a setting of another strategy changes none.
+    Digests are computed from this, so a setting of another strategy does not change them.
     """
     own = own_settings(type(config))
     found = Every.model_construct().model_dump(mode="json") | config.model_dump(mode="json", exclude=set(own))
@@ -355,7 +354,7 @@ def whole(config: StrategyConfig) -> dict[str, Any]:
 
 
 def fitted(settings: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a section without those that its strategy does not read; `kept`: all of these stay."""
+    """A section's settings without those that its strategy does not read; settings in `kept` always stay."""
     kind = SCHEMES.get(str(settings.get("name", "fedlq")), Every)
     return {
         key: value for key, value in settings.items() if key in kept or key in kind.model_fields or not readers(key)
@@ -363,7 +362,7 @@ def fitted(settings: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, An
 
 
 def migrated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run folder of an earlier version, which kept those of all strategies, and own ones in `args`."""
+    """Converts an earlier version's settings, which had those of all strategies and own ones in `args`."""
     kind = SCHEMES.get(str(settings.get("name", "fedlq")), Every)
     if kind is Every:
         return dict(settings)

@@ -1,10 +1,10 @@
-"""A section of settings: strict, frozen, and with errors in our own words.
+"""The base class of sections of settings: strict, frozen, and with error messages of our own.
 
-Settings arrive as YAML, as `key=value`, or in Python. Values that mean the same are equal in all three: lists and
-tuples, NumPy's scalars and numbers, paths and text.
+Settings come from YAML, `key=value` or Python. Equivalent values are equal in all three: lists and tuples, NumPy's
+scalars and numbers, paths and text.
 """
 
-from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+from fedlq_ray import startup  # noqa: F401  (first: a user's file could hide later imports)
 
 # isort: split
 import difflib
@@ -20,14 +20,14 @@ from fedlq_ray.errors import ConfigError
 
 
 def _text(value: Any) -> Any:
-    """A name that is written as a number is still a name; a path is its text."""
+    """Converts numbers and paths to text, such as a name written as a number."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _plain(value: Any) -> Any:
-    """A setting's value as validation takes it: Python's numbers, and tuples for sequences."""
+    """A setting's value for validation: Python's numbers, and tuples for sequences."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -38,10 +38,10 @@ def _plain(value: Any) -> Any:
 
 
 def _kept(value: Any, where: str = "") -> Any:
-    """Arguments of a user's own part, as config.yaml can hold them, so that a resumed run has the same.
+    """Arguments of a user's own part, as config.yaml can hold them, so that a resumed run has the same arguments.
 
     Raises:
-        ValueError: it cannot hold one of them; says where it is.
+        ValueError: config.yaml cannot hold one of them; the message names where.
     """
     if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, np.generic):
         return value
@@ -79,8 +79,8 @@ def key(
     """A setting.
 
     Args:
-        affects: what another value changes: the result; of schemes that ignore time, the clock alone; or nothing.
-        own: one strategy alone has it.
+        affects: what another value changes: the result; only the clock (of schemes that ignore time); or nothing.
+        own: whether only one strategy has it.
     """
     extra: Any = {"unit": unit, "affects": affects, "own": own}
     return Field(default, description=meaning, json_schema_extra=extra, **bounds)
@@ -90,12 +90,12 @@ class Section(BaseModel):
     """Strict and frozen: no unknown keys, no silent conversions, no NaN or infinity.
 
     Raises:
-        ConfigError: every fault of the values given, a line each.
+        ConfigError: all faults of the given values, one per line.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    if not TYPE_CHECKING:  # the signature stays that of the fields
+    if not TYPE_CHECKING:  # type checkers see a signature of the fields
 
         def __init__(self, **settings: Any) -> None:
             try:
@@ -103,7 +103,7 @@ class Section(BaseModel):
             except ValidationError as exc:
                 raise ConfigError("\n".join(faults(type(self), exc))) from None
 
-        # Sections within sections are validated without it, so that one error has all faults.
+        # Nested sections are validated without this __init__, so that one error has all faults.
         __init__.__pydantic_base_init__ = True
 
         @classmethod
@@ -114,7 +114,7 @@ class Section(BaseModel):
                 raise ConfigError("\n".join(faults(cls, exc))) from None
 
         def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Section":
-            """Other settings, checked like all."""
+            """A copy with other settings, which are checked."""
             kept = {name: getattr(self, name) for name in type(self).model_fields}
             return type(self)(**kept | dict(update or {}))
 
@@ -130,10 +130,10 @@ class Section(BaseModel):
 
 
 def keys(section: Section | type[Section], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every setting: its dotted path, its pydantic field, and its default, that without environment variables.
+    """Every setting: its dotted path, its pydantic field, and its default without environment variables.
 
     Args:
-        section: settings, or a class of them; of one that has variants, the class has the default one.
+        section: settings, or their class; the class of a section with variants has the default variant.
     """
     kind = section if isinstance(section, type) else type(section)
     for name, field in kind.model_fields.items():
@@ -148,7 +148,7 @@ def keys(section: Section | type[Section], prefix: str = "") -> Iterator[tuple[s
 
 
 def affects(section: Section | type[Section], what: Affects) -> list[str]:
-    """The settings of which another value changes `what`, by their dotted paths."""
+    """The dotted paths of the settings that affect `what`."""
     return [path for path, field, _ in keys(section) if field.json_schema_extra.get("affects", "result") == what]
 
 
@@ -164,7 +164,7 @@ def is_optional(field: Any) -> bool:
 
 
 def faults(section: type[Section], exc: ValidationError) -> list[str]:
-    """Every fault of a section's settings, a line each: the key, what is wrong, what was given."""
+    """All faults of a section's settings, one line each: the key, what is wrong, what was given."""
     return [_fault(section, error) for error in exc.errors(include_url=False)]
 
 
@@ -176,12 +176,12 @@ class _Variant(NamedTuple):
 
 
 def _place(section: type[Section], steps: Sequence[Any]) -> tuple[type[Section], str, _Variant | None]:
-    """The section that a fault is in, the dotted path of its setting, and which variant the section is."""
+    """The section of a fault, the dotted path of its setting, and the section's variant."""
     path: list[str] = []
     chosen: _Variant | None = None
     variants: dict[str, type[Section]] = {}
     for step in steps:
-        if variants:  # the step is the variant's tag, which is no part of the path
+        if variants:  # the step is the variant's tag, which is not part of the path
             chosen = _Variant(str(step), list(variants.values()))
             section, variants = variants.get(str(step), section), {}
             continue

@@ -17,17 +17,19 @@ Positive = Annotated[float, Field(gt=0)]
 
 class DataConfig(Section):
     name: Text = key("digits", "digits, fashion-mnist, mnist, cifar10, npz, or your own as module:function")
-    path: Text | None = key(None, "file or folder of the data; for npz required, else searched in the usual places")
+    path: Text | None = key(None, "file or folder of the data; required for npz, else searched in the usual places")
     layout: Literal["auto", "features", "images", "series", "channels_first"] = key(
         "auto",
         "the layout of samples: features (n, ...), which are flattened; images (n, height, width[, channels]); "
         "series (n, length, channels); channels_first, PyTorch's layout of images and series; auto: read from the "
-        "shape, an error where the shape has two readings",
+        "shape; an ambiguous shape is an error",
     )
-    partition: Literal["iid", "dirichlet", "shards", "quantity"] = key("dirichlet", "how samples go to clients")
+    partition: Literal["iid", "dirichlet", "shards", "quantity"] = key(
+        "dirichlet", "how samples are distributed over clients"
+    )
     alpha: Positive = key(0.3, "concentration of dirichlet (by label) and quantity (by size); small is uneven", le=1e6)
-    classes_per_client: int = key(2, "for shards: label-sorted shards per client", ge=1)
-    min_samples: int = key(8, "the fewest samples of a client", unit="samples", ge=1)
+    classes_per_client: int = key(2, "partition=shards: label-sorted shards per client", ge=1)
+    min_samples: int = key(8, "minimum number of samples per client", unit="samples", ge=1)
     holdout: float = key(0.1, "share of each client's shard that is held out of training, for probes", ge=0, lt=1)
     args: Args = key({}, "arguments of your own data function")
 
@@ -99,14 +101,14 @@ class TrainConfig(Section):
     momentum: float = key(0.0, "momentum of the clients' SGD, fresh each round", ge=0, lt=1)
     weight_decay: float = key(0.0, "L2 penalty of the clients' SGD", ge=0, le=1)
     max_grad_norm: Positive | None = key(None, "gradients of a step are scaled down to this Euclidean norm")
-    batch_size: int = key(16, "samples in a step", unit="samples", ge=1)
-    local_epochs: int = key(2, "passes over the shard in a round", ge=1)
+    batch_size: int = key(16, "samples per step", unit="samples", ge=1)
+    local_epochs: int = key(2, "passes over the shard per round", ge=1)
     prox_mu: float = key(0.0, "FedProx's pull to the global weights (Li et al., MLSys 2020)", ge=0, le=1e3)
     adaptive_work: float = key(
         1.0, "above 1, a cohort's members train for equally long: from 1 / sqrt(w) to w times the base, "
         "sqrt(w) in the mean; updates are normalised by work (FedNova)", ge=1, le=100,
     )  # fmt: skip
-    max_samples: int | None = key(None, "the most samples of a pass, drawn anew each round", unit="samples", ge=1)
+    max_samples: int | None = key(None, "maximum samples per pass, drawn again each round", unit="samples", ge=1)
 
 
 class ServerConfig(Section):
@@ -127,7 +129,7 @@ class NetworkConfig(Section):
     )  # fmt: skip
     downlink_cap_bits: float = key(
         4.0,
-        "downlink_bits: the most that a client is sent: more bits do not help",
+        "downlink_bits: maximum rate of a client; more bits do not help",
         unit="bits per parameter",
         gt=0,
         le=32,
@@ -146,15 +148,15 @@ class CheckpointConfig(Section):
 
 
 def variable(name: str, default: str, meaning: str, **bounds: Any) -> Any:
-    """A setting whose default is an environment variable, where that is set and not empty."""
+    """A setting whose default is an environment variable, if it is set and not empty."""
 
     def value() -> str:
         found = os.environ.get(name) or default
         if len(found) > 500:
-            raise ConfigError(f"{name}: must have at most 500 characters, and has {len(found)}")
+            raise ConfigError(f"{name}: must have at most 500 characters, got {len(found)}")
         return found
 
-    meaning = f"{meaning}; the default is {name}, where that is set"
+    meaning = f"{meaning}; the default is {name}, if it is set"
     return Field(
         default_factory=value,
         description=meaning,
@@ -179,10 +181,10 @@ class Config(Section):
     target_accuracy: float | None = key(0.93, "test accuracy to reach, as a fraction", gt=0, le=1)
     evaluate_every: int = key(1, "rounds between evaluations; the last is always evaluated", ge=1)
     evaluate_on: Literal["test", "holdout"] = key(
-        "test", "whose accuracy counts: the test set's, or, to choose settings by, that of the samples in data.holdout"
+        "test", "which samples accuracy is of: the test set, or those of data.holdout, to choose settings"
     )
     stop_at_target: bool = key(False, "end the run when the target is reached")
-    out: Text | None = key(None, "the run's folder; null: runs/NAME-SEED, then -2, -3 where taken", affects="nothing")
+    out: Text | None = key(None, "the run's folder; null: runs/NAME-SEED, then -2, -3 if taken", affects="nothing")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     clients: ClientsConfig = ClientsConfig()

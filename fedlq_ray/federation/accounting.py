@@ -1,4 +1,4 @@
-"""What a round took and came to: bytes, simulated seconds, and the record."""
+"""Accounts for a round: bytes, simulated seconds, and the record."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def clock(
     uplink_bytes: Sequence[int],
     downlink_bytes: Sequence[int],
 ) -> list[ClientTime]:
-    """How long each client's part of a round took, under the round's own conditions."""
+    """Each client's times in a round, under the conditions drawn for that round."""
     config = task.config
     return [
         client_time(
@@ -35,7 +35,7 @@ def clock(
 
 
 def times_of(task: Task, planned: Planned, fold: Fold) -> list[ClientTime]:
-    """How long each member's part took. Clients without a plan fetch nothing, and do not delay the round."""
+    """Each member's times. Clients without a plan fetch nothing and do not delay the round."""
     clients, samples = [m.client for m in planned.members], _client_samples(task, planned)
     return clock(task, planned.round, clients, samples, _sent(planned, fold), _received(planned))
 
@@ -99,7 +99,7 @@ def record_of(
 
 
 def _bits(layer: Layer, sent: Sequence[Sent]) -> float:
-    """Bits a parameter that a payload spent on a layer, headers included; a piece's elements share its bytes evenly."""
+    """A payload's bits per parameter of a layer, headers included. A segment's elements share its bytes evenly."""
     total = 0.0
     for start, stop, num_bytes in sent:
         shared = min(stop, layer.stop) - max(start, layer.start)

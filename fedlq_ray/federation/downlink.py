@@ -1,14 +1,15 @@
-"""What clients hold of the model, and what it takes to bring them up to date.
+"""The downlink: which model each client holds, and the payload that updates it.
 
-Without `network.downlink_bits` every member of a cohort gets the whole model as float32. With it the server keeps what
-each client holds, v_n, and sends Q(w - v_n), after which v_n <- v_n + Q(w - v_n): what coding loses stays in w - v_n
-for the next time, which is error feedback. The initial weights come from the seed, which every client has. As on the
-way up, the slowest link at `downlink_bits` sets a time, and the others fill it with bits up to `downlink_cap_bits`.
+Without `network.downlink_bits`, every member of a cohort gets the whole model as float32. With it, the server keeps the
+model that each client holds, v_n, and sends Q(w - v_n). Then v_n <- v_n + Q(w - v_n): what coding loses stays in
+w - v_n for the next time, which is error feedback. The initial weights come from the seed, which every client has. As
+on the uplink, the slowest link at `downlink_bits` sets a time, and the other links fill it with bits up to
+`downlink_cap_bits`.
 
-A broadcast that all clients track, of which each fetches what it missed, must be far coarser for the same bytes: a
-client that takes part in every fifth round fetches five. On a Gaussian change one bit leaves a relative error of 0.35,
-and five times a fifth of a bit leave 0.83 each (docs/quantizers.md). Compare DoubleSqueeze (Tang et al., ICML 2019) and
-DORE (Liu et al., AISTATS 2020), whose clients all take part in every round.
+The alternative is a broadcast that all clients track, where each client fetches what it missed. For the same bytes it
+is far coarser: a client that takes part in every fifth round fetches five broadcasts. On a Gaussian change, one bit
+leaves a relative error of 0.35, but five broadcasts at a fifth of a bit leave 0.83 each (docs/quantizers.md). Compare
+DoubleSqueeze (Tang et al., ICML 2019) and DORE (Liu et al., AISTATS 2020), whose clients take part in every round.
 """
 
 from collections.abc import Mapping
@@ -23,14 +24,14 @@ from fedlq_ray.strategies.budgets import bytes_at_rate, one_step
 
 
 class Offer(NamedTuple):
-    """The model (d,) that a client holds once it has fetched `num_bytes`."""
+    """The model (d,) that a client holds after it fetches `num_bytes`."""
 
     model: Tensor
     num_bytes: int
 
 
 class Downlink:
-    """How the model is sent down. Where that is coded, the state has what each client holds: d x 4 bytes per client."""
+    """Sends the model to clients. If it is coded, the server state has each client's model: d x 4 bytes per client."""
 
     def __init__(
         self, setting: Setting, bits: float | None, cap_bits: float, weights: Tensor, whole_bytes: int
@@ -41,10 +42,10 @@ class Downlink:
     def offer(
         self, held: Mapping[int, Tensor], weights: Tensor, bytes_per_s: Mapping[int, float], round: int
     ) -> dict[int, Offer]:
-        """What each member of a cohort may fetch, given its downlink's mean rate; nothing is fetched yet.
+        """The model that each member of a cohort may fetch, given its downlink's mean rate; nothing is fetched yet.
 
         Args:
-            held: by client, what it holds of the model; the initial weights where nothing is there.
+            held: by client, the model that it holds; a client without an entry holds the initial weights.
         """
         if self.bits is None:
             return {client: Offer(weights, self.whole_bytes) for client in bytes_per_s}

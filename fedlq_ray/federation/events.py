@@ -1,4 +1,4 @@
-"""What happens in a run, one small class each; `simulate(watch=...)` and `fedlq watch` hear of them."""
+"""Events of a run, one small class each; `simulate(watch=...)` and `fedlq watch` receive them."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from fedlq_ray.federation.record import Record
 
 @dataclass(frozen=True)
 class Prepared:
-    """All is checked; `notes` are sentences on how data and settings were read."""
+    """Everything is checked; `notes` are sentences on how data and settings were read."""
 
     notes: list[str]
 
 
 @dataclass(frozen=True)
 class Hosting:
-    """Where clients live, and why; `actors` is 0 without Ray, `startup_s` wall seconds."""
+    """How clients are hosted, and why; `actors` is 0 without Ray, `startup_s` is in wall seconds."""
 
     kind: str
     why: str
@@ -27,7 +27,7 @@ class Hosting:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run continues after these records, from a checkpoint; `faults` says what was wrong with newer ones."""
+    """A run resumes after these records, from a checkpoint; `faults` says why newer checkpoints were not used."""
 
     records: list[Record]
     faults: list[str]
@@ -35,28 +35,28 @@ class Resumed:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round is over, and evaluated where that was due."""
+    """A round is over, and evaluated if the settings require it."""
 
     record: Record
 
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that does not end the run."""
+    """A problem that does not end the run."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Restarted:
-    """The driver failed, and starts again from its checkpoint; or a run that is watched went back to a checkpoint."""
+    """The driver failed and restarts from its checkpoint, or a watched run returned to a checkpoint."""
 
     fault: str
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """An interrupt was heard: the run ends at the next payload."""
+    """An interrupt was received: the run ends at the next payload."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Ended:
 
     Attributes:
         weights: (d,) float32, after the last record's round.
-        completed: all that was asked for was done.
+        completed: all configured rounds are done, or the target is reached.
         timing: wall seconds by name.
-        tracked: what went wrong with MLflow, or None.
+        tracked: MLflow's error, or None.
     """
 
     weights: NDArray[np.float32]
@@ -78,7 +78,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Closed:
-    """A run that was watched has ended; `status` is MLflow's word for how."""
+    """A watched run has ended; `status` is MLflow's status."""
 
     status: str
 

@@ -1,4 +1,4 @@
-"""A cohort's payloads, summed."""
+"""Sums a cohort's payloads."""
 
 import math
 import time
@@ -16,12 +16,12 @@ from fedlq_ray.training.local import Reply
 
 
 class Fold:
-    """Payloads folded into the average as they come, but summed in client order; one is decoded at a time.
+    """Folds payloads into the average as they arrive, summed in client order; it decodes one at a time.
 
     Args:
-        offers: what each client started from.
-        shares: of each job's update in the sum.
-        tracked: what the server has of each client by EF21; `self.tracked` has it after the round.
+        offers: the model that each client started from.
+        shares: each job's share of the sum.
+        tracked: the server's EF21 vector of each client; `self.tracked` has it after the round.
     """
 
     def __init__(
@@ -36,38 +36,38 @@ class Fold:
         self.decode_s = 0.0  # wall seconds of decoding and summing
         self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
         self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
-        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over what was sent
+        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over the vectors sent
         self.square_error = 0.0  # sum of p_n^2 |Q(x_n) - x_n|^2
         self.waiting: dict[int, Reply | ClientError] = {}
-        self.turn = 0  # the job whose payload is the next to be summed
+        self.turn = 0  # index of the job whose payload is summed next
         self.replies: dict[int, Reply] = {}
-        self.faults: list[ClientError] = []  # of the clients that are passed over
+        self.faults: list[ClientError] = []  # of the skipped clients
         self.sent: list[tuple[Sent, ...]] = []
         self.parameters = sum(layer.size for layer in task.layers if not layer.buffer)
         self.heard = False  # a payload changed a parameter
 
     @property
     def lost(self) -> list[int]:
-        """Clients that failed, and are passed over."""
+        """Clients that failed and are skipped."""
         return [fault.client for fault in self.faults]
 
     @property
     def answered(self) -> float:
-        """The share of the sum that came."""
+        """The sum of the shares of the clients that answered."""
         return sum(s for j, s in zip(self.jobs, self.shares, strict=True) if j.client in self.replies)
 
     def mean(self) -> Tensor:
-        """The cohort's mean update (d,) float64; where clients failed, that of the others."""
+        """The cohort's mean update (d,) float64, over the clients that did not fail."""
         return self.update * self._whole
 
     @property
     def _whole(self) -> float:
-        """By what the others' shares rise for those that failed."""
+        """The factor by which shares rise to replace failed clients."""
         return sum(self.shares) / self.answered if self.lost and self.answered else 1.0
 
     @property
     def mean_error(self) -> float:
-        """What quantization adds to the mean update, root mean square, where clients' errors are independent."""
+        """Root mean square error that quantization adds to the mean update, if clients' errors are independent."""
         return self._whole * math.sqrt(self.square_error)
 
     @property
@@ -78,9 +78,11 @@ class Fold:
         return self.energy / square if square else None
 
     def require_movement(self) -> None:
-        """
+        """Requires that the round changed something.
+
         Raises:
-            FedLQError: no client trained anything, or all payloads decode to no change, and none is owed for later.
+            FedLQError: no client's training moved its weights, or all payloads decode to no change without error
+                feedback, which would send it later.
         """
         if not self.replies:
             return
@@ -92,15 +94,15 @@ class Fold:
             )
         if not self.heard and not any(job.plan.error_feedback for job in self.jobs):
             raise FedLQError(
-                f"{where}all {len(self.replies)} payloads decode to no change, so that nothing is learned; give "
-                "quantizers more bits, or use strategy.error_feedback=true, which carries what is lost to later rounds"
+                f"{where}all {len(self.replies)} payloads decode to no change, so nothing is learned; give "
+                "quantizers more bits, or use strategy.error_feedback=true, which sends what is lost in later rounds"
             )
 
     def take(self, client: int, reply: Reply | ClientError) -> None:
-        """A client's reply, or why it failed for good; what comes of it after the first does not count.
+        """Takes a client's reply, or its final failure. Further replies of the client are ignored.
 
         Raises:
-            ClientError: its payload is refused.
+            ClientError: its payload is rejected.
         """
         started = time.perf_counter()
         self.waiting.setdefault(client, reply)

@@ -1,4 +1,4 @@
-"""Where clients live, as the rounds see it."""
+"""The interface of a host, which runs clients for the rounds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from fedlq_ray.training.local import Reply
 
 
 class Future(Protocol):
-    """Something under way elsewhere."""
+    """A result that is computed elsewhere."""
 
     def ready(self) -> bool: ...
 
@@ -20,11 +20,11 @@ class Future(Protocol):
 
 
 class Host(Protocol):
-    """Where clients live. `publish` makes weights known to all; the others take what it gave.
+    """Runs clients. `publish` makes weights available to all; the other methods take what it returns.
 
-    `train` gives each job's reply, in any order, or why a client failed where the round may go on without it.
-    The futures of `evaluate` and `probe` give a `Timed`. `memories` has what clients keep for error feedback, in the
-    host's own form; `recall` gives it as tensors, and `remember` puts such tensors in its place.
+    `train` yields each job's reply, in any order, or why a client failed if the round may continue without it. The
+    futures of `evaluate` and `probe` return a `Timed`. `memories` has the clients' error feedback, in the host's own
+    form; `recall` returns it as tensors, and `remember` sets it from tensors.
     """
 
     memories: dict[int, Any]

@@ -1,4 +1,4 @@
-"""A round before it trains: who takes part, what each may fetch, and what each is to send."""
+"""Plans a round: which clients take part, what each may fetch, and what each will send."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,15 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Planned:
-    """A round before it trains.
+    """The plan of a round, made before it trains.
 
     Attributes:
         members: the cohort, in order.
-        offers: what each may fetch of the model.
-        plans: what each is to send; clients without a plan skip the round and do not delay it.
-        jobs: of the members that have a plan and do not drop out, in order.
-        shares: of each job's update in the sum.
-        probe: what the strategy wants measured while the round trains.
+        offers: the model that each member may fetch.
+        plans: what each member sends; clients without a plan skip the round and do not delay it.
+        jobs: one for each member that has a plan and does not drop out, in order.
+        shares: each job's share of the sum.
+        probe: the measurement that the strategy requests while the round trains.
     """
 
     round: int
@@ -40,7 +40,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Rules:
-    """What stays the same over rounds: the task, the strategy, and how the model is sent down."""
+    """What is constant over rounds: the task, the strategy and the downlink."""
 
     task: Task
     strategy: Strategy
@@ -56,12 +56,12 @@ class Rules:
         return Rules(task, strategy, down)
 
     def ask(self, method: str, round: int, *arguments: Any) -> Any:
-        """What a method of the strategy returns."""
+        """The checked result of a strategy's method."""
         return asked(self.strategy, self.task.config.seed, method, round, *arguments)
 
 
 def plan(rules: Rules, state: ServerState) -> Planned:
-    """Draw a cohort, and ask the strategy what each member is to send."""
+    """Draws a cohort and asks the strategy for each member's plan."""
     task, round = rules.task, state.round
     drawn = cohorts.draw(task, round)
     rates = {client: cohorts.downlink(task, client) for client in drawn}
@@ -88,5 +88,5 @@ def shares_of(members: Sequence[Member], plans: Mapping[int, Plan]) -> list[floa
 
 
 def samples_of_member(task: Task, member: Member) -> int:
-    """Samples that a member goes through in a round."""
+    """Samples that a member trains on in a round, over all passes."""
     return int(0.5 + member.work * cohorts.base_work(task, member.samples))

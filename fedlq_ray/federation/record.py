@@ -1,4 +1,4 @@
-"""What a round came to: a line of rounds.jsonl."""
+"""The record of a round: one line of rounds.jsonl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -7,21 +7,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Record:
-    """One round. Lists by client are in the order of `cohort`, dicts are by layer; bytes and seconds are of this round.
+    """One round. Lists by client follow the order of `cohort`, dicts are by layer; bytes and seconds are this round's.
 
     Attributes:
         cohort: the clients that were drawn.
-        answered: those whose payload arrived, in the order in which they were summed.
-        skipped: those that failed, where `clients.on_failure` lets the round continue without them.
-        train_loss: the mean of the clients' training losses; None where none answered.
+        answered: clients whose payload arrived, in the order of summation.
+        skipped: clients that failed, if `clients.on_failure` lets the round continue without them.
+        train_loss: the mean of the clients' training losses; None if none answered.
         bits_per_parameter: mean over the clients that answered, headers included.
-        client_samples: that each went through, in all its passes.
+        client_samples: samples that each client trained on, over all passes.
         client_bits_per_parameter: by layer, then by client; None for a client that sent nothing.
         update_norm: Euclidean norm of the mean update's parameters.
-        quantization_error: root mean square of what quantization adds to the mean update; None where it is not known.
+        quantization_error: root mean square of the error that quantization adds to the mean update; None if unknown.
         sim_time_s: simulated seconds since the start of the run.
         report: what the strategy reports, by name.
-        accuracy, test_loss: of the model after the round; None where it was not evaluated.
+        accuracy, test_loss: of the model after the round; None if it was not evaluated.
     """
 
     round: int
@@ -47,11 +47,11 @@ class Record:
     test_loss: float | None
 
     def evaluated(self, accuracy: float | None, test_loss: float | None) -> "Record":
-        """The record with its evaluation."""
+        """The record with its evaluation added."""
         return replace(self, accuracy=accuracy, test_loss=test_loss)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON has it; the strategy's report lies among the rest."""
+        """The record as a JSON object, with the strategy's report merged into it."""
         made: dict[str, Any] = {}
         for name in NAMES:
             made |= self.report if name == "report" else {name: getattr(self, name)}
@@ -59,7 +59,7 @@ class Record:
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> "Record":
-        """A record from JSON, also from journals of earlier versions, which lack some fields."""
+        """A record from JSON, including journals of earlier versions, which lack some fields."""
         report = {name: value for name, value in found.items() if name not in NAMES}
         return Record(**{**_ABSENT, **{name: found[name] for name in NAMES if name in found}, "report": report})
 

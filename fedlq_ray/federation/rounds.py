@@ -1,7 +1,7 @@
 """The rounds: plan, collect, commit, one after another.
 
-Knows nothing of Ray: a `Host` trains and evaluates. The records are the same whatever the host and the order in
-which replies arrive.
+This module does not depend on Ray: a `Host` trains and evaluates. Neither the host nor the order in which replies
+arrive changes the records.
 """
 
 import copy
@@ -31,11 +31,11 @@ from fedlq_ray.strategies.asking import asked
 
 @dataclass
 class Timing:
-    """Wall seconds, which go to timing.json alone.
+    """Wall seconds, which are written only to timing.json.
 
     Attributes:
         round_s: of each round, from its first dispatch to its last payload.
-        encode_s, decode_s: of each round's quantizing at clients and at the server, all clients together.
+        encode_s, decode_s: of each round's quantizing, at the clients and at the server, summed over clients.
         evaluation_s, probe_s: of each evaluation and probe, as they run.
     """
 
@@ -48,13 +48,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Step:
-    """A round that is over.
+    """A finished round.
 
     Attributes:
-        record: with its evaluation, where one was due.
-        state: what the next round begins from.
+        record: with its evaluation, if the round is evaluated.
+        state: the state before the next round.
         faults: why each skipped client failed.
-        resumable: a run of more rounds would have this record too: it was not evaluated only because it is the last.
+        resumable: a run of more rounds has the same record. False if it was evaluated only as the last round.
     """
 
     record: Record
@@ -88,10 +88,10 @@ def run(
     timing: Timing,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
-    """The rounds from `state` on, each as soon as its evaluation is done; evaluations run while the next round trains.
+    """Runs the rounds from `state`; yields each once it is evaluated. Evaluations run while the next round trains.
 
     Args:
-        stopped: asked after each payload; the round under way is then abandoned.
+        stopped: called after each payload; if true, the current round is abandoned.
     Raises:
         ClientError: a client failed.
         FedLQError: the average is not finite, or nothing was learned.
@@ -113,7 +113,7 @@ def run(
             if pending and pending.ready():
                 yield pending.step(timing)
                 pending = None
-        if stopped():  # this round does not count; the one before it is the last
+        if stopped():  # this round does not count; the previous one is the last
             break
         timing.round_s.append(time.perf_counter() - started)
         timing.encode_s.append(sum(reply.encode_s for reply in fold.replies.values()))
@@ -132,7 +132,7 @@ def run(
 
 
 def begin_probe(rules: Rules, host: Host, planned: Planned, state: ServerState) -> Future | None:
-    """Have the round's probe measured, of what clients would send: the weights, or the last mean update."""
+    """Starts the round's probe, on what clients would send: the weights, or the last mean update."""
     if planned.probe is None:
         return None
     sent = state.weights if rules.task.config.strategy.payload == "model" else state.update
@@ -147,11 +147,11 @@ def commit(
     measurement: Measurement | None,
     memories: Mapping[int, Any],
 ) -> tuple[ServerState, Record]:
-    """Step along the mean update, move the clock, and let the strategy learn; the new state, and the round's record."""
+    """Steps along the mean update, advances the clock, and lets the strategy learn; the new state and the record."""
     task, config, round = rules.task, rules.task.config, planned.round
     fold.require_movement()
     work = mean_work(planned, fold)
-    # Buffers are averages already: scaled or stepped beyond them, a variance could fall below zero.
+    # Buffers are averages already. Scaling or a larger step could make a variance negative.
     update, parameters = fold.mean().float(), fold.parameters
     update[:parameters] *= work
     mean, update = update, rules.ask("combine", round, update)
@@ -168,7 +168,9 @@ def commit(
     error = work * fold.mean_error if update is mean else None
     record = record_of(task, planned, fold, times, norm, error, sim_time_s)
     news = News(measurement, update, record.train_loss, round_time_s, fold.spread)
-    learned = rules.ask("learn", round, copy.deepcopy(state.strategy), round, news)  # a user's may change it in place
+    learned = rules.ask(
+        "learn", round, copy.deepcopy(state.strategy), round, news
+    )  # a user's strategy may change it in place
     record = replace(record, report=dict(rules.ask("report", round, learned)))
     return ServerState(
         round=round + 1,
@@ -185,7 +187,7 @@ def commit(
 
 
 def mean_work(planned: Planned, fold: Fold) -> float:
-    """The mean of the work of those that answered, by their shares.
+    """The mean work of the clients that answered, weighted by their shares.
 
     Each client sends its update per unit of work, and the sum is scaled by the mean work, so that clients that train
     longer do not dominate: FedNova (Wang et al., NeurIPS 2020, eq. 6).
@@ -201,7 +203,7 @@ def mean_work(planned: Planned, fold: Fold) -> float:
 
 @dataclass(frozen=True)
 class Pending:
-    """A record that waits for its evaluation; None: it needs none."""
+    """A record that waits for its evaluation (None: it is not evaluated)."""
 
     record: Record
     state: ServerState
@@ -213,7 +215,7 @@ class Pending:
         return self.evaluation is None or self.evaluation.ready()
 
     def step(self, timing: Timing) -> Step:
-        """Wait for the evaluation."""
+        """Waits for the evaluation."""
         if self.evaluation is None:
             return Step(self.record, self.state, self.faults, self.resumable)
         found = _timed(self.evaluation, timing.evaluation_s)

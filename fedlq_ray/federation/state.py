@@ -1,4 +1,4 @@
-"""All that a round takes from the rounds before it, as one value."""
+"""Everything that a round needs from earlier rounds, as one value."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,19 +12,19 @@ from fedlq_ray.strategies.state import plain, restored
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server has before a round. A round makes a new one; a checkpoint is this, packed.
+    """The server's state before a round. Each round returns a new one; a checkpoint is a packed state.
 
     Attributes:
-        round: the next, from 0.
+        round: the next round, from 0.
         weights: the global flat vector (d,) float32.
-        update: the last round's mean update (d,) float32, as the strategy combines it; the server may step otherwise.
+        update: the last mean update (d,) float32, as the strategy combines it; the server may take another step.
         sim_time_s: simulated seconds so far.
-        payload_bytes: of the last round's mean payload; None before any.
+        payload_bytes: mean payload size of the last round; None before the first.
         server: the server optimizer's moments.
-        held: by client, what it holds of the model (d,), where the downlink is coded.
-        tracked: by client, what the server has of it (d,), by EF21.
+        held: by client, the model (d,) that it holds, if the downlink is coded.
+        tracked: by client, the server's EF21 vector (d,).
         strategy: the strategy's own state.
-        memories: by client, what it keeps for error feedback, in the host's form.
+        memories: by client, its error-feedback memory, in the host's form.
     """
 
     round: int
@@ -39,12 +39,12 @@ class ServerState:
     memories: Mapping[int, Any]
 
     def snapshot(self) -> dict[str, Any]:
-        """The fields by name, as checkpoints hold them."""
+        """The fields by name, as stored in checkpoints."""
         return vars(self) | {"strategy": plain(self.strategy)}
 
     @staticmethod
     def from_snapshot(saved: Mapping[str, Any], initial: Any) -> "ServerState":
-        """A state from a checkpoint, which may hold more; `initial`: the strategy's state before the first round."""
+        """A state from a checkpoint, which may have more fields. `initial`: the strategy's state before round 0."""
         strategy = restored(initial, saved["strategy"])
         own = {"server": Moments(*saved["server"]), "strategy": strategy}
         return ServerState(**{name: saved[name] for name in FIELDS} | own)

@@ -1,4 +1,4 @@
-"""What an experiment works on, made and checked from a configuration before anything is written or started."""
+"""The task of an experiment, built and checked from a configuration before anything is written or started."""
 
 import copy
 import functools
@@ -30,12 +30,12 @@ from fedlq_ray.training.sgd import LocalSGD
 
 @dataclass(frozen=True)
 class Task:
-    """All that stays the same over rounds: pickles, so that every process has the same.
+    """Everything that is constant over rounds. It is pickled, so that every process has the same.
 
     Attributes:
         shards, held: each client's indices into the training data, to train on and held out.
-        builtin: the model is one of this package's.
-        flops: of a sample's forward and backward pass.
+        builtin: whether the model is one of this package's.
+        flops: of the forward and backward pass of one sample.
         statistics: names of the buffers that training changes, which are sent like parameters.
     """
 
@@ -57,7 +57,7 @@ class Task:
 
     @functools.cached_property
     def frozen_digest(self) -> str | None:
-        """16 hex digits that change with any frozen parameter; None where there is none."""
+        """16 hex digits that change with any frozen parameter; None without frozen parameters."""
         frozen = [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
         whole = hashlib.sha256()
         for name, parameter in frozen:
@@ -67,15 +67,15 @@ class Task:
 
     @functools.cached_property
     def data_digest(self) -> str:
-        """That of `data`, made once: large data take seconds."""
+        """The digest of `data`, computed once: large data take seconds."""
         return self.data.digest()
 
 
 def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: Any = None) -> Task:
-    """Load, split and build all that `config` names; objects given here go before its names.
+    """Loads, splits and builds everything that `config` names; objects given here take precedence.
 
     Raises:
-        ConfigError: something of the user's input is wrong.
+        ConfigError: the user's input is wrong.
     """
     expand(config.checkpoint.path or "", "checkpoint.path")
     how = config.data
@@ -110,14 +110,14 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
 
 
 class Timed(NamedTuple):
-    """A result, and the wall seconds that it took, which go to timing.json alone."""
+    """A result and its wall seconds, which are written only to timing.json."""
 
     value: Any
     wall_s: float
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
-    """Call what evaluates or probes, and time it; whatever a user's model raises there becomes a FedLQError."""
+    """Calls and times an evaluation or a probe. Any error that a user's model raises there becomes a FedLQError."""
     started = time.perf_counter()
     try:
         value = function(*arguments)
@@ -130,7 +130,7 @@ def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
 
 @dataclass(frozen=True)
 class Job:
-    """One client's part in a round: what it is to send, and how many samples it goes through."""
+    """One client's part in a round: what it sends, and how many samples it trains on."""
 
     round: int
     client: int
@@ -139,7 +139,7 @@ class Job:
 
 
 class Workplace:
-    """Runs clients' rounds, evaluations and probes in this process; Ray's actors and the serial host are made of it."""
+    """Runs clients' rounds, evaluations and probes in this process; Ray's actors and the serial host use it."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -147,7 +147,7 @@ class Workplace:
 
     @functools.cached_property
     def model(self) -> FlatModel:
-        """Made where it is used: whoever only plans and aggregates needs no GPU."""
+        """Built on first use: a process that only plans and aggregates needs no GPU."""
         return self.task.flat_model(self.task.config.train.device)
 
     @functools.cached_property
@@ -155,7 +155,7 @@ class Workplace:
         return LocalSGD(self.model, self.task.config.train, record=self.task.builtin)
 
     def initial_weights(self) -> Tensor:
-        """The flat vector (d,) that training starts from."""
+        """The initial flat vector (d,)."""
         return self.task.flat_model().read()
 
     @property
@@ -188,7 +188,7 @@ class Workplace:
         )
 
     def evaluate(self, weights: Tensor) -> Evaluation:
-        """On the test set, or on what clients hold out (`evaluate_on`)."""
+        """Evaluates on the test set, or on the clients' held-out samples (`evaluate_on`)."""
         if self._evaluated_on is None:
             data = self.task.data
             if self.task.config.evaluate_on == "test":
@@ -209,14 +209,14 @@ class Workplace:
         return self.normalise(x), torch.from_numpy(y.copy()).to(self.model.device)
 
     def probe_data(self, samples: int, clients: tuple[int, ...] | None = None, round: int = 0) -> tuple[Tensor, Tensor]:
-        """Samples held out from shards: of these clients, drawn by round, or of all, drawn once: the server's proxy.
+        """Held-out samples: of `clients`, drawn by round, or of all clients, drawn once (the server's proxy).
 
-        A mean over the first is the mean over clients of what each finds on its own, by samples.
+        A mean over the clients' samples is the mean of the clients' own results, weighted by samples.
         """
         task = self.task
         chosen = range(len(task.held)) if clients is None else clients
         pool = np.concatenate([task.held[client] for client in chosen])
-        if not len(pool):  # nothing held out: the probe then sees training data
+        if not len(pool):  # nothing is held out: the probe uses training data
             pool = np.concatenate([task.shards[client] for client in chosen])
         rng = numpy_rng(task.config.seed, "proxy", *(() if clients is None else (round,)))
         return self._training_samples(rng.permutation(pool)[:samples])

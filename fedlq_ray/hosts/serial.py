@@ -1,4 +1,4 @@
-"""Everything in this process, one thing after another: the host without Ray."""
+"""The host without Ray: runs everything in this process, one job after another."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fedlq_ray.training.local import Reply
 
 @dataclass(frozen=True)
 class Done:
-    """A future that is no longer one."""
+    """A future that already has its value."""
 
     value: Any
 
@@ -26,7 +26,7 @@ class Done:
 
 
 class SerialHost:
-    """Clients take their turns here."""
+    """Trains clients one after another in this process."""
 
     def __init__(self, task: Task) -> None:
         self.place = Workplace(task)

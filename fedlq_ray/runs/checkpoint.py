@@ -1,7 +1,7 @@
-"""Checkpoints: what a run needs to go on, as one file that is there whole or not at all.
+"""Checkpoints: what a run needs to resume, in one file that exists completely or not at all.
 
 A file is MAGIC, a version, the SHA-256 of the rest, and a safetensors body whose tensor `tree` is JSON: plain values,
-with a name in place of each array. Nothing in it is code, and nothing is believed before the checksum holds.
+with a name in place of each array. It contains no code, and nothing is used before the checksum is verified.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ Snapshot = dict[str, Any]
 
 
 class _Arrays:
-    """A snapshot's arrays by name, each once. No closures: those would hold each other, and the arrays, for long."""
+    """A snapshot's arrays by name, each once. Not closures: reference cycles would keep the arrays alive for long."""
 
     def __init__(self) -> None:
         self.named: dict[str, np.ndarray[Any, Any]] = {}
         self.names: dict[int, str] = {}
-        self.kept: list[Any] = []  # so that no id is given twice
+        self.kept: list[Any] = []  # keeps values alive, so that ids stay unique
 
     def name(self, value: Any) -> str:
         if id(value) not in self.names:
@@ -41,7 +41,7 @@ class _Arrays:
         return self.names[id(value)]
 
     def plain(self, value: Any, where: str) -> Any:
-        """A value as JSON can tell it, with names in place of arrays."""
+        """A value as JSON can represent it, with names in place of arrays."""
         if value is None or isinstance(value, bool | int | str) and not isinstance(value, np.generic):
             return value
         if isinstance(value, float) and not isinstance(value, np.generic):
@@ -61,10 +61,10 @@ class _Arrays:
 
 
 def pack(snapshot: Snapshot) -> bytes:
-    """A snapshot as bytes: None, bool, int, float, str, lists, tuples, dicts, tensors and arrays may be in it.
+    """A snapshot as bytes. It may hold None, bool, int, float, str, lists, tuples, dicts, tensors and arrays.
 
     Raises:
-        CheckpointError: something else is in it; names where.
+        CheckpointError: it holds something else; the message names where.
     """
     arrays = _Arrays()
     tree = json.dumps({name: arrays.plain(value, name) for name, value in snapshot.items()}, allow_nan=False)
@@ -77,10 +77,10 @@ def unpack(data: bytes) -> Snapshot:
     """The snapshot in these bytes.
 
     Raises:
-        CheckpointError: they are damaged, no checkpoint, or one of another version.
+        CheckpointError: they are damaged, not a checkpoint, or of another version.
     """
     if len(data) < _HEAD.size or data[: len(MAGIC)] != MAGIC:
-        raise CheckpointError("is no checkpoint, or cut off")
+        raise CheckpointError("is not a checkpoint, or is cut off")
     _, version, digest = _HEAD.unpack_from(data)
     if version != VERSION:
         raise CheckpointError(f"is of format {version}, and this program reads {VERSION}")
@@ -92,14 +92,14 @@ def unpack(data: bytes) -> Snapshot:
         made: dict[str, Any] = {}
         tree = json.loads(arrays["tree"].tobytes())
         if not isinstance(tree, dict):
-            raise TypeError(f"its tree is a {type(tree).__name__}, where a dict was due")
+            raise TypeError(f"its tree must be a dict, got {type(tree).__name__}")
         return {name: _value(item, arrays, made) for name, item in tree.items()}
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, safetensors.SafetensorError) as exc:
         raise CheckpointError(f"cannot be read: {exc}") from exc
 
 
 def _value(tree: Any, arrays: Mapping[str, Any], made: dict[str, Any]) -> Any:
-    """What `_Arrays.plain` told; `made`: tensors by name, for two places may have had the same one."""
+    """The value that `_Arrays.plain` converted. `made`: tensors by name, since two places may share one."""
     if isinstance(tree, list):
         return [_value(item, arrays, made) for item in tree]
     if not isinstance(tree, dict):

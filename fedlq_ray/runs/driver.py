@@ -1,6 +1,6 @@
-"""The driver: an actor that runs the rounds, tracks them, and streams their records to who started it."""
+"""The driver: an actor that runs the rounds, tracks them, and streams their records to its caller."""
 
-from fedlq_ray.startup import make_importable  # before what a file of the user's could hide
+from fedlq_ray.startup import make_importable  # first: a user's file could hide later imports
 
 # isort: split
 import os
@@ -31,11 +31,11 @@ from fedlq_ray.tracking.log import Tracker, Tracking
 def drive(
     task: Task, given: Any, host: Host, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
 ) -> Iterator[Event]:
-    """Run the rounds on a host, from the last checkpoint where there is one; keep the journal, and track.
+    """Runs the rounds on a host, from the last checkpoint if there is one; writes the journal and tracks the run.
 
     Yields:
-        Resumed first where it continues from a checkpoint, RoundDone for each round, Warned once for each client that
-        is skipped and for checkpoints that could not be written, and Ended at last.
+        Resumed first if it continues from a checkpoint, RoundDone for each round, Warned once for each client that is
+        skipped and for checkpoints that could not be written, and Ended last.
     """
     place, config = Workplace(task), task.config
     strategy = make(place.setting, given)
@@ -64,12 +64,12 @@ def drive(
                     for client, why in step.faults.items():
                         if client not in told:
                             told.add(client)
-                            yield Warned(f"skipped, as clients.on_failure has it: {why}")
+                            yield Warned(f"skipped (clients.on_failure=skip_client): {why}")
                     if saver.failure:
                         yield Warned(saver.failure)
                         saver.failure = None
                     if reached := config.stop_at_target and _reaches(record, config.target_accuracy):
-                        break  # and nothing is kept: a resume would train past the target
+                        break  # without a checkpoint: a resume would train past the target
                     if step.resumable:
                         saver.offer(state.snapshot() | {"identity": whose, "journal": journal.checksum()})
             finally:
@@ -92,7 +92,7 @@ def _reaches(record: Record, target: float | None) -> bool:
 
 @ray.remote(num_cpus=0)
 class Driver:
-    """Two calls at a time: the rounds, and the word to stop, or the question whether it lives."""
+    """Handles two calls at once: the rounds, and a request to stop or to confirm that it is alive."""
 
     def __init__(self, folder: str) -> None:
         make_importable(folder)
@@ -112,13 +112,13 @@ class Driver:
         return os.getpid()
 
     def stop(self) -> None:
-        """End after the payload that is being folded."""
+        """Ends the run after the current payload is folded."""
         self.stopping = True
 
 
 def drive_serially(
     task: Task, given: Any, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
 ) -> Iterator[Event]:
-    """The same without Ray."""
+    """Drives a run without Ray, in this process."""
     yield Hosting("serial", "as configured", 0, 0.0)
     yield from drive(task, given, SerialHost(task), tracking, stopped, folder)

@@ -1,4 +1,4 @@
-"""What a run is of, as its checkpoints have it: what goes on must be of the same."""
+"""A run's identity, stored in its checkpoints: a resumed run must have the same one."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ from fedlq_ray.quantization import Always
 
 _FREE = {"rounds", *WITHOUT_EFFECT}
 FROZEN = "frozen parameters"
-_GIVEN = ("data", "model", "strategy", "quantizer")  # what may be given as objects
+_GIVEN = ("data", "model", "strategy", "quantizer")  # parts that may be given as objects
 
 
 def identity(task: Task, strategy: Any) -> dict[str, Any]:
-    """The settings that a result comes from, by path, and what is known of objects: digests, sizes, names."""
+    """The settings that determine a result, by path, and digests, sizes and names of objects."""
     settings = flat(task.config).items()
     layers = [[layer.name, layer.size] for layer in task.layers]
     digest = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:8]
@@ -34,16 +34,16 @@ def identity(task: Task, strategy: Any) -> dict[str, Any]:
 
 
 def _name(part: Any) -> str:
-    """Of a class, a function, or an object's class; a user's own may be of another module when it goes on."""
+    """Name of a class, a function, or an object's class, without a user's module, which may differ on resume."""
     kind = part if hasattr(part, "__qualname__") else type(part)
     return f"fedlq_ray.{kind.__qualname__}" if kind.__module__.startswith("fedlq_ray.") else kind.__qualname__
 
 
 def require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """What another version of this program does not know is not compared.
+    """Requires the same identity. Entries that another version of this program does not have are not compared.
 
     Raises:
-        ConfigError: a run would go on as another; names all that differs.
+        ConfigError: the identities differ; the message names every difference.
     """
     changed = [name for name, value in before.items() if now.get(name, value) != value]
     if not changed:
@@ -55,4 +55,4 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
         told.append(f"give the {' and '.join(given)} that it began with (in Python: resume(..., {objects}))")
     if any(name not in (*_GIVEN, FROZEN) for name in changed):
         told.append("set config.yaml back")
-    raise ConfigError(f"{folder}: would go on as another run: {'; '.join(told)}")
+    raise ConfigError(f"{folder}: cannot resume as a different run: {'; '.join(told)}")

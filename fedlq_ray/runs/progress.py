@@ -1,4 +1,4 @@
-"""What a user sees of a run: a live line on a terminal, a plain line a round otherwise, JSON for machines."""
+"""Shows a run's progress: a live line on a terminal, else a plain line per round, or JSON for machines."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from fedlq_ray.runs.output import Console
 
 
 def bars(console: Console, hidden: bool = False) -> Progress:
-    """A line for each run that is shown on it, where there is a terminal or a notebook."""
+    """A progress display with one line per run, on a terminal or in a notebook."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -28,7 +28,7 @@ def bars(console: Console, hidden: bool = False) -> Progress:
 
 @contextmanager
 def watch(config: Config, console: Console | None = None, as_json: bool = False) -> Iterator[Callable[[Event], None]]:
-    """A function that takes a run's events and shows them, on a terminal of 80 columns or in a notebook.
+    """Yields a function that shows a run's events, on a terminal of 80 columns or in a notebook.
 
     `with watch(config) as show: simulate(config, watch=show)`
     """
@@ -37,7 +37,7 @@ def watch(config: Config, console: Console | None = None, as_json: bool = False)
 
 
 def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[[Event], None]:
-    """The same for one run of several that are shown at a time."""
+    """Like `watch`, for one of several runs that are shown together."""
     sent, figures = 0, ""
     console, name = progress.console, f"{config.name}-{config.seed}"
     bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
@@ -83,5 +83,5 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
 
 
 def _short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three significant digits, or all digits before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml first, rounds.jsonl as rounds end, the rest at the end, whole or not at all."""
+"""A run's folder: config.yaml first, rounds.jsonl round by round, the rest at the end, complete or absent."""
 
 import csv
 import hashlib
@@ -31,10 +31,10 @@ PROFILE_COLUMNS = [field.name for field in fields(Profile)]
 
 
 def create(config: Config) -> Path:
-    """A new folder with config.yaml in it; also one in which that was being written when its process was killed.
+    """Creates a folder with config.yaml. It may exist if a process was killed while writing that file there.
 
     Raises:
-        ConfigError: `out` exists, finished or not, or cannot be made.
+        ConfigError: `out` already holds a run or other files, or cannot be created.
     """
     settings = to_yaml(config)
     try:
@@ -56,7 +56,7 @@ def create(config: Config) -> Path:
                     number += 1
         with locked(folder):
             if (folder / "config.yaml").exists():
-                raise ConfigError(f"out: {folder} holds an unfinished run; go on with it: fedlq resume {folder}")
+                raise ConfigError(f"out: {folder} holds an unfinished run; resume it: fedlq resume {folder}")
             write_durably(folder / "config.yaml", settings)
     except OSError as exc:
         raise ConfigError(f"out: {folder}: {exc.strerror}") from exc
@@ -64,12 +64,12 @@ def create(config: Config) -> Path:
 
 
 def _is_empty(folder: Path) -> bool:
-    """But for a lock, and files that were being written."""
+    """Whether a folder is empty, apart from a lock and partly written files."""
     return folder.is_dir() and all(f.name == ".lock" or f.match(".*.part") for f in folder.iterdir())
 
 
 def describe_clients(folder: Path, task: Task) -> None:
-    """clients.csv: what each client has, a row each: its profile, its samples, and how many of each label."""
+    """Writes clients.csv, with one row per client: its profile, its samples, and its samples per label."""
     counts = label_counts(task.data.y_train, task.shards, task.data.num_classes)
     labels = [f"label_{label}" for label in range(task.data.num_classes)]
     file = io.StringIO(newline="")
@@ -81,11 +81,12 @@ def describe_clients(folder: Path, task: Task) -> None:
 
 
 def require_trackable(config: Config, before: "Run | None" = None) -> None:
-    """
+    """Requires that a run can be tracked.
+
     Args:
-        before: the run that resumes: with the same settings it is tracked where it was.
+        before: the run that resumes. With the same settings, its tracking stays where it was.
     Raises:
-        ConfigError: the run cannot be tracked as its settings say.
+        ConfigError: the run's tracking settings cannot be used.
     """
     if before and before.tracking and before.config.tracking == config.tracking:
         stores.require_usable(before.tracking.uri, before.tracking.experiment)
@@ -94,7 +95,7 @@ def require_trackable(config: Config, before: "Run | None" = None) -> None:
 
 
 def track(folder: Path, task: Task, parent: str | None, tags: Mapping[str, str] | None = None) -> Tracking | None:
-    """Where this run is tracked, kept in tracking.json; None where tracking is off."""
+    """Where this run is tracked, stored in tracking.json; None if tracking is off."""
     settings = task.config.tracking
     if settings.uri is None:
         return None
@@ -105,7 +106,7 @@ def track(folder: Path, task: Task, parent: str | None, tags: Mapping[str, str] 
 
 
 def track_again(folder: Path, task: Task, before: "Run", parent: str | None) -> Tracking | None:
-    """The same for a run that resumes: where it was tracked, or where its settings now say, as the same run."""
+    """Like `track`, for a resumed run: it keeps its place, or moves with its settings, as the same tracked run."""
     settings = task.config.tracking
     if before.tracking is None or settings.uri is None:
         return track(folder, task, parent)
@@ -115,14 +116,14 @@ def track_again(folder: Path, task: Task, before: "Run", parent: str | None) -> 
 
 
 def note(folder: Path, tracking: Tracking) -> Tracking:
-    """Keep in tracking.json where a run is tracked, by an address as a user writes it; gives the absolute one."""
+    """Stores where a run is tracked in tracking.json, with the address as a user writes it; returns it absolute."""
     noted = asdict(tracking) | {"uri": stores.kept(tracking.uri, folder)}
     write_durably(folder / "tracking.json", json.dumps(noted, indent=1))
     return replace(tracking, uri=stores.absolute(tracking.uri))
 
 
 def move(folder: Path, to: Path) -> None:
-    """Rename a run's folder, so that it still finds its store."""
+    """Renames a run's folder and updates the path to its store."""
     folder.rename(to)
     if (file := to / "tracking.json").exists():
         noted = json.loads(file.read_text(encoding="utf-8"))
@@ -131,7 +132,7 @@ def move(folder: Path, to: Path) -> None:
 
 
 def redirect(folder: Path, uri: str | None, experiment: str | None) -> None:
-    """Keep another store or experiment in a run's tracking.json; None leaves what is there."""
+    """Changes the store or experiment in a run's tracking.json; None keeps the present value."""
     changed = {"uri": stores.kept(uri, folder) if uri else None, "experiment": experiment}
     noted = json.loads((folder / "tracking.json").read_text(encoding="utf-8"))
     noted |= {name: value for name, value in changed.items() if value}
@@ -139,7 +140,7 @@ def redirect(folder: Path, uri: str | None, experiment: str | None) -> None:
 
 
 def _dataset(task: Task) -> dict[str, str]:
-    """The data, as MLflow describes a run's input."""
+    """The data as MLflow describes a run's input."""
     data, config = task.data, task.config.data
     profile = {
         "num_train": len(data.y_train),
@@ -158,12 +159,12 @@ def _dataset(task: Task) -> dict[str, str]:
 
 
 def sha256(weights: NDArray[np.float32]) -> str:
-    """Of the final weights, in hex."""
+    """SHA-256 of the final weights, in hex."""
     return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
 
 
 def summarise(config: Config, records: list[Record], weights_sha256: str) -> dict[str, Any]:
-    """What a completed run comes to; bytes and times are those from the first round on."""
+    """The summary of a completed run; bytes and times count from the first round."""
     accuracies = [r.accuracy for r in records if r.accuracy is not None]
     target = config.target_accuracy
     reached = next((r for r in records if None not in (target, r.accuracy) and r.accuracy >= target), None)  # type: ignore[operator]
@@ -193,20 +194,20 @@ def _lines(folder: Path) -> list[bytes]:
 
 
 def rounds(folder: Path) -> int:
-    """How many rounds rounds.jsonl has, without reading them."""
+    """The number of rounds in rounds.jsonl, without parsing them."""
     return len(_lines(folder))
 
 
 def checksum(folder: Path, rounds: int) -> str:
-    """SHA-256 (hex) of the first lines of rounds.jsonl."""
+    """SHA-256 (hex) of the first `rounds` lines of rounds.jsonl."""
     return hashlib.sha256(b"".join(line + b"\n" for line in _lines(folder)[:rounds])).hexdigest()
 
 
 def journal(folder: Path, start: int = 0) -> list[Record]:
-    """The records of rounds.jsonl that are whole; one that was being written when its process was killed is not.
+    """The complete records of rounds.jsonl. A record is incomplete if its process was killed while writing it.
 
     Args:
-        start: from which round on; those before it are not looked at.
+        start: first round to read; earlier ones are not checked.
     """
     records: list[Record] = []
     for number, line in enumerate(_lines(folder)[start:], start):
@@ -221,10 +222,10 @@ def journal(folder: Path, start: int = 0) -> list[Record]:
 
 
 class Journal:
-    """rounds.jsonl as it is written: a line a round."""
+    """Writes rounds.jsonl, one line per round."""
 
     def __init__(self, folder: Path, rounds: int) -> None:
-        """Keeps the first lines, as they are, and drops the others."""
+        """Keeps the first `rounds` lines unchanged and drops the others."""
         self.file = folder / "rounds.jsonl"
         lines = b"".join(line + b"\n" for line in _lines(folder)[:rounds])
         write_durably(self.file, lines)
@@ -248,11 +249,11 @@ class Journal:
         self._stream.flush()
 
     def checksum(self) -> str:
-        """That of `checksum`, of all lines so far."""
+        """The `checksum` of all lines so far."""
         return self._sum.hexdigest()
 
     def sync(self) -> None:
-        """All that was written is on the disk when this returns."""
+        """Returns when everything written is on the disk."""
         os.fsync(self._stream.fileno())
 
 
@@ -261,7 +262,7 @@ def _line(record: Record) -> str:
 
 
 class Run(NamedTuple):
-    """What a run's folder holds: summary is None where it did not finish, tracking where it was off."""
+    """The contents of a run's folder: summary is None if it did not finish, tracking is None if it was off."""
 
     config: Config
     records: list[Record]
@@ -271,7 +272,7 @@ class Run(NamedTuple):
 
 
 def settings(folder: str | Path) -> Path:
-    """The configuration of a run's folder.
+    """The configuration file of a run's folder.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -283,7 +284,7 @@ def settings(folder: str | Path) -> Path:
 
 
 def read(folder: str | Path) -> Run:
-    """A run as its folder has it; `status` is MLflow's word for how it ended.
+    """Reads a run from its folder; `status` is MLflow's status for how it ended.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -303,7 +304,7 @@ def read(folder: str | Path) -> Run:
             records,
             summary,
             Tracking(**tracking | {"uri": stores.absolute(tracking["uri"], folder)}) if tracking else None,
-            # A run that was killed outright had no time to write how it ended.
+            # A run that was killed at once could not write its status.
             "FINISHED" if summary else (timing or {}).get("status", "FAILED"),
         )
     except (OSError, ValueError, TypeError, KeyError) as exc:

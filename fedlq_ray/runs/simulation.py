@@ -1,4 +1,4 @@
-"""From a Config to a Result: wires the parts, owns no logic."""
+"""From a Config to an Outcome: connects the parts and has no logic of its own."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ from fedlq_ray.training.device import reproducible, require_gpu
 
 
 class Outcome(NamedTuple):
-    """What a run gave: its records, that of summary.json, the final flat vector (d,) float32, and the run's folder."""
+    """A run's result: records, summary.json's contents, the final flat vector (d,) float32, and the run's folder."""
 
     records: list[Record]
     summary: dict[str, Any]
@@ -50,13 +50,13 @@ def simulate(
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Outcome:
-    """As `fedlq_ray.simulate`."""
+    """See `fedlq_ray.simulate`."""
     config = config if isinstance(config, Config) else parse({} if config is None else config)
     rundir.require_trackable(config)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_host(task, strategy)
     place = Workplace(task)
-    make(place.setting, strategy)  # a wrong strategy is told before anything is written
+    make(place.setting, strategy)  # reports a wrong strategy before anything is written
     if config.network.downlink_bits is not None:
         require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
     folder = rundir.create(config)
@@ -77,18 +77,20 @@ def resume(
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Outcome:
-    """As `fedlq_ray.resume`."""
+    """See `fedlq_ray.resume`."""
     folder = Path(expand(str(folder), "folder"))
     found = rundir.read(folder)
     if found.summary:
         with _told(folder):
-            storage.clear(folder, found.config)  # if it was killed before it did
+            storage.clear(folder, found.config)  # if the run was killed before it did so
         raise ConfigError(f"{folder}: the run is finished, after {found.summary['rounds']} rounds")
     config = load_run(folder / "config.yaml", overrides).model_copy(update={"out": str(folder)})
     if digest(config, without=["rounds"]) != digest(found.config, without=["rounds"]):
         raise ConfigError(f"{folder}: a resumed run may only have more rounds, or other hosting")
     if config.rounds < found.config.rounds:
-        raise ConfigError(f"rounds: {folder} was to have {found.config.rounds}; a resumed run may have more, not fewer")
+        raise ConfigError(
+            f"rounds: {folder} has {found.config.rounds} rounds configured; a resumed run may have more, not fewer"
+        )
     rundir.require_trackable(config, found)
     task = prepare(config, model=model, data=data, quantizer=quantizer)
     _require_host(task, strategy)
@@ -96,7 +98,7 @@ def resume(
     with locked(folder), _told(folder):
         where = storage.checkpoints(folder, config)
         saved, _ = storage.latest(where, len(found.records), partial(rundir.checksum, folder))
-        require_same(saved.get("identity", {}) if saved else {}, now, folder)  # versions before kept none
+        require_same(saved.get("identity", {}) if saved else {}, now, folder)  # earlier versions stored none
         write_durably(folder / "config.yaml", to_yaml(config))
         if not (folder / "clients.csv").exists():
             rundir.describe_clients(folder, task)
@@ -105,9 +107,9 @@ def resume(
 
 
 def _require_host(task: Task, strategy: Any) -> None:
-    """Refuse a run on a Ray that cannot be joined, with parts that cannot travel, or on a GPU that is not here.
+    """Rejects a run if Ray cannot be joined, its parts cannot be pickled, or its GPU does not exist here.
 
-    Ray's actors look for their GPUs when they start.
+    Ray's actors check for GPUs when they start.
     """
     if task.config.clients.hosting != "serial":
         session.require_address()
@@ -119,7 +121,7 @@ def _require_host(task: Task, strategy: Any) -> None:
 def run_or_resume(
     config: Config, *, watch: Callable[[Event], None] | None = None, parent: str | None = None
 ) -> Outcome:
-    """`resume` where the folder that the configuration names holds a run that was cut short, else `simulate`."""
+    """`resume` if the configured folder holds an interrupted run, else `simulate`."""
     if config.out is not None and (Path(expand(config.out, "out")) / "config.yaml").exists():
         return resume(config.out, watch=watch, parent=parent)
     return simulate(config, watch=watch, parent=parent)
@@ -127,13 +129,15 @@ def run_or_resume(
 
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """A full disk and its like as one message: what was written before is whole."""
+    """Turns a full disk and similar errors into one message; earlier files are complete."""
     try:
         yield
-    except BrokenPipeError:  # of the output, not of a file
+    except BrokenPipeError:  # from the output, not from a file
         raise
     except OSError as exc:
-        raise FedLQError(f"{exc.filename or folder}: {exc.strerror or exc}; go on with: fedlq resume {folder}") from exc
+        raise FedLQError(
+            f"{exc.filename or folder}: {exc.strerror or exc}; resume with: fedlq resume {folder}"
+        ) from exc
 
 
 def _carry_out(
@@ -143,7 +147,7 @@ def _carry_out(
     track: tracking.Tracking | None,
     watch: Callable[[Event], None] | None,
 ) -> Outcome:
-    """Run in a folder that is ready, from its last checkpoint where it has one."""
+    """Runs in a prepared folder, from its last checkpoint if it has one."""
     config = task.config
     records: list[Record] = []
     last: Ended | None = None
@@ -162,7 +166,7 @@ def _carry_out(
                 case Resumed(before, faults):
                     records[:] = before
                     for fault in faults:
-                        warnings.warn(f"{fault}; resuming from the one before", stacklevel=3)
+                        warnings.warn(f"{fault}; resuming from an earlier one", stacklevel=3)
                 case Restarted():
                     records.clear()
                 case Warned(message):
@@ -182,9 +186,9 @@ def _carry_out(
         if last is None and track and (fault := tracking.mark(track, config, records, status, hurry)):
             warnings.warn(f"MLflow has no status of this run ({fault}); fedlq sync {folder} sets it", stacklevel=3)
         timing |= (last.timing if last else {}) | {"status": status}
-        with contextlib.suppress(OSError):  # what else went wrong is told
+        with contextlib.suppress(OSError):  # the original error is reported
             write_durably(folder / "timing.json", json.dumps(timing, indent=1))
-    assert last is not None  # a host that does not end raises
+    assert last is not None  # a host that does not finish raises
     weights = np.array(last.weights)
     flat = task.flat_model()
     flat.load(torch.from_numpy(weights))
@@ -205,10 +209,10 @@ def _carry_out(
 
 
 def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any], module: Any) -> None:
-    """Put the run's files and model into MLflow."""
+    """Logs the run's files and model to MLflow."""
     try:
         tracking.attach(track, config, records, folder, module)
-    except Exception as exc:  # telemetry: the run itself is done and kept
+    except Exception as exc:  # telemetry only: the run itself is finished and saved
         warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
 
 

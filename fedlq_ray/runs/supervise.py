@@ -1,4 +1,4 @@
-"""The driver actor's events; a driver that dies starts again from its checkpoint."""
+"""Supervises the driver actor: a driver that dies restarts from its checkpoint."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ from fedlq_ray.hosts.ray import forkserver
 from fedlq_ray.hosts.ray.session import start_ray
 from fedlq_ray.runs.interrupts import Interrupts
 
-_RESTARTS = 3  # of a driver that dies, without a round more than before
+_RESTARTS = 3  # of a driver that dies without progress: no further round than before
 
 
 def events(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
-    """The driver actor's events; a driver that dies, or loses what it needs, is started again from the checkpoint."""
+    """Yields the driver actor's events. A driver that dies or loses objects restarts from the checkpoint."""
     import ray
     from ray.exceptions import (
         ObjectStoreFullError,
@@ -63,19 +63,20 @@ def events(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder
 
 
 def _full(exc: Exception, folder: Path) -> FedLQError:
-    """What to do where Ray has no room for an object; to begin again at once would not help."""
+    """The error for a full object store, with advice; an immediate restart would not help."""
     return FedLQError(
         f"Ray's object store has no room ({type(exc).__name__}: {first_line(exc)}): free /dev/shm, and disk "
-        f"in Ray's temporary folder, or take a smaller model or cohort; go on with: fedlq resume {folder}"
+        f"in Ray's temporary folder, or use a smaller model or cohort; resume with: fedlq resume {folder}"
     )
 
 
 def _driven(
     task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path, timeout_s: float
 ) -> Iterator[Event]:
-    """One driver actor's events. It is forked, as clients' are, and lives on this node: the run's folder is here.
+    """Yields one driver actor's events. The actor is forked, like clients' actors, and runs on this node, which has the
+    run's folder.
 
-    Where it does not answer for `timeout_s`, it is ended for good: one that woke up later would write to the folder.
+    If it does not answer for `timeout_s`, it is killed: if it woke up later, it would write to the folder.
     """
     import ray
     from ray.exceptions import RayActorError
@@ -103,8 +104,8 @@ def _driven(
                 if time.monotonic() - asked > timeout_s / 4 or pid is None:
                     pid, asked, alive = ray.get(alive), time.monotonic(), driver.alive.remote()
             elif pid and time.monotonic() - asked > timeout_s:
-                with contextlib.suppress(OSError):  # it is gone
+                with contextlib.suppress(OSError):  # it has already ended
                     os.kill(pid, signal.SIGKILL)
-                raise RayActorError(error_msg=f"it said nothing for {timeout_s:g} s")
+                raise RayActorError(error_msg=f"it was silent for {timeout_s:g} s")
     finally:
         ray.kill(driver)

@@ -1,4 +1,4 @@
-"""Strategies by name: each a plan of what every client sends, short enough to be read next to its paper."""
+"""Strategies by name. Each plans what every client sends, and is short enough to read next to its paper."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,10 +53,10 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 
 
 def make(setting: Setting, given: Any = None) -> Strategy:
-    """The strategy of `setting.config`, or the user's own, `given` as an object, a factory or a name.
+    """The strategy of `setting.config`, or the user's own: `given` is an object, a factory or a name.
 
     Raises:
-        ConfigError: no such strategy, or it has no `plan`.
+        ConfigError: the strategy does not exist, or it has no `plan`.
     """
     named = setting.config.name if given is None else given
     if given is not None:
@@ -74,7 +74,7 @@ def make(setting: Setting, given: Any = None) -> Strategy:
 
         asked, default = setting.config.error_feedback, getattr(factory, "error_feedback", False)
         made = call(default if asked is None else asked)
-        # Only what a function makes shows the default of its strategies.
+        # A factory function has no default of its own; the strategy that it makes has one.
         if asked is None and (its := getattr(made, "error_feedback", default)) != default:
             made = call(its)
     if not callable(getattr(made, "plan", None)):

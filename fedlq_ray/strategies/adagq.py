@@ -1,14 +1,13 @@
 """AdaGQ. Liu, He, Cao, "Communication-efficient federated learning for heterogeneous edge devices based on adaptive
 gradient quantization", INFOCOM 2023, arXiv:2212.08272.
 
-In time: compare the loss drop a second of s and of s' = floor(s / 2) levels, keep the better as s_hat, and follow the
-gradient's norm: s = s_hat + lambda (log2 |g_k| - log2 |g_(k-1)|). By client: bits that let all finish at once,
-c_n + b_n d / R_n = tau, with the mean that s asks for, log2(s + 1).
-We could check the abstract alone; the formulas are as the project's notes have them from the paper, s_0 and lambda are
-ours.
-Departs from it: of three rounds the second tries s', since a client tells one training loss a round, and what a round
-brought is seen in the next one's loss; the third, at s, ends with the decision. Bits are whole, 1..8, by
-`strategy.quantizer`, and bytes are those of the wire. g_k is the mean update, and k counts decisions.
+Over time: compare the loss drop per second at s and at s' = floor(s / 2) levels, keep the better as s_hat, and follow
+the gradient's norm: s = s_hat + lambda (log2 |g_k| - log2 |g_(k-1)|). By client: bits with which all clients finish at
+once, c_n + b_n d / R_n = tau, and whose mean is log2(s + 1).
+We could check only the abstract. The formulas come from the project's notes on the paper; s_0 and lambda are ours.
+Departs from it: the second of every three rounds tries s', because a client reports one training loss per round, and
+the effect of a round shows in the loss of the next. The third round uses s and ends with the decision. Bits are whole,
+1..8, by `strategy.quantizer`, and bytes are those of the wire. g_k is the mean update, and k counts decisions.
 """
 
 import math
@@ -23,13 +22,13 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Trials:
-    """What three rounds have brought.
+    """Results of up to three rounds.
 
     Attributes:
         s: levels.
-        before: the last round's loss and seconds.
-        rates: (loss drop per second, levels), of s and of its half.
-        norm: the mean update's, at the last decision.
+        before: loss and seconds of the previous round.
+        rates: (loss drop per second, levels), for s and for its half.
+        norm: of the mean update at the last decision.
     """
 
     s: float
@@ -39,11 +38,11 @@ class Trials:
 
 
 class AdaGQ(Strategy[Trials]):
-    """Bits that follow loss, time and gradient norm, shared out so that no client waits for another.
+    """Bits follow loss, time and gradient norm, and are distributed so that no client waits for another.
 
     Args:
-        s0: levels at first; 255 are 8 bits.
-        lam: levels that a doubling of the norm adds.
+        s0: initial levels; 255 levels are 8 bits.
+        lam: levels added when the norm doubles.
     """
 
     def __init__(self, setting: Setting, s0: float = 255.0, lam: float = 10.0) -> None:
@@ -76,12 +75,12 @@ class AdaGQ(Strategy[Trials]):
 
 
 def levels_of(state: Trials, round: int) -> float:
-    """Levels of a round: s, and in the second of three its half."""
+    """Levels of a round: s, or half of it in the second of every three rounds."""
     return max(1.0, state.s // 2) if round % 3 == 1 else state.s
 
 
 def equalised(setting: Setting, cohort: Sequence[Member], mean: float) -> list[int]:
-    """b_n of each member, 1..8: the same finish for all, and `mean` bits on average before they are rounded."""
+    """b_n of each member, 1..8: all finish at the same time, with `mean` bits on average before rounding."""
     if any(math.isinf(m.uplink_bytes_per_s) for m in cohort):
         return [round(min(8.0, max(1.0, mean)))] * len(cohort)
     each = (bytes_at_levels(setting, 8) - bytes_at_levels(setting, 1)) / 7
@@ -91,7 +90,7 @@ def equalised(setting: Setting, cohort: Sequence[Member], mean: float) -> list[i
         return [min(8.0, max(1.0, ((tau - m.fixed_s) * m.uplink_bytes_per_s - rest) / each)) for m in cohort]
 
     low, high = 0.0, max(m.fixed_s + bytes_at_levels(setting, 8) / m.uplink_bytes_per_s for m in cohort)
-    for _ in range(60):  # the mean rises with tau: halving finds it to far below a bit
+    for _ in range(60):  # the mean rises with tau, so bisection finds it to far below a bit
         middle = (low + high) / 2
         low, high = (middle, high) if sum(at(middle)) < mean * len(cohort) else (low, middle)
     return [round(bits) for bits in at(high)]

@@ -1,11 +1,11 @@
 """AdaQuantFL. Jhunjhunwala, Gadhikar, Joshi, Eldar, "Adaptive quantization of model updates for communication-efficient
 federated learning", ICASSP 2021, arXiv:2102.04487: s_k = ceil(s_0 sqrt(f(w_0) / f(w_k))) quantization levels.
 
-Levels, not bits: s counts the steps between 0 and the norm. The formula was checked against public code by the authors
+s counts levels, the steps between 0 and the norm, not bits. We checked the formula against public code by the authors
 of DAdaQuant; the default s_0 is from memory.
-Departs from it: f is the cohort's mean training loss of the round before (the paper asks all clients for theirs), and
-f(w_0) that of the first round that has one; a norm for each layer, unless `strategy.scope=model`; s has a greatest
-value, which the paper has not, since a loss may come near 0.
+Departs from it: f is the cohort's mean training loss of the previous round (the paper asks all clients for theirs), and
+f(w_0) that of the first round with a loss. Each layer has its own norm, unless `strategy.scope=model`. s has an upper
+limit, unlike in the paper, because a loss may come near 0.
 """
 
 import math
@@ -32,7 +32,7 @@ class AdaQuantFL(Strategy[Progress]):
 
     Args:
         s0: levels of the first round.
-        s_max: levels at most.
+        s_max: maximum number of levels.
     """
 
     timeless = True
@@ -53,7 +53,7 @@ class AdaQuantFL(Strategy[Progress]):
         if news.train_loss is None:
             return state
         first = news.train_loss if state.first_loss is None else state.first_loss
-        # A loss of 0 asks for more levels than there are; a float beyond the top is cut before it becomes an int.
+        # A loss of 0 asks for more levels than there are; limit the loss before the ratio becomes an int.
         wanted = self.s0 * math.sqrt(max(first, 0.0) / max(news.train_loss, 1e-12))
         return Progress(first, max(1, min(self.s_max, math.ceil(wanted))))
 
@@ -62,5 +62,5 @@ class AdaQuantFL(Strategy[Progress]):
 
 
 def same_for_all(setting: Setting, quantizer: Quantizer) -> Plan:
-    """A plan with one quantizer: layer by layer, or (`strategy.scope=model`) over all layers at once."""
+    """A plan with one quantizer, applied per layer or (`strategy.scope=model`) to all layers at once."""
     return Plan(setting.config.payload, setting.one(quantizer), setting.error_feedback)

@@ -1,4 +1,4 @@
-"""How the rounds ask a strategy: what a user's own does wrong becomes one message, and its draws repeat."""
+"""How the rounds call a strategy: mistakes of a user's strategy become one message, and its random draws repeat."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from fedlq_ray.training.local import Plan
 
 
 def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) -> Any:
-    """What a strategy's method returns, checked; global generators are seeded by method and round.
+    """Calls a strategy's method and checks what it returns. Global generators are seeded by method and round.
 
     Raises:
-        FedLQError: it raised, or returned what the method must not; names the round, the class and the method.
+        FedLQError: the method raised, or returned a wrong value; the message names round, class and method.
     """
     where = f"round {round}: {type(strategy).__name__}.{method}"
     try:
@@ -24,7 +24,7 @@ def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) ->
             found = getattr(strategy, method)(*arguments)
     except FedLQError:
         raise
-    except Exception as exc:  # a user's strategy may raise anything; Ray's own errors are the host's
+    except Exception as exc:  # a user's strategy may raise anything; the host handles Ray's own errors
         if type(exc).__module__.startswith("ray."):
             raise
         raise FedLQError(f"{where} failed: {type(exc).__name__}: {exc}") from exc

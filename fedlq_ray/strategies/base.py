@@ -1,4 +1,4 @@
-"""What a strategy is: a plan before a round, the weights of the sum, and what it learns afterwards."""
+"""The interface of a strategy: it plans a round, weights the sum, and learns from the result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ from fedlq_ray.training.local import Feedback, Plan
 
 @dataclass(frozen=True)
 class Member:
-    """What a strategy knows of a client of the cohort: means, never a round's drawn conditions.
+    """What a strategy knows about a client of the cohort: mean conditions, never those drawn for a round.
 
     Args:
-        samples: that it trains on in a pass.
-        fixed_s: seconds of download (where billed), compute and latency: all but the upload's bytes.
+        samples: that it trains on per pass.
+        fixed_s: seconds of download (where billed), compute and latency: everything but the upload's bytes.
         uplink_bytes_per_s: float("inf") where uploads are free.
-        work: how many times the samples that it must go through it does (`train.adaptive_work`); fixed_s has it.
+        work: its samples as a multiple of those it must train on (`train.adaptive_work`); fixed_s includes it.
     """
 
     client: int
@@ -48,8 +48,8 @@ Chosen = TypeVar("Chosen", bound=StrategyConfig, default=Any, covariant=True)
 
 @dataclass(frozen=True)
 class Setting(Generic[Chosen]):
-    """What a strategy is made from: its configuration, the layers of the flat vector, the seed, the quantizer by level,
-    and whether clients keep what quantization loses."""
+    """What a strategy is built from: configuration, layers of the flat vector, seed, quantizer by level, and whether
+    clients keep what quantization loses."""
 
     config: Chosen
     layers: tuple[Layer, ...]
@@ -66,18 +66,18 @@ class Setting(Generic[Chosen]):
         return Float16() if bits == 16 else self.quantizer(bits)
 
     def plan(self, quantizers: Sequence[Quantizer]) -> Plan:
-        """A plan with one quantizer for each layer that is not a buffer; buffers go as float32."""
+        """A plan with one quantizer for each layer that is not a buffer; buffers are sent as float32."""
         return Plan(self.config.payload, self.segments(quantizers), self.error_feedback)
 
     def segments(self, quantizers: Sequence[Quantizer]) -> tuple[Segment, ...]:
-        """The pieces of a plan: a segment a layer."""
+        """The pieces of a plan: one segment per layer."""
         chosen = iter(quantizers)
         return tuple(
             Segment(Float32() if layer.buffer else next(chosen), layer.start, layer.stop) for layer in self.layers
         )
 
     def one(self, quantizer: Quantizer) -> tuple[Segment, ...]:
-        """The pieces of a plan that is one quantizer: a segment a layer, or (`strategy.scope=model`) one for all."""
+        """The pieces of a one-quantizer plan: one segment per layer, or (`strategy.scope=model`) one in all."""
         layers = self.quantized
         segments = self.segments([quantizer] * len(layers))
         if not isinstance(self.config, Scoped) or self.config.scope == "layer":
@@ -97,36 +97,36 @@ class Setting(Generic[Chosen]):
         """Bytes of a layer on the wire at a level, its header included.
 
         Raises:
-            ConfigError: the quantizer's bytes depend on what it quantizes.
+            ConfigError: the quantizer's size depends on the values.
         """
         size = self.quantizer_at(bits).size(layer.size)
         if size is None:
-            raise ConfigError(f"strategy.quantizer: {self.config.name} plans bytes, and those of this one vary")
+            raise ConfigError(f"strategy.quantizer: {self.config.name} plans bytes, but this one's size varies")
         return LAYER_HEADER + size
 
     @property
     def fixed_size(self) -> int:
-        """Bytes of a payload that no level changes: its header, and buffers."""
+        """Bytes of a payload that do not depend on levels: its header and buffers."""
         return PAYLOAD_HEADER + sum(self.size(layer, 32) for layer in self.layers if layer.buffer)
 
 
 def by_samples(cohort: Sequence[Member]) -> list[float]:
-    """The members' shares of the average where no plan has a weight: by samples of a pass."""
+    """The members' shares of the average when no plan has a weight: by samples per pass."""
     total = sum(member.samples for member in cohort)
     return [member.samples / total for member in cohort]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement that a strategy asks for, of the weights that enter a round.
+    """A measurement that a strategy requests, on the weights that enter a round.
 
-    It runs while that round trains; `News` has the result when the round is over.
+    It runs while that round trains; `News` has the result after the round.
 
     Args:
-        quantizers: tried on each layer alone; those of the levels to choose from, for one.
-        samples: held-out samples to measure on, at most.
+        quantizers: tried on each layer alone, such as those of the levels to choose from.
+        samples: maximum number of held-out samples to measure on.
         metric: a name in `significance.METRICS`.
-        clients: whose samples; None: all clients'. The rounds see to it (`strategy.probe_on`).
+        clients: whose samples are used; None: all clients'. The rounds set it (`strategy.probe_on`).
     """
 
     quantizers: tuple[Quantizer, ...]
@@ -137,15 +137,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class News:
-    """What came of a round, for a strategy to learn from.
+    """The result of a round, from which a strategy learns.
 
     Args:
-        measurement: what `probe` asked for, if anything.
-        update: the cohort's mean update (d,) float32, as `combine` has it; the server may step otherwise.
-        train_loss: the mean of the clients' training losses; None where none answered.
+        measurement: what `probe` requested, if anything.
+        update: the cohort's mean update (d,) float32, as returned by `combine`; the server may take another step.
+        train_loss: the mean of the clients' training losses; None if no client replied.
         round_time_s: simulated seconds that the round took.
-        spread: the mean of |x_n|^2 over the cohort (by p_n^2), x_n what a client sent, over the square of its mean
-            update: 1 where all sent one update, more where they point apart; None where nothing came.
+        spread: the mean of |x_n|^2 over the cohort (weighted by p_n^2), over the square of the mean update; x_n is what
+            client n sent. 1 if all sent the same update, more if they point apart; None if nothing arrived.
     """
 
     measurement: Measurement | None
@@ -159,15 +159,15 @@ State = TypeVar("State", default=Any)
 
 
 class Strategy(Generic[State]):
-    """A strategy. Your own needs `plan`; the rest has these defaults.
+    """A strategy. Your own needs `plan`; the other methods have these defaults.
 
-    What changes from round to round is the state: `init` makes it, `learn` returns the next one, and the rounds pass it
-    in. It is a plain value: a number, text, a tensor, an array, a list or dict of such, or a frozen dataclass with such
-    fields. Checkpoints hold it. Attributes are constants.
+    The state is what changes between rounds: `init` makes it, `learn` returns the next one, and the rounds pass it to
+    the methods. It is a plain value: a number, text, a tensor, an array, a list or dict of these, or a frozen dataclass
+    with such fields. Checkpoints store it. Attributes are constants.
     """
 
     error_feedback: Feedback = False  # what `strategy.error_feedback=null` means
-    timeless = False  # uses neither fixed_s nor uplink_bytes_per_s nor round_time_s; your own class says so itself
+    timeless = False  # uses neither fixed_s nor uplink_bytes_per_s nor round_time_s; your own class must declare it
 
     def __setattr__(self, name: str, value: Any) -> None:
         if vars(self).get("_made"):
@@ -186,12 +186,12 @@ class Strategy(Generic[State]):
         raise TypeError(f"{type(self).__name__} has no plan")
 
     def expected_bytes(self, state: State, cohort: Sequence[Member]) -> Sequence[float] | None:
-        """Bytes for which each member leaves time when it trains for as long as it can (`train.adaptive_work`); None:
-        the mean payload of the round before."""
+        """Bytes that each member reserves upload time for when it trains as long as it can (`train.adaptive_work`).
+        None: the mean payload of the previous round."""
         return None
 
     def combine(self, update: Tensor) -> Tensor:
-        """What the server takes for the cohort's mean update (d,): by default that update."""
+        """What the server uses as the cohort's mean update (d,); by default, that update."""
         return update
 
     def probe(self, state: State, round: int) -> Probe | None:
@@ -203,5 +203,5 @@ class Strategy(Generic[State]):
         return state
 
     def report(self, state: State) -> dict[str, Any]:
-        """What to log with a round, such as significance by layer; plain numbers."""
+        """What to log with a round, such as significance by layer: plain values by name."""
         return {}

@@ -1,4 +1,4 @@
-"""What a client's payload may cost: a budget in bytes for each member of a cohort, and who is late."""
+"""Budgets: how many bytes each member of a cohort may send, and which members are late."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from fedlq_ray.strategies.base import Member, Setting
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 FLOORS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-Bytes = Callable[[float], float]  # of a payload at so many bits a parameter
-Noise = Callable[[float], float]  # squared error of a payload at so many bits, a share of the mean update's square
+Bytes = Callable[[float], float]  # of a payload, by bits per parameter
+Noise = Callable[[float], float]  # squared error of a payload by bits per parameter, over the mean update's square
 
 
 def budgets(
@@ -24,12 +24,12 @@ def budgets(
 ) -> list[float]:
     """B_n, bytes of a member's payload, by `strategy.budget`.
 
-    bits: `strategy.bits` for all. deadline, cohort: (tau - fixed_n) R_n, at most the cap; tau is `deadline_s`, or the
-    time of the slowest member at the floor, or with `cheapest` bytes, the least that can be planned, where those are
-    more; every member then has time for as many. The floor is `floor_bits`, or the one of least
-    tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds a round, times how the bound on convergence
-    (docs/theory.md) grows with the levels, to a factor; the cap where no rate below it can be sent.
-    Without `noise`, that of min-max on a Gaussian.
+    bits: `strategy.bits` for all. deadline, cohort: (tau - fixed_n) R_n, at most the cap. tau is `deadline_s`, or the
+    time of the slowest member at the floor, but at no less than `cheapest` bytes, the smallest payload that can be
+    planned; so every member has time for at least as many bytes. The floor is `floor_bits`, or else the rate that
+    minimises tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds per round, times the growth of the
+    bound on convergence (docs/theory.md) with the levels, up to a factor. It is the cap if no lower rate can be sent.
+    Without `noise`, the noise is that of min-max on a Gaussian.
     """
     if config.budget == "bits":
         return [bytes_at(config.bits)] * len(cohort)
@@ -42,7 +42,7 @@ def budgets(
     def at_floor(bits: float) -> tuple[float, list[float]]:
         least = max(cheapest, min(cap, bytes_at(bits)))
         tau = max(m.fixed_s + least / m.uplink_bytes_per_s for m in cohort)
-        # The slowest gets `least` by definition: (tau - fixed) R may come out below it by a rounding.
+        # The slowest gets `least` by definition, but rounding may put (tau - fixed) R below it.
         return tau, [float(max(least, min(cap, in_time(m, tau, cap)))) for m in cohort]
 
     if config.floor_bits is not None:
@@ -62,9 +62,9 @@ def budgets(
 
 
 def sent_in_equal_time(config: Budgeted, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:
-    """Of these budgets, what each member sends if it sends for as long as the slowest link takes for the floor.
+    """The part of each budget that a member sends in the time that the slowest link takes for the floor.
 
-    Time that a member has beyond that may go into training (`train.adaptive_work`).
+    A member may spend the rest of its time on training (`train.adaptive_work`).
     """
     if config.budget != "cohort":
         return list(limits)
@@ -82,7 +82,7 @@ def minmax_noise(bits: float) -> float:
 
 
 def in_time(member: Member, seconds: float, cap: float) -> float:
-    """Bytes that a member can have sent when a round is `seconds` old; `cap` where bytes take no time."""
+    """Bytes that a member can send within `seconds` of a round's start; `cap` if bytes take no time."""
     if math.isinf(member.uplink_bytes_per_s):
         return cap
     return max(0.0, seconds - member.fixed_s) * member.uplink_bytes_per_s
@@ -91,15 +91,15 @@ def in_time(member: Member, seconds: float, cap: float) -> float:
 def taking_part(
     config: Late, cohort: Sequence[Member], limits: Sequence[float], least: float, scrap: float
 ) -> dict[int, float]:
-    """Each member's budget by client, of those that take part: what becomes of the late is `strategy.late`.
+    """The budgets, by client, of the members that take part. `strategy.late` decides what late members do.
 
     Args:
-        limits: B_n, bytes. A member is late whose B_n is below `least`: only a fixed deadline makes it so.
-        least: bytes of the smallest payload of all layers.
-        scrap: bytes of the smallest payload that says anything.
+        limits: B_n, bytes. A member is late if its B_n is below `least`, which happens only with a fixed deadline.
+        least: bytes of the smallest payload with all layers.
+        scrap: bytes of the smallest useful payload.
     Returns:
-        wait: all, the late with `least`; drop: without the late; partial: the late with what fits. Where nobody can
-        make it, the fastest waits.
+        wait: all members, late ones with `least`; drop: without late members; partial: late members with what fits. If
+        no member can meet the deadline, the fastest one takes part and exceeds it.
     """
     if config.budget != "deadline":
         return {m.client: limit for m, limit in zip(cohort, limits, strict=True)}
@@ -114,33 +114,33 @@ def taking_part(
 
 
 def bytes_at_levels(setting: Setting, bits: float) -> float:
-    """Bytes of a payload in which every layer has `bits`, headers beside them: fractions lie between the levels."""
+    """Bytes of a payload with `bits` for every layer, plus headers. Fractions are interpolated between levels."""
     below = max((b for b in LEVELS if b <= bits), default=1)
     rest = setting.fixed_size + sum(setting.size(layer, below) for layer in setting.quantized)
     return rest + (bits - below) * sum(layer.size for layer in setting.quantized) / 8
 
 
 def bytes_at_rate(setting: Setting, bits: float) -> float:
-    """Bytes of a payload of `bits` a parameter, its headers among them; buffers, which are float32, come on top."""
+    """Bytes of a payload at `bits` per parameter, headers included, plus the float32 buffers."""
     buffers = sum(LAYER_HEADER + 4 * layer.size for layer in setting.layers if layer.buffer)
     return bits * sum(layer.size for layer in setting.quantized) / 8 + buffers
 
 
 def headers_rate(setting: Setting) -> float:
-    """Bits a parameter that the headers of an entropy-coded payload take."""
+    """Bits per parameter of an entropy-coded payload's headers."""
     layers = setting.quantized
     return 8 * (PAYLOAD_HEADER + len(layers) * (LAYER_HEADER + Ecsq.HEADER.size)) / sum(layer.size for layer in layers)
 
 
 def require_rate(setting: Setting, bits: float, key: str) -> None:
-    """Raises ConfigError where headers take all of a rate of entropy-coded layers: only zeros would be sent."""
+    """Raises ConfigError if the headers alone need this rate of entropy-coded layers: only zeros would be sent."""
     least = headers_rate(setting)
     if bits <= least:
-        raise ConfigError(f"{key}: {bits:g} bits a parameter, where this model's headers alone take {least:.3g}")
+        raise ConfigError(f"{key}: {bits:g} bits per parameter, but this model's headers alone take {least:.3g}")
 
 
 def one_step(setting: Setting, budget: float, weights: Sequence[float] | None = None) -> OneStep:
-    """The chooser of step sizes under a budget in bytes; `weights`: sqrt of significance of the quantized layers."""
+    """Chooses step sizes under a budget in bytes. `weights`: square root of each quantized layer's significance."""
     chosen = iter(weights if weights is not None else [1.0] * len(setting.quantized))
     return OneStep(
         tuple((layer.start, layer.stop) for layer in setting.layers),

@@ -1,4 +1,4 @@
-"""What levels cost, in bytes and in error: functions that several strategies share."""
+"""The cost of levels in bytes and in error: functions shared by several strategies."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,8 @@ def layer_sizes(setting: Setting, levels: Sequence[int]) -> NDArray[np.int64]:
 def squared_errors(setting: Setting, vector: Tensor, levels: Sequence[int]) -> Table:
     """|Q_b(x_l) - x_l|^2 of each layer at each level, (L, levels): one draw of the rounding, so an estimate.
 
-    The noise is the same in every call, and not that of the payload: what is chosen tells nothing of its draws.
+    The noise is the same in every call and independent of the payload's, so a choice by these errors does not depend on
+    the payload's draws.
     """
     table = np.zeros((len(setting.quantized), len(levels)))
     for row, layer in enumerate(setting.quantized):
@@ -36,6 +37,6 @@ def squared_errors(setting: Setting, vector: Tensor, levels: Sequence[int]) -> T
 
 
 def require_update(setting: Setting) -> None:
-    """Raises ConfigError where clients send models: a strategy that learns levels from updates would misjudge them."""
+    """Raises ConfigError if clients send models: a strategy that learns levels from updates would misjudge them."""
     if setting.config.payload != "update":
         raise ConfigError(f"strategy.payload: {setting.config.name} learns its levels from updates; use update")

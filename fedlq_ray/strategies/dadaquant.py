@@ -1,12 +1,12 @@
 """DAdaQuant. Hoenig, Zhao, Mullins, "DAdaQuant: doubly-adaptive quantization for communication-efficient federated
 learning", ICML 2022, arXiv:2111.00465, sections 3.3 to 3.6 and Theorem 1; checked against the paper's text.
 
-In time: with the running loss G_t = psi G_(t-1) + (1 - psi) loss_t, levels double when G_t >= G_(t+1-phi), then stay
-for phi rounds at least. By client: q_i = max(1, round(sqrt(a/b) w_i^(2/3))), a = sum w_j^(2/3), b = sum w_j^2 / q^2,
-which keeps the variance of the average at that of q for all, with the fewest levels in sum.
-Departs from it: the losses are those that clients see while they train (the paper takes an extra pass over their data);
-G starts at the first loss; phi is in rounds, where the paper has a tenth of the run's; a norm for each layer, unless
-`strategy.scope=model`; runs of zeros are coded as `QsgdElias` codes them.
+Over time: with the running loss G_t = psi G_(t-1) + (1 - psi) loss_t, levels double when G_t >= G_(t+1-phi), then stay
+for at least phi rounds. By client: q_i = max(1, round(sqrt(a/b) w_i^(2/3))), a = sum w_j^(2/3), b = sum w_j^2 / q^2,
+which keeps the average's variance at that of q for all, with the smallest sum of levels.
+Departs from it: losses are those that clients see while they train (the paper takes an extra pass over their data). G
+starts at the first loss. phi is in rounds, where the paper uses a tenth of the run's. Each layer has its own norm,
+unless `strategy.scope=model`. Runs of zeros are coded as in `QsgdElias`.
 """
 
 import math
@@ -22,7 +22,7 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Stall:
-    """The levels, the running loss, and its last values since the levels were raised (at most phi)."""
+    """The levels, the running loss, and up to phi of its last values since the levels rose."""
 
     q: int
     running: float | None = None
@@ -30,12 +30,12 @@ class Stall:
 
 
 class DAdaQuant(Strategy[Stall]):
-    """Levels that double when training stalls, more of them for clients of more weight.
+    """Levels double when training stalls; clients with more weight get more levels.
 
     Args:
-        q_min, q_max: levels at first and at most; the paper's q_max is the best static level of each data set.
+        q_min, q_max: initial and maximum levels; the paper's q_max is the best static level of each data set.
         psi: weight of the past in the running loss.
-        phi: rounds across which it is compared.
+        phi: rounds over which the running loss is compared.
     """
 
     timeless = True
@@ -70,7 +70,7 @@ class DAdaQuant(Strategy[Stall]):
 
 
 def client_levels(q: int, weights: Sequence[float]) -> list[int]:
-    """Theorem 1's q_i, rounded: levels of each client, by its share of the average."""
+    """Theorem 1's q_i, rounded: each client's levels by its share of the average."""
     a = sum(w ** (2 / 3) for w in weights)
     b = sum(w**2 for w in weights) / q**2
     return [max(1, round(math.sqrt(a / b) * w ** (2 / 3))) for w in weights]

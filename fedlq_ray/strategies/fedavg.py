@@ -1,7 +1,7 @@
 """FedAvg. McMahan et al., AISTATS 2017, arXiv:1602.05629, Algorithm 1.
 
-Departs from it: a client sends its update (or its model, `strategy.payload`) through the wire format, as float32; it
-weighs by the samples of a pass, min(shard, `train.max_samples`), where the paper has the whole shard.
+Departs from it: a client sends its update (or its model, `strategy.payload`) in the wire format, as float32. Its weight
+is its samples per pass, min(shard, `train.max_samples`), where the paper uses the whole shard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from fedlq_ray.training.local import Plan
 
 
 class FedAvg(Strategy):
-    """Everything at full precision."""
+    """Sends everything at full precision."""
 
     timeless = True
 

@@ -1,11 +1,11 @@
 """FedDQ. Qu, Song, Tsui, "FedDQ: communication-efficient federated learning with descending quantization", GLOBECOM
 2022, arXiv:2110.02291: b_l = ceil(log2(range(x_l) / resolution)), so that bits fall as updates shrink.
 
-The formula and the resolution, .005 for Fashion-MNIST, were checked against the authors' code; .005 for ResNet-18 and
+We checked the formula and the resolution, .005 for Fashion-MNIST, against the authors' code; .005 for ResNet-18 and
 .001 for a CIFAR-10 CNN are from the project's notes on it.
-Departs from it: b is clamped to 1..8, where the code lets it be anything; the quantizer is `strategy.quantizer`, with
-unbiased rounding, where the code rounds to nearest on a grid without zero point and clips what a skewed range leaves
-out; a layer's bias is in its range, where the code sends no biases.
+Departs from it: b is limited to 1..8, where the code has no limits. The quantizer is `strategy.quantizer`, with
+unbiased rounding, where the code rounds to nearest on a grid without zero point, and clips values outside it if the
+range is skewed. A layer's bias counts in its range, where the code sends no biases.
 """
 
 import math
@@ -21,7 +21,7 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class ByRange:
-    """A client's choice: bits by the range of each layer of what it has to send."""
+    """A client's choice: bits for each layer, by the range of the values to send."""
 
     setting: Setting
     resolution: float
@@ -40,10 +40,10 @@ def bits_for(spread: float, resolution: float) -> int:
 
 
 class FedDQ(Strategy):
-    """Each client sends each layer at the bits that its range asks for.
+    """Each client sends each layer with the bits that the layer's range requires.
 
     Args:
-        resolution: what two neighbouring values may differ by, in the units of what is sent.
+        resolution: allowed difference of two neighbouring levels, in the units of what is sent.
     """
 
     timeless = True

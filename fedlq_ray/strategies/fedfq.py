@@ -1,9 +1,9 @@
-"""FedFQ. Li, Xie, Ye, Ma, Ma, Li, "FedFQ: federated learning with fine-grained quantization", arXiv:2408.08977: bits of
-0, 2, 4 or 8 for each parameter, by its size; see `FineGrained` for how they are found, sent and billed.
+"""FedFQ. Li, Xie, Ye, Ma, Ma, Li, "FedFQ: federated learning with fine-grained quantization", arXiv:2408.08977: 0, 2,
+4 or 8 bits for each parameter, by its magnitude. `FineGrained` documents how they are found, sent and billed.
 
-Departs from it: the paper's budgets of about a bit a parameter do not bill the map of who has how many, without which
-nobody can decode; here it is in the budget, so that rates start at 3 bits. A budget for each layer, as in the authors'
-code.
+Departs from it: the paper's budgets of about one bit per parameter leave out the map of each parameter's bits, which
+the server needs to decode. Here the budget includes it, so rates start at 3 bits. Each layer has a budget, as in the
+authors' code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from fedlq_ray.training.local import Plan
 
 
 class FedFQ(Strategy):
-    """Bits by parameter, the same rate for all clients.
+    """Bits per parameter vary within a layer; all clients have the same rate.
 
     Args:
-        bits: a parameter's share of a layer's bytes, 2 of them for the map.
+        bits: mean bits per parameter of a layer, 2 of them for the map.
     """
 
     timeless = True

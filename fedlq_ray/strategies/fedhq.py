@@ -1,12 +1,12 @@
 """FedHQ. Chen, Shen, Zhang, Tang, "Dynamic aggregation for heterogeneous quantization in federated learning", IEEE
 Transactions on Wireless Communications 20(10), 2021: weights in the average that minimise the bound on convergence
-where clients quantize differently. With independent errors of q_n |x_n|^2 and the signals' own share, p_n / (1 + q_n).
+when clients quantize differently: p_n / (1 + q_n). Errors q_n |x_n|^2 are independent; the 1 is the signal's own share.
 
-We could check the abstract alone: that weights come from the clients' own errors, sent along; the form p_n / (1 + q_n)
-is the project's derivation.
-Departs from it: the paper takes levels as given; here a client has the highest of `strategy.levels` whose payload is
-within its budget (`strategy.budget`: its link and its computing). q_n is not sent along: the server measures it, for
-each level, on the last mean update with the clients' quantizer; before the first, weights are FedAvg's.
+We could check only the abstract: weights come from the clients' own errors, which clients send. The form
+p_n / (1 + q_n) is the project's derivation.
+Departs from it: the paper takes levels as given. Here a client gets the highest of `strategy.levels` whose payload fits
+its budget (`strategy.budget`: its link and its computing). Clients do not send q_n: the server measures it for each
+level, on the last mean update with the clients' quantizer. Before the first update, weights are FedAvg's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,13 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Errors:
-    """q by level, of the last mean update."""
+    """q by level, measured on the last mean update."""
 
     errors: dict[int, float] = field(default_factory=dict)
 
 
 class FedHQ(Strategy[Errors]):
-    """One level a client, by its link; less weight to a client of more error."""
+    """One level per client, by its budget; clients with more error get less weight."""
 
     def __init__(self, setting: Setting[schemes.FedHQ]) -> None:
         require_update(setting)
@@ -55,7 +55,7 @@ class FedHQ(Strategy[Errors]):
     def learn(self, state: Errors, round: int, news: News) -> Errors:
         levels, layers = self.setting.config.levels, self.setting.quantized
         energy = sum(float(news.update[layer.start : layer.stop].double().square().sum()) for layer in layers)
-        if not energy > 0:  # where no client answered, the errors of the round before still hold
+        if not energy > 0:  # no client replied: keep the errors of the previous round
             return state
         errors = squared_errors(self.setting, news.update, levels).sum(axis=0) / energy
         return Errors(dict(zip(levels, errors.tolist(), strict=True)))

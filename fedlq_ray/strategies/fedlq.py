@@ -1,9 +1,9 @@
 """FedLQ. Xu et al., "Towards layer-wise quantization for heterogeneous federated clients", Computer Networks 264,
 2025, 111223, doi:10.1016/j.comnet.2025.111223.
 
-Only its abstract is public to us; the formulas are our reading of it (ARCHITECTURE.md). For each layer and level:
-memory saved M_l(b), accuracy drop A_l(b), significance A/M; for each client a byte budget from its link and its
-compute; under that budget levels by the greedy significance-aware algorithm, or the exact one.
+We could read only its abstract; the formulas are our reconstruction (ARCHITECTURE.md). Each layer and level has a
+memory saving M_l(b), an accuracy drop A_l(b) and the significance A/M. Each client has a byte budget, from its link and
+its compute. Under that budget, the greedy significance-aware algorithm, or the exact one, chooses the levels.
 """
 
 import math
@@ -26,7 +26,7 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Seen:
-    """What training has shown: the drops, the square of the last round's mean update, and its `News.spread`."""
+    """What the strategy learned: drops, and the square and `News.spread` of the last round's mean update."""
 
     drops: Drops
     square: float = 0.0
@@ -57,7 +57,7 @@ class FedLQ(Strategy[Seen]):
 
     def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         bodies = self.sizes[:, 0] - LAYER_HEADER
-        scrap = self.cheapest - int(bodies.sum() - bodies.min())  # one layer, and the headers of all
+        scrap = self.cheapest - int(bodies.sum() - bodies.min())  # the smallest layer, and the headers of all
         limits = taking_part(self.setting.config, cohort, self.budgets(seen, cohort), self.cheapest, scrap)
         made = {limit: self.setting.at_levels(self.levels(seen, limit)) for limit in set(limits.values())}
         return {client: made[limit] for client, limit in limits.items()}
@@ -71,8 +71,10 @@ class FedLQ(Strategy[Seen]):
         return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, cohort))
 
     def levels(self, seen: Seen, budget: float) -> list[int]:
-        """A level for each layer under a payload's bytes; 0, which sends nothing, only where not even the lowest level
-        fits and the late may send in part: then for the layers of least significance."""
+        """A level for each layer within a payload's bytes.
+
+        Level 0 sends nothing. It is used only if not even the lowest level fits and late clients may send a part, for
+        the layers of least significance."""
         config = self.setting.config
         levels: list[int] = [config.levels[choice] for choice in self.allocate(seen, budget).choice]
         room = budget - self.setting.fixed_size - LAYER_HEADER * len(levels)
@@ -88,8 +90,9 @@ class FedLQ(Strategy[Seen]):
         return levels
 
     def noise(self, seen: Seen, bits: float) -> float:
-        """Squared error of a payload at so many bits a parameter over the square of the mean update: as probed, the
-        logarithm straight between levels; that of a Gaussian before."""
+        """Squared error of a payload, over the square of the mean update, by bits per parameter.
+
+        Its logarithm is interpolated between probed levels. Before the first probe, it is that of a Gaussian."""
         levels = [level for level in self.setting.config.levels if level < 16]
         if not levels or bits < levels[0]:
             return math.inf
@@ -99,7 +102,7 @@ class FedLQ(Strategy[Seen]):
         return seen.spread * float(np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
 
     def allocate(self, seen: Seen, budget: float) -> Allocation:
-        """Levels under a payload's bytes."""
+        """Levels within a payload's bytes."""
         config = self.setting.config
         drops = seen.drops.estimate(self.counts, config.levels)
         left = budget - self.setting.fixed_size
@@ -108,7 +111,7 @@ class FedLQ(Strategy[Seen]):
         return greedy(drops, self.sizes, left, self._margins(drops) if config.significance == "sum" else None)
 
     def _margins(self, drops: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Significance of a step down as a weighted sum: alpha x drop - (1 - alpha) x memory saved, each to its top."""
+        """Significance of a step down: alpha x drop - (1 - alpha) x memory saved, each over its maximum."""
         alpha = self.setting.config.significance_alpha
         saving = memory_saving(self.counts, self.setting.config.levels)
         lost, saved = drops[:, :-1] - drops[:, 1:], saving[:, :-1] - saving[:, 1:]
@@ -116,7 +119,7 @@ class FedLQ(Strategy[Seen]):
         return margins
 
     def probe(self, seen: Seen, round: int) -> Probe | None:
-        # Round 0 has no update yet to measure on, and its weights are random.
+        # Round 0 has no update to measure on, and its weights are random.
         config = self.setting.config
         if round == 0 or (round - 1) % config.probe_every:
             return None
@@ -125,7 +128,7 @@ class FedLQ(Strategy[Seen]):
 
     def learn(self, seen: Seen, round: int, news: News) -> Seen:
         drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
-        # Where clients send models, a whole model is probed: its error is that of each, without a spread.
+        # If clients send models, the probe quantizes a whole model: its error is that of each client, without a spread.
         spread = news.spread if self.setting.config.payload == "update" else None
         return Seen(drops, float(news.update.double().square().sum()), seen.spread if spread is None else spread)
 

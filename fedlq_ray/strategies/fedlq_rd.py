@@ -1,8 +1,8 @@
-"""FedLQ-RD, ours: FedLQ's budgets, and under them rates that are continuous.
+"""FedLQ-RD, our own: FedLQ's budgets with continuous rates.
 
-Where FedLQ picks a whole number of bits for each layer, this picks one step size for each client, divided by the root
-of a layer's significance, so that the entropy-coded payload just fits the client's budget (ARCHITECTURE.md). Error
-feedback carries what was lost; the reconstruction is the one of least error, so that it contracts.
+FedLQ picks a whole number of bits for each layer. FedLQ-RD picks one step size for each client, divided by the square
+root of a layer's significance, so that the entropy-coded payload just fits the client's budget (ARCHITECTURE.md). Error
+feedback keeps what quantization loses. The reconstruction is the one of least error, so error feedback contracts.
 """
 
 import math
@@ -28,16 +28,16 @@ from fedlq_ray.strategies.budgets import (
 )
 from fedlq_ray.training.local import Plan
 
-# Normalised squared error at so many bits a parameter, on clients' updates (docs/quantizers.md).
+# Normalised squared error by bits per parameter, on clients' updates (docs/quantizers.md).
 RATES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
 ERRORS = (1.0, 0.427, 0.271, 0.153, 0.0608, 0.0124, 0.0028, 0.00065)
-SCRAP = 0.02  # bits a parameter: a smaller payload says nothing; nor does one of less than twice its headers
-PROBED = (3.0, 8.0)  # steps to measure significance with, in root mean squares of the update: about 1 and 0.3 bits
+SCRAP = 0.02  # bits per parameter: smaller payloads are useless, as are those below twice their headers
+PROBED = (3.0, 8.0)  # step sizes of the probe, in root mean squares of the update: about 1 and 0.3 bits
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What training has shown: the drops, the last round's `News.spread`, and its update's root mean square."""
+    """What the strategy learned: drops, and `News.spread` and the root mean square of the last round's update."""
 
     drops: Drops
     spread: float = 1.0
@@ -78,8 +78,8 @@ class FedLQRD(Strategy[Seen]):
         return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, cohort))
 
     def noise(self, seen: Seen, bits: float) -> float:
-        """Squared error at a rate. With error feedback it is made good later: what it then adds to the rounds goes as
-        q / (1 - q)^2 (Karimireddy et al., ICML 2019, Theorem II); a heuristic, outside our theorem."""
+        """Squared error at a rate. Error feedback repairs it later: its effect on the number of rounds then grows as
+        q / (1 - q)^2 (Karimireddy et al., ICML 2019, Theorem II). This is a heuristic, outside our theorem."""
         if bits < self.scrap:
             return math.inf
         q = float(np.exp(np.interp(bits, RATES, np.log(ERRORS))))
@@ -87,13 +87,13 @@ class FedLQRD(Strategy[Seen]):
 
     def probe(self, seen: Seen, round: int) -> Probe | None:
         config = self.setting.config
-        # Squared error weighs all layers alike, which needs no measuring.
+        # Squared error weights all layers alike and needs no measurement.
         if config.metric in (None, "squared_error") or not seen.rms or (round - 1) % config.probe_every:
             return None
         return Probe(tuple(Ecsq(step * seen.rms) for step in PROBED), config.probe_samples, config.metric)
 
     def report(self, seen: Seen) -> dict[str, Any]:
-        """Significance of each layer: the drop per unit of squared error, where it is measured."""
+        """Significance of each layer, once measured: the drop per unit of squared error."""
         if seen.drops.measured is None:
             return {}
         names = [layer.name for layer in self.setting.quantized]
@@ -106,9 +106,9 @@ class FedLQRD(Strategy[Seen]):
 
 
 class EcsqFixed(FedLQRD):
-    """ECSQ with error feedback: one step size for all layers, entropy-coded, `strategy.bits` bits a parameter for
-    every client, headers included. Our strongest fixed-rate baseline; no significance, no budgets. Reverse
-    water-filling over layers as in any text on rate-distortion theory (Cover and Thomas, section 10.3)."""
+    """ECSQ with error feedback: one step size for all layers, entropy-coded, `strategy.bits` bits per parameter for
+    every client, headers included. It is our strongest fixed-rate baseline, without significance or budgets. One step
+    size is reverse water-filling over layers (Cover and Thomas, section 10.3)."""
 
     timeless = True
 

@@ -1,13 +1,13 @@
 """FedMPQ. Chen, Vikalo, "Mixed-precision quantization for federated learning on resource-constrained heterogeneous
-devices", CVPR 2024, arXiv:2311.18129: bits by layer that fit each client's budget, from what layers were seen to need.
+devices", CVPR 2024, arXiv:2311.18129: bits by layer that fit each client's budget, from the bits that layers used.
 
-As the paper has it, the server plans: the precisions that training left are averaged, then for each client bits are
-pruned from the layers first in the order of d_l (reduction_l + 1), largest first, and grown from the last, until its
+As in the paper, the server averages the precisions that remain after training and plans for each client. It orders
+layers by d_l (reduction_l + 1), largest first, prunes bits from the first layers and adds bits from the last, until the
 budget is met (Algorithm 2; we read a public re-implementation and the abstract, not the algorithm itself).
 Departs from it: the paper trains quantized weights with a group lasso that empties their upper bit planes, and drops
-the empty ones. Clients here train as ever and quantize what they send, so a layer's planes are counted in the mean
-update: on one grid for all layers, of 8 planes for the layer of greatest magnitude. Budgets are bytes, by
-`strategy.budget`; bits go from 1 to 8.
+the empty ones. Here clients train as usual and quantize what they send. A layer's planes are counted in the mean
+update, on one grid for all layers, with 8 planes for the layer of greatest magnitude. Budgets are in bytes, by
+`strategy.budget`; bits are 1 to 8.
 """
 
 import math
@@ -26,13 +26,13 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Planes:
-    """Bit planes that the last mean update occupied, by layer; None: the same for all."""
+    """Bit planes of the last mean update, by layer; None: the same for all layers."""
 
     base: list[int] | None = None
 
 
 class FedMPQ(Strategy[Planes]):
-    """Bits by layer: those that the last mean update occupied, pruned and grown to each client's budget."""
+    """Bits by layer: the bit planes of the last mean update, pruned and grown to each client's budget."""
 
     def __init__(self, setting: Setting[schemes.FedMPQ]) -> None:
         require_update(setting)
@@ -49,7 +49,7 @@ class FedMPQ(Strategy[Planes]):
         return {member.client: plans[limit] for member, limit in zip(cohort, limits, strict=True)}
 
     def fitted(self, state: Planes, budget: float) -> list[int]:
-        """Bits by layer within a payload's bytes; the lowest for all where not even they fit."""
+        """Bits by layer within a payload's bytes; 1 bit for all layers if nothing fits."""
         room, layers = budget - self.setting.fixed_size, self.setting.quantized
         same = max((b for b in BITS if self.sizes[:, b - 1].sum() <= room), default=1)
         bits = [same] * len(layers) if state.base is None else list(state.base)
@@ -73,7 +73,7 @@ class FedMPQ(Strategy[Planes]):
 
 
 def planes(peak: float, top: float) -> int:
-    """Bit planes that a layer occupies on a grid with 8 for the greatest: one fewer for each halving, 1 at least."""
+    """Bit planes of a layer if the largest layer has 8: one fewer for each halving of its peak, at least 1."""
     return max(1, BITS[-1] - math.floor(math.log2(top / peak))) if peak > 0 else 1
 
 

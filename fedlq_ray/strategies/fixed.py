@@ -1,6 +1,7 @@
-"""Schemes that are one quantizer for every client and round, each with its paper's usual settings.
+"""Schemes with one quantizer for every client and round, each with its paper's usual settings.
 
-`strategy.scope=model` takes the whole vector as one layer, as many of the papers do; the default is a layer each.
+By default each layer is quantized on its own. `strategy.scope=model` treats the whole vector as one layer, as in many
+of the papers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,8 @@ class HalfPrecision(Fixed):
 
 
 class QsgdFixed(Fixed):
-    """QSGD (Alistarh et al., NeurIPS 2017) on the update after local steps, in the form that its authors train with:
-    buckets of 512 and their greatest magnitude as norm."""
+    """QSGD (Alistarh et al., NeurIPS 2017) on the update after local steps, in the form used by its authors: buckets
+    of 512, with the largest magnitude as norm."""
 
     def __init__(
         self, setting: Setting, levels: int = 7, bucket: int | None = 512, norm: Literal["l2", "max"] = "max"
@@ -48,15 +49,15 @@ class QsgdFixed(Fixed):
 
 
 class FedPAQ(Fixed):
-    """FedPAQ (Reisizadeh et al., AISTATS 2020, arXiv:1909.13014): the update after local steps, by QSGD with the
-    Euclidean norm of each layer; of the whole, as in the paper, with `strategy.scope=model`."""
+    """FedPAQ (Reisizadeh et al., AISTATS 2020, arXiv:1909.13014): QSGD of the update after local steps, with the
+    Euclidean norm of each layer, or of the whole vector, as in the paper, with `strategy.scope=model`."""
 
     def __init__(self, setting: Setting, levels: int = 7) -> None:
         super().__init__(setting, QsgdElias(levels, None, "l2"))
 
 
 class TernGradFixed(Fixed):
-    """TernGrad (Wen et al., NeurIPS 2017, arXiv:1705.07878): clipped at 2.5 deviations, a scale a layer."""
+    """TernGrad (Wen et al., NeurIPS 2017, arXiv:1705.07878): clipped at 2.5 deviations, one scale per layer."""
 
     def __init__(self, setting: Setting, clip: float | None = 2.5) -> None:
         super().__init__(setting, TernGrad(clip))
@@ -65,7 +66,7 @@ class TernGradFixed(Fixed):
 class SignSGD(Fixed):
     """signSGD with majority vote (Bernstein et al., ICML 2018, arXiv:1802.04434), on the update after local steps.
 
-    Every client has one vote on each sign; the server steps by `step` along the majority, and stays where votes tie.
+    Every client has one vote per sign. The server steps by `step` along the majority, and does not move on a tie.
     """
 
     def __init__(self, setting: Setting, step: float = 1e-3) -> None:
@@ -83,7 +84,7 @@ class SignSGD(Fixed):
     def combine(self, update: Tensor) -> Tensor:
         stepped = update.clone()
         for start, stop in self.voted:
-            # Votes are multiples of 1 / cohort: what is nearer to 0 is a tie and rounding.
+            # Votes are multiples of 1 / cohort: smaller values are ties with rounding errors.
             votes = torch.where(update[start:stop].abs() < 1e-6, 0.0, update[start:stop])
             stepped[start:stop] = self.step * torch.sign(votes)
         return stepped
@@ -119,7 +120,7 @@ class StcFixed(Fixed):
 class EdenFixed(Fixed):
     """EDEN (Vargaftik et al., ICML 2022, arXiv:2108.08842) at `strategy.bits`, fractions included.
 
-    With error feedback the scale is that of least error, so that what is kept contracts; without, the unbiased one.
+    With error feedback the scale is the one of least error, so that the memory contracts; without, the unbiased one.
     """
 
     error_feedback = True

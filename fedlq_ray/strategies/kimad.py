@@ -1,13 +1,13 @@
 """Kimad+. Xin, Ilin, Zhang, Canini, Richtarik, "Kimad: adaptive gradient compression with bandwidth awareness",
-DistributedML 2023, arXiv:2312.08053: the least squared error, summed over layers, whose bits fit bandwidth x time; a
-knapsack by dynamic programming over discretised errors.
+DistributedML 2023, arXiv:2312.08053: the levels of least squared error, summed over layers, whose bits fit bandwidth x
+time; a knapsack, solved by dynamic programming over discretised errors.
 
-We could check the abstract and a public re-implementation's number of error steps, 1000; the rest is as the project's
-notes have it.
-Departs from it: levels of `strategy.levels` for quantizers, where the paper has top-k; error feedback by
-`strategy.error_feedback`, where it has EF21; bandwidth is the client's mean, where it is monitored; errors are one draw
-of stochastic rounding. The knapsack is `significance.exact` on errors in steps of a thousandth of the greedy
-solution's: that keeps its table short, and costs at most a thousandth for each layer.
+We could check the abstract and the number of error steps, 1000, of a public re-implementation; the rest comes from the
+project's notes.
+Departs from it: levels are `strategy.levels` of quantizers, where the paper has top-k. Error feedback follows
+`strategy.error_feedback`, where the paper has EF21. Bandwidth is the client's mean, where the paper monitors it. Errors
+are one draw of stochastic rounding. The knapsack is `significance.exact` on errors in steps of a thousandth of the
+greedy solution's: this keeps its table short, and costs at most a thousandth for each layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class ByError:
-    """A client's choice: the levels of least squared error, on what it has to send, within a payload's bytes."""
+    """A client's choice: the levels of least squared error on the values to send, within a payload's bytes."""
 
     setting: Setting[schemes.Kimad]
     budget: float
 
     def __call__(self, vector: Tensor) -> tuple[Segment, ...]:
         levels = self.setting.config.levels
-        # A draw may be luckier at a lower level; an error that rises with the level would be rounding's chance.
+        # A lower level may have a luckier draw; errors that rise with the level are chance, so make them monotone.
         errors = np.maximum.accumulate(squared_errors(self.setting, vector, levels)[:, ::-1], axis=1)[:, ::-1]
         room = self.budget - self.setting.fixed_size
         found = least_error(errors, layer_sizes(self.setting, levels), room)
@@ -46,7 +46,7 @@ class ByError:
 
 
 def least_error(errors: Table, sizes: NDArray[np.int64], room: float) -> Allocation:
-    """The levels of least summed error whose sizes fit; all at the lowest where nothing fits.
+    """The levels of least summed error whose sizes fit; the lowest for all layers if nothing fits.
 
     Args:
         errors, sizes: of each layer at each level, (L, levels).
@@ -55,7 +55,7 @@ def least_error(errors: Table, sizes: NDArray[np.int64], room: float) -> Allocat
     first = greedy(errors, sizes, room)
     if first.drop == 0 or first.size > room:
         return first
-    # A layer's error above the greedy total is in no better solution.
+    # No better solution has a layer whose error exceeds the greedy total.
     steps = np.where(errors > first.drop, 1e12, np.floor(errors * (STEPS / first.drop)))
     choice = exact(steps, sizes, room).choice
     drop = float(errors[np.arange(len(errors)), list(choice)].sum())
@@ -64,7 +64,7 @@ def least_error(errors: Table, sizes: NDArray[np.int64], room: float) -> Allocat
 
 
 class Kimad(Strategy):
-    """Levels by layer that each client finds for its own update, as many bytes as its link sends in time.
+    """Each client finds levels by layer for its own update, within the bytes that its link can send in time.
 
     Args:
         round_s: simulated seconds from a round's start to the end of the upload; None: a budget by `strategy.budget`.

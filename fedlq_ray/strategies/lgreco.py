@@ -1,12 +1,12 @@
 """L-GreCo. Markov, Alimohammadi, Frantar, Alistarh, "L-GreCo: layerwise-adaptive gradient compression for efficient
 data-parallel deep learning", MLSys 2024, arXiv:2210.17357: the smallest payload whose error, the sum over layers of
-|x_l - Q(x_l)|, is within alpha times that of one level for all; by dynamic programming over 10^4 buckets of error.
+|x_l - Q(x_l)|, is at most alpha times that of one level for all; by dynamic programming over 10^4 buckets of error.
 
-As in the authors' code (read: its hook for low-rank compression), one worker finds the levels every so many steps, from
-gradients averaged over the last tenth of them, and all use them. Errors are rounded up to buckets, so the constraint
-holds exactly.
-Departs from it: the server finds them, from the mean of the last updates; errors are one draw of stochastic rounding.
-Where no levels within the constraint are smaller than the reference, it is kept.
+In the authors' code (we read its hook for low-rank compression), one worker finds the levels at intervals, from
+gradients averaged over the last tenth of the interval, and all workers use them. Errors are rounded up to buckets, so
+the constraint holds exactly.
+Departs from it: the server finds the levels, from the mean of the last updates. Errors are one draw of stochastic
+rounding. If no levels within the constraint are smaller than the reference, the reference is kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,20 +25,20 @@ BUCKETS = 10_000
 
 @dataclass(frozen=True)
 class Chosen:
-    """The levels by layer, and the sum of the updates seen since the window began."""
+    """The levels by layer, and the sum of the updates since the window began."""
 
     levels: list[int]
     seen: Tensor | None = None
 
 
 class LGreCo(Strategy[Chosen]):
-    """Levels by layer that cost less than `bits` for all, at no more error.
+    """Levels by layer that take fewer bytes than `bits` for all layers, with at most alpha times the error.
 
     Args:
-        bits: the reference, 1 to 8, and what is sent before the first adjustment.
-        alpha: error allowed, in multiples of the reference's.
+        bits: the reference, 1 to 8; also the level before the first adjustment.
+        alpha: allowed error, as a multiple of the reference's.
         every: rounds between adjustments.
-        window: rounds before an adjustment whose mean updates are averaged.
+        window: the number of last rounds before an adjustment whose mean updates are averaged.
     """
 
     timeless = True
@@ -73,7 +73,7 @@ class LGreCo(Strategy[Chosen]):
 
 
 def smallest(errors: Table, sizes: NDArray[np.int64], target: float, buckets: int = BUCKETS) -> list[int] | None:
-    """The columns of least total size whose errors add up to the target at most; None where there are none.
+    """The columns of least total size whose errors sum to at most the target; None if there are none.
 
     Args:
         errors, sizes: of each layer at each level, (L, levels).

@@ -1,8 +1,8 @@
-"""Uniform quantization: one level for all layers of all clients, by default of stochastic min-max (Suresh et al., ICML
-2017, arXiv:1611.00429), whose range is a layer's here, or the whole's with `strategy.scope=model`; no rotation.
+"""Uniform quantization: one level for all layers of all clients. The default quantizer is stochastic min-max (Suresh et
+al., ICML 2017, arXiv:1611.00429) without rotation; its range is per layer, or of the whole with `strategy.scope=model`.
 
-`strategy.bits` may be a fraction: then some clients of a cohort send the level below and the others the level above,
-so that over rounds a parameter takes that many bits on average. Who sends which is drawn anew each round.
+`strategy.bits` may be a fraction: some clients of a cohort then send the level below and the others the level above, so
+that a parameter takes that many bits on average over rounds. Each round draws which clients send which level.
 """
 
 import math
@@ -17,7 +17,7 @@ from fedlq_ray.training.local import Plan
 
 
 class Uniform(Strategy):
-    """One level for all, in one range a layer or (`strategy.scope=model`) one range for the whole vector."""
+    """One level for all, with one range per layer or (`strategy.scope=model`) one for the whole vector."""
 
     timeless = True
 
@@ -34,7 +34,7 @@ class Uniform(Strategy):
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         span = self.above - self.below
         share = (self.setting.config.bits - self.below) / span if span else 0.0
-        # Whole clients so that the count over all rounds so far is within one of share x clients.
+        # The count of clients is rounded so that the total over all rounds is within one of share x clients.
         high = math.floor((round + 1) * len(cohort) * share) - math.floor(round * len(cohort) * share)
         order = numpy_rng(self.setting.seed, "uniform", round).permutation(len(cohort))
         lucky = {cohort[i].client for i in order[:high]}

@@ -1,6 +1,6 @@
-"""Several runs at a time, each a Ray task on a core of its own; what is shown of them is read from their folders."""
+"""Several runs at once, each a Ray task on its own core. Progress is read from the runs' folders."""
 
-from fedlq_ray.startup import make_importable  # before what a file of the user's could hide
+from fedlq_ray.startup import make_importable  # first: a user's file could hide later imports
 
 # isort: split
 import os
@@ -24,12 +24,12 @@ from fedlq_ray.runs.output import Console
 from fedlq_ray.runs.simulation import run_or_resume
 from fedlq_ray.sweeps.sweep import Start
 
-# What a run may take, asked of Ray for each: 0.7 GB measured with Fashion-MNIST, 1.0 GB with CIFAR-10.
+# Memory requested from Ray per run: 0.7 GB was measured with Fashion-MNIST, 1.0 GB with CIFAR-10.
 RUN_BYTES = 2e9
 
 
 def in_turn(begin: Callable[[Config, str], Any]) -> Callable[[Sequence[Config], str], Iterator[Any]]:
-    """What begins one run, as what begins several: one after another."""
+    """Turns a function that begins one run into one that begins several, one after another."""
 
     def start(configs: Sequence[Config], parent: str) -> Iterator[tuple[Config, FedLQError | None]]:
         for config in configs:
@@ -63,9 +63,10 @@ def starter(console: Console) -> Start:
 
 
 def abreast(configs: Sequence[Config]) -> list[Config]:
-    """Those to run side by side, with `serial` hosting: where it is asked for or left open, and two cores are free.
+    """The runs to run in parallel, with `serial` hosting.
 
-    A run's result is the same whatever hosts its clients, and several runs leave no core idle at a round's end.
+    These are the runs with `serial` or `auto` hosting, if there are at least two and two fit the free cores and memory.
+    Hosting does not change a run's result, and parallel runs leave no core idle at a round's end.
     """
     found = [config for config in configs if config.clients.hosting in ("serial", "auto")]
     if len(found) < 2:
@@ -79,8 +80,8 @@ def abreast(configs: Sequence[Config]) -> list[Config]:
 
 @ray.remote(max_retries=0)
 def _run(config: Config, parent: str, folder: str) -> list[str]:
-    """One run; what it warned of."""
-    os.chdir(folder)  # a worker that has done another sweep's run may be elsewhere
+    """Runs one run and returns its warnings."""
+    os.chdir(folder)  # a worker may still be in the folder of another sweep
     make_importable(folder)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
@@ -89,12 +90,12 @@ def _run(config: Config, parent: str, folder: str) -> list[str]:
 
 
 def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tuple[Config, FedLQError | None]]:
-    """Run all, as many at a time as this node's cores and memory bear; gives each as it ends, and why it failed.
+    """Runs all, as many at once as this node's cores and memory allow; yields each as it ends, and why it failed.
 
-    An interrupt ends all at their next payload, so that they can go on later; a second one at once.
+    An interrupt ends all runs at their next payload, so that they can resume later. A second one ends them at once.
     """
     start_ray()
-    # The folders are here.
+    # The runs' folders are on this node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     task = _run.options(num_cpus=1, memory=RUN_BYTES, scheduling_strategy=here)
     interrupts, stopping = Interrupts(), False
@@ -129,7 +130,7 @@ def run(configs: Sequence[Config], parent: str, console: Console) -> Iterator[tu
 
 
 def _outcome(ref: Any) -> tuple[list[str], FedLQError | None]:
-    """What a run warned of, and why it failed: None where it did not."""
+    """A run's warnings, and why it failed (None if it did not)."""
     try:
         return ray.get(ref), None
     except RayTaskError as exc:
@@ -141,7 +142,7 @@ def _outcome(ref: Any) -> tuple[list[str], FedLQError | None]:
 
 
 class _Watched:
-    """A run as its folder tells of it, from when it has begun."""
+    """Shows a run's progress from its folder, once it has begun."""
 
     def __init__(self, config: Config, shown: Any) -> None:
         self.folder, self.config, self.shown = Path(str(config.out)), config, shown

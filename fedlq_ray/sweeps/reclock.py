@@ -1,4 +1,7 @@
-"""A scheme that ignores time trains the same whatever its clients' links: what it sent is only clocked anew."""
+"""Recomputes the simulated times of finished runs for other links, instead of training again.
+
+A scheme that ignores time trains the same with any links of its clients, so only its clock changes.
+"""
 
 import json
 import os
@@ -23,23 +26,23 @@ from fedlq_ray.tracking import log as tracking
 
 
 def key(config: Config) -> str:
-    """What runs have in common that differ in their clock alone."""
+    """A digest that is equal for runs that differ only in their clock."""
     return digest(config, without=affects(config, "clock"))
 
 
 def reclockable(config: Config) -> bool:
-    """Whether nothing that trains depends on the clock."""
+    """Whether training is independent of the clock."""
     if (
         config.train.adaptive_work > 1 or getattr(config.strategy, "budget", None) == "deadline"
-    ):  # the late may be left out
+    ):  # late clients may be left out
         return False
     down = config.network.downlink_bits
-    if down is not None and down < config.network.downlink_cap_bits:  # the faster a link, the nearer the model it gets
+    if down is not None and down < config.network.downlink_cap_bits:  # faster links get a more exact model
         return False
     name = config.strategy.name
     if name in STRATEGIES:
         return bool(getattr(STRATEGIES[name], "timeless", False))
-    # A user's own says so itself: what it inherits may not hold for what it plans.
+    # A user's class must declare it itself: an inherited value may not hold for its own plans.
     own = parts.find("strategy.name", name, STRATEGIES)
     return getattr(own, "__dict__", {}).get("timeless") is True
 
@@ -50,7 +53,7 @@ def sources(out: Path) -> dict[str, Path]:
     for summary in sorted(out.rglob("summary.json")):
         try:
             run = rundir.read(summary.parent)
-        except ConfigError:  # not of this sweep, or it will be told when its turn comes
+        except ConfigError:  # not of this sweep, or reported when its own run is reached
             continue
         if run.records and run.records[0].client_samples:  # older versions did not record it
             found.setdefault(key(run.config), summary.parent)
@@ -58,7 +61,7 @@ def sources(out: Path) -> dict[str, Path]:
 
 
 def clocked(task: Task, records: Sequence[Record]) -> list[Record]:
-    """The records with the times that `task`'s clients would have taken."""
+    """The records with the simulated times of `task`'s clients."""
     made, sim_time_s = [], 0.0
     for record in records:
         times = clock(
@@ -83,7 +86,7 @@ def clocked(task: Task, records: Sequence[Record]) -> list[Record]:
 
 
 def write(config: Config, source: Path, parent: str | None) -> None:
-    """The folder of a run, as training would leave it, from that of a finished run that has the same `key`."""
+    """Writes a run's folder as training would, from the folder of a finished run with the same `key`."""
     task, trained = prepare(config), rundir.read(source)
     if trained.summary is None:
         raise ConfigError(f"{source}: is not finished")
@@ -100,5 +103,5 @@ def write(config: Config, source: Path, parent: str | None) -> None:
     if track:
         try:
             tracking.sync(track, config, records, "FINISHED", folder, task.module)
-        except Exception as exc:  # telemetry: the run itself is done and kept
+        except Exception as exc:  # telemetry only: the run itself is finished and saved
             warnings.warn(f"MLflow at {track.uri} failed ({exc}); log the run later: fedlq sync {folder}", stacklevel=2)

@@ -1,13 +1,13 @@
 """Several runs of one comparison: `base` settings, `runs` of overrides, `seeds`, and `tune`.
 
 `tune` names settings and the values to try. Every run gets the values that do best for it on held-out training
-samples, on a seed of its own: the same effort for each scheme, and the test set chooses nothing. `tuning` has settings
-of those trials alone, such as `rounds=60`. Where a run diverges with them in spite of that, the next best take their
-place for all its seeds.
+samples, with a separate seed. So each scheme gets the same effort, and the test set chooses nothing. `tuning` has
+settings for these trials only, such as `rounds=60`. If a run still diverges with the best values, the next best replace
+them for all its seeds.
 
-`populations` names settings, such as those of the clients' links, that every run is repeated under: eden-1 becomes
-eden-1@mixed and eden-1@thin. Where they move only the clock of a scheme that ignores time, it trains once. `targets`
-are accuracies that the table tells the time to, beside `target_accuracy`.
+`populations` names groups of settings, such as those of the clients' links. Every run is repeated under each: eden-1
+becomes eden-1@mixed and eden-1@thin. If they change only the clock of a scheme that ignores time, it trains once.
+`targets` are accuracies whose time the table reports, in addition to `target_accuracy`.
 """
 
 import itertools
@@ -36,11 +36,11 @@ KEYS = ("base", "tune", "tuning", "runs", "populations", "seeds", "targets")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a sweep runs, checked.
+    """The checked contents of a sweep.
 
     Attributes:
-        runs: a configuration for each seed, by run's name.
-        tuning: what is tried for each run, by the settings that are tried (`train.lr=0.1`); empty without `tune`.
+        runs: one configuration per seed, by run name.
+        tuning: the trials of each run, by the settings tried (`train.lr=0.1`); empty without `tune`.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Comparison:
 
 
 class Finished(NamedTuple):
-    """One run: its settings, its records, its summary, None where it failed, and its folder."""
+    """One run: its settings, records, summary (None if it failed) and folder."""
 
     config: Config
     records: list[Record]
@@ -62,7 +62,7 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Runs to compare: by name, a seed each; for each name the settings that tuning chose."""
+    """Runs to compare, by name, one per seed; and the settings that tuning chose for each name."""
 
     runs: dict[str, list[Finished]]
     tuned: dict[str, str] = field(default_factory=dict)
@@ -78,7 +78,7 @@ Start = Callable[[Sequence[Config], str], Iterable[tuple[Config, FedLQError | No
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
-    """Read and check a sweep's file, as `check` does.
+    """Reads a sweep's file and checks all its configurations before any of them runs; arguments as for `check`.
 
     Raises:
         ConfigError: the file or one of its configurations is wrong.
@@ -108,7 +108,7 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
         or not isinstance(tree.get("runs"), dict)
         or not tree["runs"]
     ):
-        raise ConfigError(f"{path}: a sweep has {', '.join(KEYS)}; runs is needed: a name and a list of key=value each")
+        raise ConfigError(f"{path}: a sweep has {', '.join(KEYS)}; runs is required: a list of key=value for each name")
     tune = tree.get("tune") or {}
     lists = {key: tree.get(key) or [] for key in ("seeds", "tuning")}
     if not all(isinstance(found, list) for found in lists.values()):
@@ -116,7 +116,7 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
     if not all(type(seed) is int and seed >= 0 for seed in lists["seeds"]):
         raise ConfigError(f"{path}: seeds are whole numbers from 0, such as [0, 1, 2]")
     if not isinstance(tree.get("base") or {}, dict):
-        raise ConfigError(f"{path}: base is settings by name, such as base: {{rounds: 50}}")
+        raise ConfigError(f"{path}: base holds settings by name, such as base: {{rounds: 50}}")
     if not all(isinstance(changes, list | None) for changes in tree["runs"].values()):
         raise ConfigError(f"{path}: each of runs is a list of key=value, such as fedlq: [strategy.name=fedlq]")
     if not isinstance(tune, dict) or not all(isinstance(values, list) and values for values in tune.values()):
@@ -124,7 +124,7 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
     tuning_alone = [str(setting) for setting in lists["tuning"]]
     populations, targets = tree.get("populations") or {}, tree.get("targets") or []
     if not isinstance(populations, dict) or not all(isinstance(s, list | None) for s in populations.values()):
-        raise ConfigError(f"{path}: populations are a name and a list of key=value each")
+        raise ConfigError(f"{path}: populations are a list of key=value for each name")
     if not isinstance(targets, list) or not all(isinstance(t, float | int) and 0 < t <= 1 for t in targets):
         raise ConfigError(f"{path}: targets are accuracies, such as [0.8, 0.85]")
     base = tree.get("base") or {}
@@ -148,12 +148,12 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
         tuning[label] = {name: config(label, *own, *tried, *apart) for name, tried in tries.items()}
     stops = [c.target_accuracy for configs in runs.values() for c in configs if c.stop_at_target and c.target_accuracy]
     if stops and targets and max(targets) > min(stops):
-        raise ConfigError(f"{path}: targets are beyond target_accuracy={min(stops):g}, where stop_at_target ends runs")
+        raise ConfigError(f"{path}: targets exceed target_accuracy={min(stops):g}, at which stop_at_target ends runs")
     return Comparison(name, runs, tuning, tries, tuple(float(target) for target in targets))
 
 
 def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict[str, list[str]]:
-    """The settings of each run under each population, those of a run one after another."""
+    """The settings of each run under each population, grouped by run."""
     own = {str(label): [str(change) for change in changes or []] for label, changes in runs.items()}
     if not populations:
         return own
@@ -165,24 +165,24 @@ def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict
 
 
 def as_text(value: Any) -> str:
-    """A value as key=value takes it."""
+    """A value as text for key=value."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _with(base: Mapping[str, Any], settings: Sequence[str], source: str) -> Config:
-    """`base` with key=value settings, of which a later one wins."""
+    """`base` with key=value settings; later ones win."""
     return merge(base, settings, source=source)
 
 
 def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], None]) -> Outcome:
-    """Tune, then run what is not finished in `out` yet; a run that fails is told, and the others go on.
+    """Tunes, then runs what is not finished in `out`. A run that fails is reported, and the others continue.
 
     Args:
-        start: called with configurations and the name of the MLflow parent; runs each, with nothing but what it says,
-            or goes on with it where its folder holds an unfinished run; gives each as it ends, and why it failed.
-        tell: called with a line about what failed, about what tuning chose, and about variables of MLflow's.
+        start: called with configurations and the name of the MLflow parent. It runs each configuration as given, or
+            resumes it if its folder holds an unfinished run; it yields each as it ends, and why it failed.
+        tell: called with a line for each failure, each choice of tuning, and variables of MLflow.
     Raises:
-        ConfigError: a run cannot be tracked as its settings say.
+        ConfigError: a run's tracking settings cannot be used.
     """
     out = Path(expand(str(out), "out"))
     configs = [config for configs in comparison.runs.values() for config in configs]
@@ -236,11 +236,11 @@ def run(comparison: Comparison, out: Path, start: Start, tell: Callable[[str], N
 
 
 def _parent(comparison: Comparison, out: Path) -> str:
-    """What its runs have in MLflow as their parent: that of the runs that are in `out` already, else a new one."""
+    """The MLflow parent of the sweep's runs: that of the runs already in `out`, else a new one."""
     folders = [out / f"{label}-{config.seed}" for label, configs in comparison.runs.items() for config in configs]
     folders += [out / "tune" / label / tried for label, tries in comparison.tuning.items() for tried in tries]
     for file in (folder / "tracking.json" for folder in folders):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
+        with suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
             found = json.loads(file.read_text(encoding="utf-8"))["parent"]
             if isinstance(found, str):
                 return found
@@ -248,7 +248,7 @@ def _parent(comparison: Comparison, out: Path) -> str:
 
 
 def _best_first(tried: Mapping[str, Finished]) -> list[str]:
-    """Settings that finished their trial, by what tuning looks for; without tuning one, that changes nothing."""
+    """Settings whose trial finished, best first. Without tuning: one empty entry, which changes nothing."""
     usable = [settings for settings, run in tried.items() if run.summary] or list(tried)[:1] or [""]
     return sorted(usable, key=lambda settings: _merit(tried[settings]) if tried else (), reverse=True)
 
@@ -256,9 +256,9 @@ def _best_first(tried: Mapping[str, Finished]) -> list[str]:
 def _finish(
     wanted: Mapping[Path, Config], out: Path, start: Start, parent: str, tell: Callable[[str], None]
 ) -> dict[Path, Finished]:
-    """The runs' results, by folder: from there where they are finished.
+    """The runs' results by folder; finished runs are only read.
 
-    Of those that only the clock sets apart one trains, and the others are clocked anew from it.
+    Of runs that differ only in their clock, one trains, and the others are reclocked from it.
     """
     diverged: set[Path] = set()
     left = dict(wanted)
@@ -272,7 +272,7 @@ def _finish(
             elif key in finished:
                 _make_way(folder)
                 reclock.write(config.model_copy(update={"out": str(folder)}), finished[key], parent)
-                tell(f"{folder}: trains as {finished[key]} did, so that its bytes are only clocked anew")
+                tell(f"{folder}: trains like {finished[key]}, so only its times are recomputed")
                 del left[folder]
             else:
                 now.setdefault(key, folder)
@@ -285,7 +285,7 @@ def _finish(
                 tell(f"{config.out}: failed: {failure}")
                 if isinstance(failure, DivergedError):
                     diverged.add(Path(str(config.out)))
-    # A run may have failed before its folder was made.
+    # A run may fail before its folder exists.
     found = {folder: rundir.read(folder) for folder in wanted if (folder / "config.yaml").exists()}
     return {
         folder: Finished(config, found[folder].records, found[folder].summary, folder, folder in diverged)
@@ -302,20 +302,20 @@ def _is_finished(folder: Path, config: Config) -> bool:
     if digest(found.config) != digest(config):
         raise ConfigError(f"{folder}: holds a run with other settings; give another --out, or remove it")
     if found.summary:
-        storage.clear(folder, found.config)  # if it was killed before it did
+        storage.clear(folder, found.config)  # if the run was killed before it did so
     return found.summary is not None
 
 
 def _make_way(folder: Path) -> None:
-    """Put aside what was cut short, and has nothing to go on from."""
+    """Moves aside an unfinished folder that nothing can resume from."""
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{now_ms()}"))
 
 
 def _merit(run: Finished) -> tuple[float, ...]:
-    """What tuning looks for: reached the target, soonest; without one, or missing it, the accuracy at the end.
+    """The objective of tuning: to reach the target soonest, or else the highest final accuracy.
 
-    A single evaluation may be 2 points off where clients differ much: the end is the last five.
+    A single evaluation may be 2 points off if clients differ much, so the final accuracy is a mean of the last five.
     """
     if run.summary is None:
         return (-1.0,)

@@ -20,7 +20,7 @@ from fedlq_ray.training.sgd import LocalSGD, samples_of
 
 __all__ = ["Plan"]
 
-EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same whoever evaluates
+EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same in every process
 
 
 Feedback = bool | Literal["ef21"]
@@ -28,15 +28,15 @@ Feedback = bool | Literal["ef21"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a client is to send in a round.
+    """What a client sends in a round.
 
     Args:
         payload: "update" or "model".
-        segments: the pieces that cover the flat vector in order, each with its quantizer; or, where the client chooses
-            by what it has to send, a function from that vector (d,) to them, which pickles.
-        error_feedback: add what was lost in earlier rounds, and keep what is lost in this one; "ef21": send the
-            difference from what the server has of this client, and keep that.
-        weight: the client's weight in the average, over the sum of all that answer; None: the samples of a pass.
+        segments: the pieces that cover the flat vector in order, each with its quantizer. If the client chooses by the
+            vector (d,) that it will send: a function from that vector to the pieces, which can be pickled.
+        error_feedback: True adds what was lost in earlier rounds and keeps what this round loses; "ef21" sends the
+            difference from the server's vector of this client, and keeps that vector.
+        weight: the weight in the average, relative to the sum over clients that answer; None: its samples per pass.
     """
 
     payload: str
@@ -47,13 +47,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a client's round.
+    """The result of a client's round.
 
     Attributes:
-        train_loss: mean over the samples that it went through.
-        square_error: |Q(x) - x|^2 of the vector x that the payload is to carry.
-        encode_s: wall seconds of quantizing, which go to timing.json alone.
-        moved: training changed a parameter.
+        train_loss: mean over the samples that it trained on.
+        square_error: |Q(x) - x|^2 of the vector x that the payload encodes.
+        encode_s: wall seconds of quantizing, which are written only to timing.json.
+        moved: whether training changed a parameter.
     """
 
     payload: bytes
@@ -79,29 +79,29 @@ def client_round(
     client: int,
     custom: Family | None = None,
 ) -> tuple[Reply, Tensor | None]:
-    """One client's round: (weights, memory, plan, seed) to (payload, memory).
+    """Runs one client's round: (weights, memory, plan, seed) to (payload, memory).
 
     Args:
-        sgd: with a model of the right shape; what it holds does not matter.
+        sgd: with a model of the right shape; its weights do not matter.
         x, y: the client's training shard, as stored.
-        weights: the global flat vector (d,) float32; not changed.
-        memory: error feedback's (d,) float32, or None for none yet.
-        samples: to go through; the update of all but buffers is scaled to what the base work comes to (FedNova).
-        custom: the user's quantizer by level, where there is one.
+        weights: the global flat vector (d,) float32; it is not changed.
+        memory: of error feedback, (d,) float32, or None before the first.
+        samples: to train on; the update, except buffers, is scaled to the base work (FedNova).
+        custom: the user's quantizer by level, if any.
     Returns:
         The reply, and the new memory (None without error feedback).
     Raises:
-        ClientError: training or a user's part failed, or training diverged; names the layer.
+        ClientError: training or a user's part failed, or training diverged; the message names the layer.
     """
     model = sgd.model
     try:
         gpus = [] if model.device.type == "cpu" else [model.device]
-        # A model's dropout, and users' models and quantizers, draw from the global generators.
+        # Dropout, users' models and users' quantizers draw from the global generators.
         with seeded(seed, "model", round, client, gpus=gpus):
             model.load(weights)
             rng = numpy_rng(seed, "batches", round, client)
             loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng)
-            trained = model.read()  # all that follows is the same on whatever device that was trained
+            trained = model.read()  # the rest is the same for every training device
             _require_finite(trained, model.layers, round, client)
             _require_constants(model, round, client)
             started = time.perf_counter()
@@ -134,21 +134,21 @@ def client_round(
 
 
 def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: int, client: int) -> None:
-    """The server decodes this package's quantizers, and the user's own where `strategy.quantizer` names it."""
+    """Requires quantizers that the server decodes: this package's, and the user's if `strategy.quantizer` names it."""
     for kind in {type(segment.quantizer) for segment in segments}.difference(NUMBERS):
         if custom is None or type(custom(1)) is not kind:
             raise ClientError(
-                f"its plan sends by {kind.__name__}, which the server does not know; name it as strategy.quantizer",
+                f"its plan uses {kind.__name__}, which the server does not know; name it as strategy.quantizer",
                 round=round,
                 client=client,
             )
 
 
 def _require_constants(model: FlatModel, round: int, client: int) -> None:
-    """A buffer that the trial step left alone is not sent, so that what training writes to it would be lost."""
+    """Requires that training changes no buffer that the trial step left unchanged: such buffers are not sent."""
     if changed := model.changed_constants():
         raise ClientError(
-            f"training changed buffer {changed[0]}, which the trial step before the run did not, so that it is not "
+            f"training changed buffer {changed[0]}, which the trial step before the run did not change, so it is not "
             "sent; let every training step change it, or register it with persistent=False",
             round=round,
             client=client,
@@ -172,7 +172,7 @@ def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, clien
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Fraction of samples that are classified rightly, and the mean cross-entropy."""
+    """Fraction of samples that are classified correctly, and the mean cross-entropy."""
 
     accuracy: float
     loss: float
@@ -180,7 +180,7 @@ class Evaluation:
 
 @torch.no_grad()
 def sample_losses(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample's loss (n,) float64 and whether it is right (n,) bool, on the CPU; in evaluation mode."""
+    """Each sample's loss (n,) float64 and whether it is correct (n,) bool, on the CPU, in evaluation mode."""
     model.load(weights)
     model.module.eval()
     x, y = x.to(model.device), y.to(model.device)

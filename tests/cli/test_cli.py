@@ -26,7 +26,7 @@ def test_a_run_prints_its_result_and_json_for_machines(tmp_path):
 
 def test_config_and_schema(tmp_path):
     shown = fedlq("config", "rounds=7", cwd=tmp_path).stdout
-    assert "rounds: 7" in shown and "unit: bits a parameter" in shown
+    assert "rounds: 7" in shown and "unit: bits per parameter" in shown
     assert "properties" in json.loads(fedlq("config", "--schema", cwd=tmp_path).stdout)
 
 

@@ -250,7 +250,7 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
     assert list((out / "checkpoints").iterdir()) and in_mlflow() == [("KILLED",)]
 
     second = subprocess.Popen(command, **options, **pipes)
-    assert any("goes on after round" in line for line in second.stderr)
+    assert any("resumes after round" in line for line in second.stderr)
     second.send_signal(signal.SIGINT)
     _, told = second.communicate("y\n", timeout=300)
     assert second.returncode == 143 and "shared-2: stop it? [y/N]" in told, told

@@ -211,7 +211,7 @@ class Signal:
 def test_who_ends_its_actor_is_skipped_alone_and_who_is_only_silent_is_never_skipped():
     seen = []
     policy = ["clients.on_failure=skip_client", "clients.retries=0", "clients.timeout_s=4"]
-    with pytest.raises(ClientError, match=r"round [345], client 3: its actor said nothing for 4 s; .*resume"):
+    with pytest.raises(ClientError, match=r"round [345], client 3: its actor was silent for 4 s; .*resume"):
         for record in records(*policy, strategy=Deadly):
             seen.append(record)
     assert [r.skipped for r in seen] == [[c for c in r.cohort if c == 3] for r in seen] and len(seen) > 2

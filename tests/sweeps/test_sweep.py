@@ -53,9 +53,9 @@ def sweep(tmp_path, text, told):
         ("runs: {a: []}\nseeds: 3", "seeds and tuning are lists"),
         ("runs: {a: []}\nseeds: [one]", "seeds are whole numbers"),
         ("runs: {a: []}\ntuning: rounds=3", "seeds and tuning are lists"),
-        ("runs: {a: []}\npopulations: [thin]", "populations are a name"),
+        ("runs: {a: []}\npopulations: [thin]", "populations are a list"),
         ("runs: {a: []}\npopulations: {x: [clients.profiles=3]}\ntargets: [80]", "targets are accuracies"),
-        ("runs: {a: [stop_at_target=true]}\ntargets: [0.95]", "beyond target_accuracy=0.93"),
+        ("runs: {a: [stop_at_target=true]}\ntargets: [0.95]", "exceed target_accuracy=0.93"),
     ],
 )
 def test_a_wrong_file_is_told_before_anything_runs(text, message, tmp_path):
@@ -271,7 +271,8 @@ def test_tuning_chooses_by_each_populations_own_clock_and_trains_once(tmp_path):
     told = []
     text = "runs: {a: [strategy.name=eden, strategy.bits=1]}\ntune: {train.lr: [0.0001, 0.1]}\n" + POPULATIONS
     found = sweep(tmp_path, text, told)
-    assert set(found.tuned) == {"a@mixed", "a@thin"} and sum("clocked anew" in line for line in told) == 3
+    assert set(found.tuned) == {"a@mixed", "a@thin"}
+    assert sum("only its times are recomputed" in line for line in told) == 3
     tried = [
         json.loads((tmp_path / f"out/tune/a@{p}/train.lr=0.1/summary.json").read_text()) for p in ("mixed", "thin")
     ]

@@ -91,7 +91,7 @@ def test_a_quantizer_that_the_server_does_not_know_is_refused():
 
     flat = FlatModel(module())
     weights = flat.storage.clone()
-    with pytest.raises(ClientError, match="sends by Own, .* name it as strategy.quantizer"):
+    with pytest.raises(ClientError, match="uses Own, .* name it as strategy.quantizer"):
         round_of(flat, weights, plan=Plan("update", (Segment(Own(8), 0, len(weights)),)))
 
 

@@ -1,6 +1,6 @@
-"""Clients as Ray actors: `dedicated`, an actor each, or `packed`, many in a few actors."""
+"""Clients as Ray actors: `dedicated`, one actor per client, or `packed`, many clients in a few actors."""
 
-from fedlq_ray import startup  # noqa: F401  (before what a file of the user's could hide)
+from fedlq_ray import startup  # noqa: F401  (first: a user's file could hide later imports)
 
 # isort: split
 import asyncio
@@ -37,11 +37,11 @@ from fedlq_ray.strategies import Probe
 from fedlq_ray.training.device import reproducible
 from fedlq_ray.training.local import Reply
 
-# Memory of an actor, without what its model takes (experiments/benchmarks/README.md; ARCHITECTURE.md).
+# Memory of an actor without its model (experiments/benchmarks/README.md; ARCHITECTURE.md).
 FORKED_BYTES, ORDINARY_BYTES = 42e6, 212e6
-VECTORS = 8  # of the model's length that training and quantizing hold at a time
-_START_S = 300.0  # that actors may take to start, at least
-_DIED = (RayActorError, OutOfMemoryError)  # where Ray itself ends an actor for want of memory, the second
+VECTORS = 8  # vectors of the model's length that training and quantizing hold at once
+_START_S = 300.0  # minimum time that actors get to start
+_DIED = (RayActorError, OutOfMemoryError)  # the second: Ray itself ended an actor because memory ran out
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
 
 
@@ -52,19 +52,19 @@ def _tensor(array: NDArray[np.float32]) -> Tensor:
 
 @ray.remote(num_cpus=0)
 class ClientActor:
-    """Hosts one client or many: which one a call is about is in the job; what it remembers comes and goes with it."""
+    """Hosts one client or many. A call's job names its client; the client's memory travels with the call."""
 
     def __init__(self, task: Task) -> None:
         self.settings = reproducible(task.config.train.device)
-        self.settings.__enter__()  # for as long as this process lives
+        self.settings.__enter__()  # for the lifetime of this process
         self.place = Workplace(task)
 
     def alive(self) -> bool:
-        """And whether it was forked."""
+        """Returns once the actor runs: whether it was forked."""
         return forkserver.FORKED in os.environ
 
     def rest(self, rung: list[Any]) -> None:
-        """Wait until the bell rings, or is gone."""
+        """Wait until the bell rings or no longer exists."""
         with contextlib.suppress(RayError):
             ray.get(rung[0])
 
@@ -83,10 +83,10 @@ class ClientActor:
 
 @ray.remote(num_cpus=0)
 class Bell:
-    """What dedicated actors wait for between their jobs, each by a ticket of its own.
+    """Dedicated actors wait on it between their jobs, each with its own ticket.
 
-    An idle process of Ray wakes a hundred times a second to look for signals: two thirds of the half percent of a core
-    that it takes. One that waits in a call looks once a second.
+    An idle Ray process takes half a percent of a core. Two thirds of this are signal checks, 100 times per second. A
+    process that waits in a call checks once per second.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Bell:
 
 
 def _why(exc: Exception) -> str:
-    """What happened to an actor, in a line; what its own constructor raised is the last of Ray's lines."""
+    """What happened to an actor, in one line. Ray's last line has the error that the actor's constructor raised."""
     first = first_line(exc)
     return (
         str(exc).strip().splitlines()[-1] if "creation task" in first else f"{type(exc).__name__}: {first.rstrip('.')}"
@@ -113,25 +113,25 @@ def _get(ref: Any, timeout: float | None = None) -> Any:
         return ray.get(ref, timeout=timeout)
     except RayTaskError as exc:
         cause = exc.cause
-        # Ray's own: an object was lost with its node; the driver starts again from its checkpoint.
+        # A Ray error: an object was lost with its node; the driver restarts from its checkpoint.
         raise (cause if isinstance(cause, FedLQError | RayError) else FedLQError(f"in an actor: {cause!r}")) from None
 
 
 def actor_bytes(task: Task) -> float:
-    """About how much memory an actor has of its own when it has trained."""
+    """Approximate private memory of an actor after training."""
     vectors = VECTORS * 4 * sum(layer.size for layer in task.layers)
-    frozen = 2 * sum(p.nbytes for p in task.module.parameters() if not p.requires_grad)  # the task's, and the model's
+    frozen = 2 * sum(p.nbytes for p in task.module.parameters() if not p.requires_grad)  # in the task and in the model
     kept = task.config.train.batch_size * saved_bytes(task.module, task.data.input_shape)
     return (FORKED_BYTES if forkserver.command() else ORDINARY_BYTES) + vectors + frozen + kept
 
 
 def choose(clients: ClientsConfig, each_bytes: float) -> tuple[str, str]:
-    """`dedicated` or `packed`, and why, from the memory and the cores that Ray has free.
+    """`dedicated` or `packed`, and the reason, from Ray's free memory and its cores.
 
     Args:
-        each_bytes: what an actor takes (`actor_bytes`).
+        each_bytes: memory of an actor (`actor_bytes`).
     Raises:
-        FedLQError: `dedicated` is asked for, and the actors would not fit the memory.
+        FedLQError: `dedicated` is configured, but the actors would not fit into memory.
     """
     free = ray.available_resources().get("memory", 0.0)
     cores = int(ray.cluster_resources().get("CPU", 1))
@@ -152,7 +152,7 @@ def choose(clients: ClientsConfig, each_bytes: float) -> tuple[str, str]:
 
 
 class Attempt(NamedTuple):
-    """A job under way: where, by whom, and the reference of what its client will remember."""
+    """A job under way: its actor and the actor's index, and the reference of the client's next memory."""
 
     job: Job
     at: int
@@ -161,27 +161,29 @@ class Attempt(NamedTuple):
 
 
 class RayHost:
-    """Dispatches jobs to actors, the longest first: as many at a time as there are cores; packed, while more wait than
-    there are actors, a second one for each, so that none waits for its next. The last go to whoever is free first.
+    """Dispatches jobs to actors, the longest first.
 
-    An actor that dies, or says nothing for `clients.timeout_s`, is replaced, and what it had to do is done again from
-    the same state: a retry gives the same bytes, and what an actor given up still sends reaches nobody. Only the job
-    that it was at counts as failed, not those that waited for it; and who is only silent is never skipped.
+    Dedicated: as many jobs at once as there are cores. Packed: one job per actor, and a second one for each while more
+    jobs wait than there are actors, so that no actor idles. The last jobs go to the actor with the least work.
+
+    An actor that dies, or is silent for `clients.timeout_s`, is replaced. Its jobs run again from the same state and
+    give the same bytes. Late replies from a replaced actor are ignored. Only the job that it was running counts as
+    failed, not its queued jobs. A client that merely timed out is never skipped.
     """
 
     def __init__(self, task: Task, kind: str) -> None:
         self.kind, self.task, self.clients = kind, task, task.config.clients
         self.shared = ray.put(task)
         self.nodes, self.asks = Nodes(), asks(self.clients)
-        self.not_forked = 0  # actors that should have been
-        self.homes: dict[Any, str | None] = {}  # the node that each actor was dealt to
+        self.not_forked = 0  # actors that should have been forked
+        self.homes: dict[Any, str | None] = {}  # the node that each actor was assigned to
         self.actors: list[Any] = []
-        self.silent = set[Any]()  # those that were given up
-        self.fitted: set[str] = set()  # the nodes that they were dealt to
-        self.tickets, self.resting = itertools.count(), dict[Any, int]()  # the ticket by which each actor waits
+        self.silent = set[Any]()  # killed because they were silent
+        self.fitted: set[str] = set()  # the nodes at the last `fit`
+        self.tickets, self.resting = itertools.count(), dict[Any, int]()  # the ticket that each actor waits with
         if kind == "dedicated":
             here = on(ray.get_runtime_context().get_node_id())
-            room = 2 * self.clients.count + 10  # all may wait, and be called
+            room = 2 * self.clients.count + 10  # every actor may wait and be woken at once
             self.bell = Bell.options(max_concurrency=room, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.fit()
         self.evaluator = self.start_evaluator()
@@ -189,19 +191,19 @@ class RayHost:
 
     @property
     def asks_to_evaluate(self) -> dict[str, Any]:
-        """What the actor that evaluates asks Ray for: nothing, but for its part of a GPU."""
+        """Resources that the evaluator requests from Ray: only its share of a GPU, if any."""
         if self.task.config.train.device == "cpu":
             return {}
         return {name: asked for name, asked in self.asks.items() if name not in ("num_cpus", "resources")}
 
     def start_evaluator(self) -> Any:
-        """The actor that evaluates and probes; it does not rest."""
+        """Starts the actor that evaluates and probes; it does not rest."""
         (actor,) = self.start(1, self.asks_to_evaluate)
         self._wake(actor)
         return actor
 
     def _room(self) -> int:
-        """For how many actors that train, beside the one that evaluates."""
+        """Number of training actors that fit alongside the evaluator."""
         room = fitting(self.asks) - bool(self.asks_to_evaluate)
         if not room:
             share = self.clients.num_gpus
@@ -216,7 +218,7 @@ class RayHost:
         return len(self.actors)
 
     def fit(self) -> None:
-        """Where nodes have come or gone, actors beyond a node's part move or end, and missing ones start."""
+        """Adapts to nodes that joined or left: surplus actors of a node move or end, and missing ones start."""
         if self.fitted == self.nodes.look().keys():
             return
         self.fitted = set(self.nodes.known)
@@ -238,9 +240,10 @@ class RayHost:
         self.actors = [actor or fresh.pop() for actor in kept if actor or fresh] + fresh
 
     def start(self, count: int, asks: dict[str, Any], beside: Iterable[Any] = ()) -> list[Any]:
-        """New actors, once they are ready; where some die on the way, `clients.retries` times anew.
+        """Starts actors and returns them once they are ready.
 
-        Where a node leaves in the meantime, they start on another.
+        If some die while starting, all start again, up to `clients.retries` times. If a node leaves meanwhile, they
+        start on another node.
         """
         wait_s, left = max(_START_S, self.clients.timeout_s), self.clients.retries
         while True:
@@ -250,7 +253,7 @@ class RayHost:
             actors = [ClientActor.options(**own, **asks).remote(self.shared) for own in options]  # type: ignore[attr-defined]
             alive = [actor.alive.remote() for actor in actors]
             for actor in actors:
-                self._rest(actor)  # as soon as it is there: hundreds that idle would slow the start of the others
+                self._rest(actor)  # at once: hundreds of idle actors would slow the start of the others
             try:
                 forked = ray.get(alive, timeout=wait_s)
                 self.not_forked += sum(
@@ -260,7 +263,7 @@ class RayHost:
                 return actors
             except GetTimeoutError:
                 told = ", ".join(f"{name}={value}" for name, value in asks.items() if name != "scheduling_strategy")
-                why = f" with {told}: are there such nodes?" if asks else ""
+                why = f" with {told}: does the cluster have such nodes?" if asks else ""
                 raise FedLQError(f"clients' actors did not start in {wait_s:g} s{why}") from None
             except (*_DIED, ActorUnschedulableError) as exc:
                 at_fault = getattr(exc, "actor_init_failed", False)
@@ -274,7 +277,7 @@ class RayHost:
                     ray.kill(actor)
 
     def _rest(self, actor: Any) -> None:
-        """Have a dedicated actor wait, after what it has to do."""
+        """Makes a dedicated actor wait after its queued calls."""
         if self.kind == "dedicated":
             ticket = self.resting[actor] = next(self.tickets)
             actor.rest.remote([self.bell.wait.remote(ticket)])
@@ -298,9 +301,9 @@ class RayHost:
         waiting = sorted(jobs, key=lambda job: (job.samples, job.client))
         under_way: dict[Any, Attempt] = {}
         load = [0] * self.count  # samples
-        heard = [time.monotonic()] * self.count  # since when an actor has been silent
-        failed: Counter[tuple[int, bool]] = Counter()  # by client, and whether for silence, which never skips one
-        mourned = set[Any]()  # actors that ended, for which the job that they were at has the blame
+        heard = [time.monotonic()] * self.count  # start of each actor's silence
+        failed: Counter[tuple[int, bool]] = Counter()  # by client, and whether it was silent
+        mourned = set[Any]()  # ended actors whose running job is already blamed
         while waiting or under_way:
             while waiting and len(under_way) < self.depth * (1 + (packed and len(waiting) > self.count)):
                 job = waiting.pop()
@@ -325,23 +328,23 @@ class RayHost:
             load[at], heard[at] = load[at] - job.samples, time.monotonic()
             try:
                 reply = _get(done[0])
-                if job.plan.error_feedback:  # where there are other nodes, a copy that is not lost with one of them
+                if job.plan.error_feedback:  # with several nodes, a copy here survives the loss of another node
                     self.memories[job.client] = kept if len(self.nodes.known) == 1 else ray.put(_get(kept))
                 yield job.client, reply
                 continue
             except _DIED as exc:
                 why = f"died ({_why(exc)}); too little memory? fewer clients.actors use less"
                 if silent := actor in self.silent:
-                    why = f"said nothing for {self.clients.timeout_s:g} s; raise clients.timeout_s if it needs longer"
-                fault = ClientError(f"its actor {why}; fedlq resume goes on", round=job.round, client=job.client)
+                    why = f"was silent for {self.clients.timeout_s:g} s; raise clients.timeout_s if it needs longer"
+                fault = ClientError(f"its actor {why}; continue with fedlq resume", round=job.round, client=job.client)
                 blamed = current and actor not in mourned
                 mourned |= {actor} if blamed else set()
-                self._wake(actor)  # so that nobody waits for it
-                if self.actors[at] is actor:  # else another of its jobs has brought a new one
+                self._wake(actor)  # so that the bell does not keep its ticket
+                if self.actors[at] is actor:  # else another of its jobs has already replaced it
                     (self.actors[at],) = self.start(1, self.asks, {*self.actors} - {actor})
-                    heard = [time.monotonic()] * self.count  # nobody was listened to in the meantime
+                    heard = [time.monotonic()] * self.count  # no replies were read meanwhile
             except ObjectLostError as exc:
-                why = f"what it gave was lost ({_why(exc)}); fedlq resume goes on"
+                why = f"its reply was lost ({_why(exc)}); continue with fedlq resume"
                 fault = ClientError(why, round=job.round, client=job.client)
             except ClientError as exc:
                 fault = exc
@@ -354,7 +357,7 @@ class RayHost:
                 raise fault from None
 
     def _give_up_silent(self, attempts: Iterable[Attempt], heard: Sequence[float]) -> None:
-        """End actors that have been silent for too long: their jobs then fail as those of any dead actor do."""
+        """Kills actors that have been silent for too long. Their jobs then fail like those of any dead actor."""
         for at in {attempt.at for attempt in attempts}:
             if time.monotonic() - heard[at] > self.clients.timeout_s:
                 self.silent.add(self.actors[at])
@@ -368,7 +371,7 @@ class RayHost:
 
 
 class Ask:
-    """A result that is due from the evaluator; asked for again where that dies or hangs."""
+    """A pending result of the evaluator, requested again if the evaluator dies or hangs."""
 
     def __init__(self, host: RayHost, ask: Callable[[Any], Any]) -> None:
         self.host, self.ask, self.of = host, ask, host.evaluator
@@ -383,7 +386,7 @@ class Ask:
                 return _get(self.ref, timeout=self.host.clients.timeout_s)
             except (*_DIED, GetTimeoutError) as exc:
                 why = _why(exc)
-                if self.of is self.host.evaluator:  # else another question has brought a new one
+                if self.of is self.host.evaluator:  # else another request has already replaced it
                     ray.kill(self.of)
                     self.host.evaluator = self.host.start_evaluator()
                 self.of = self.host.evaluator
