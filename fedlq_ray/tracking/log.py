@@ -75,7 +75,7 @@ def find_or_create(
             # The kind makes MLflow's UI open on runs and their charts, not on traces of language models.
             kind = {"mlflow.experimentKind": "custom_model_development"}
             experiment_id = client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
-        except Exception:  # another run made it in the meantime, or the store is down: then the next line tells
+        except Exception:  # another run made it in the meantime, or the store is down: then the next line raises
             experiment_id = client.get_experiment_by_name(tracking.experiment).experiment_id
     elif experiment.lifecycle_stage == "deleted":
         raise ConfigError(stores.deleted_experiment(tracking.experiment, tracking.uri))
@@ -94,7 +94,7 @@ def _parent(client: Any, tracking: Tracking) -> str:
     shown = "".join(c if c.isprintable() else "?" for c in tracking.parent.rsplit("/", 1)[-1])
     name = shown[:250] or "comparison"
     kind = {"fedlq.kind": "comparison"}
-    with stores.exclusive(tracking.uri):  # its runs may all start now, and one is to make it
+    with stores.exclusive(tracking.uri):  # its runs may all start now, and one of them creates it
         run_id = find_or_create(client, tracking, tracking.parent, name, kind, tracking.started_ms)
     client.set_terminated(run_id)  # it only holds its children together
     return run_id
@@ -159,7 +159,7 @@ class Tracker:
     """Logs in a thread of its own. The first failure ends it: the records are kept, and `fedlq sync` logs them."""
 
     def __init__(self, tracking: Tracking, config: Config, records: Sequence[Record] = ()) -> None:
-        """`records` are those of a run that goes on: what MLflow has of them already is not logged twice."""
+        """`records` are those of a run that resumes: what MLflow already has of them is not logged twice."""
         self.failure: str | None = None
         self._tracking, self._config = tracking, config
         self._queue: queue.Queue[Any] = queue.Queue()
@@ -184,7 +184,7 @@ class Tracker:
         try:
             client = stores.connect(self._tracking.uri)
             run_id = open_run(client, self._tracking, self._config)
-            client.update_run(run_id, status="RUNNING")  # a run that goes on was KILLED or FAILED
+            client.update_run(run_id, status="RUNNING")  # a resumed run was KILLED or FAILED
             totals: dict[str, float] = {}
             while not isinstance(item := self._queue.get(), str):
                 log_record(client, run_id, self._tracking, item, totals)
@@ -220,19 +220,19 @@ def sync(
 def mark(tracking: Tracking, config: Config, records: Sequence[Record], status: str, hurry: bool) -> str:
     """`sync` without files, in a bounded time. What went wrong, or nothing."""
     wait_s = _HURRY_S if hurry else _WAIT_S
-    told = [f"did not answer for {wait_s:.0f} s"]
+    outcome = [f"did not answer for {wait_s:.0f} s"]
 
     def work() -> None:
         try:
             sync(tracking, config, records, status, None)
-            told[0] = ""
+            outcome[0] = ""
         except Exception as exc:  # telemetry: the run's own error is what the user must see
-            told[0] = f"{type(exc).__name__}: {first_line(exc)}"[:300]
+            outcome[0] = f"{type(exc).__name__}: {first_line(exc)}"[:300]
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(wait_s)
-    return told[0]
+    return outcome[0]
 
 
 def attach(tracking: Tracking, config: Config, records: Sequence[Record], folder: Path, module: Any = None) -> None:
@@ -340,7 +340,7 @@ def fetch(uri: str, source: str, to: Path) -> list[Path]:
 
 
 def _files(client: Any, run: Any, to: Path) -> Path | None:
-    """A finished run's folder, made anew from its artifacts; None where it has none."""
+    """A finished run's folder, rebuilt from its artifacts; None where it has none."""
     there = {file.path for file in client.list_artifacts(run.info.run_id)}
     if "rounds.jsonl" not in there:
         return None

@@ -48,7 +48,7 @@ def sweep(tmp_path, text, told):
         ("runs: {a: []}\ntune: {train.lr: [-1]}", "train.lr: .*greater than 0"),
         ("runs: [a", "while parsing"),
         ("runs: {a: [strategy.levels=[1]}", "while parsing"),
-        ("runs: {a: ['train.lr=[0.1']}", "run a: while parsing"),
+        ("runs: {a: ['train.lr=[0.1']}", r"run a: .*while parsing"),
         ("runs: {a: train.lr=0.1}", "each of runs is a list"),
         ("runs: {a: []}\nseeds: 3", "seeds and tuning are lists"),
         ("runs: {a: []}\nseeds: [one]", "seeds are whole numbers"),
