@@ -1,6 +1,7 @@
 """The Python interface: `simulate`, `resume`, `sweep`, `compare`, and their results."""
 
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +158,7 @@ def sweep(
 
     out = Path(expand(str(out), "out"))
     if isinstance(runs, Mapping):
-        comparison = sweeps.check(runs, f"the sweep {out.name}", overrides, only)
+        comparison = sweeps.check(runs, re.sub(r"[^A-Za-z0-9._-]", "-", out.name), overrides, only)
         source = json.dumps(runs, indent=1, default=str)
     else:
         comparison, source = sweeps.load(runs, overrides, only), Path(runs).read_text(encoding="utf-8")

@@ -119,7 +119,7 @@ METRICS = (
         "best_accuracy",
         "fraction",
         "highest accuracy of all evaluations; logged once",
-        of_run=lambda s: s["best_accuracy"],
+        of_run=lambda s: s.get("best_accuracy"),
     ),
     Metric(
         "time_to_target_s",

@@ -33,7 +33,7 @@ _HURRY_S = 2.0  # the same after a second interrupt
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a run is tracked, and as what: all that `fedlq sync` needs to go on.
+    """Where a run is tracked, and as what: all that `fedlq sync` needs to continue.
 
     Attributes:
         uri: the store; a SQLite file by its absolute path, but by one that begins at the run's folder in tracking.json.
