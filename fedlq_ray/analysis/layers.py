@@ -23,6 +23,7 @@ from fedlq_ray.significance import Measurement, gather, in_blocks, measure, memo
 from fedlq_ray.strategies import make
 from fedlq_ray.training.device import reproducible
 from fedlq_ray.training.local import Evaluation, sample_losses
+from fedlq_ray.training.payloads import PAYLOADS
 
 __all__ = ["LayerAnalysis", "analyse", "analyses"]
 
@@ -123,7 +124,7 @@ def _analysis(
     setting = replace(place.setting, config=config, quantizer=family(config.quantizer))
     levels, layers = tuple(level for level in setting.config.levels if level < 32), setting.quantized
     sizes = tuple(layer.size for layer in layers)
-    sent = state.weights if payload == "model" else state.update
+    sent = PAYLOADS[payload].probed(state.weights, state.update)
     x, y = place.probe_data(setting.config.probe_samples)
     quantizers = [setting.quantizer_at(level) for level in levels]
 

@@ -13,6 +13,7 @@ from fedlq_ray.federation.task import Job, Task
 from fedlq_ray.quantization import decode
 from fedlq_ray.quantization.wire import Sent
 from fedlq_ray.training.local import Reply
+from fedlq_ray.training.payloads import MEMORIES, PAYLOADS
 
 
 class Fold:
@@ -126,11 +127,12 @@ class Fold:
                     self.faults.append(fault)
                     continue
                 raise fault from exc
-            value = payload.vector
-            if job.plan.error_feedback == "ef21":
-                value = self.tracked[job.client] = self.tracked.get(job.client, 0) + value
+            memory = MEMORIES[job.plan.error_feedback]
+            value, tracked = memory.at_server(payload.vector, self.tracked.get(job.client))
+            if tracked is not None:
+                self.tracked[job.client] = tracked
             value = value.double()
-            change = value - self.offers[job.client].model.double() if kind == "model" else value
+            change = PAYLOADS[kind].change(value, self.offers[job.client].model)
             self.heard = self.heard or bool(change[: self.parameters].any())
             self.update += share * change
             self.energy += share**2 * float(value.square().sum())

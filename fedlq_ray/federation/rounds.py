@@ -27,6 +27,7 @@ from fedlq_ray.federation.task import Task
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import News, Strategy
 from fedlq_ray.strategies.asking import asked
+from fedlq_ray.training.payloads import PAYLOADS
 
 
 @dataclass
@@ -135,7 +136,7 @@ def begin_probe(rules: Rules, host: Host, planned: Planned, state: ServerState) 
     """Starts the round's probe, on what clients would send: the weights, or the last mean update."""
     if planned.probe is None:
         return None
-    sent = state.weights if rules.task.config.strategy.payload == "model" else state.update
+    sent = PAYLOADS[rules.task.config.strategy.payload].probed(state.weights, state.update)
     return host.probe(planned.probe, state.weights - sent, sent, planned.round)
 
 

@@ -23,7 +23,7 @@ from fedlq_ray.strategies.fedmpq import FedMPQ
 from fedlq_ray.strategies.kimad import Kimad
 from fedlq_ray.strategies.lgreco import LGreCo
 from fedlq_ray.strategies.uniform import Uniform
-from fedlq_ray.training.local import Feedback
+from fedlq_ray.training.payloads import Feedback
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,

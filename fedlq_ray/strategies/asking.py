@@ -10,6 +10,7 @@ from torch import Tensor
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.seeding import seeded
 from fedlq_ray.training.local import Plan
+from fedlq_ray.training.payloads import MEMORIES, PAYLOADS
 
 
 def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) -> Any:
@@ -41,6 +42,9 @@ def _wrong_plans(plans: Any, state: Any, round: int, cohort: Any) -> str:
     for client, kind in kinds.items():
         return f"returned a {kind} for client {client}; it must return a Plan"
     for client, plan in plans.items():
+        if plan.payload not in PAYLOADS or plan.error_feedback not in MEMORIES:
+            kinds = f"payload={plan.payload!r}, error_feedback={plan.error_feedback!r}"
+            return f"gave client {client} {kinds}; payloads are update and model, error feedback is a bool or 'ef21'"
         if plan.weight is not None and not (isinstance(plan.weight, int | float) and 0 < plan.weight < math.inf):
             return f"gave client {client} the weight {plan.weight!r}; it must be above 0 and finite, or None"
     return ""

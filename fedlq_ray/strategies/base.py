@@ -22,7 +22,8 @@ from fedlq_ray.quantization import (
     Segment,
 )
 from fedlq_ray.significance import Measurement
-from fedlq_ray.training.local import Feedback, Plan
+from fedlq_ray.training.local import Plan
+from fedlq_ray.training.payloads import Feedback
 
 
 @dataclass(frozen=True)

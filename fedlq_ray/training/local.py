@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +16,12 @@ from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Family, Segment, send
 from fedlq_ray.quantization.wire import NUMBERS
 from fedlq_ray.seeding import numpy_rng, seeded, torch_rng
+from fedlq_ray.training.payloads import MEMORIES, PAYLOADS, Feedback
 from fedlq_ray.training.sgd import LocalSGD, samples_of
 
 __all__ = ["Plan"]
 
 EVALUATION_CHUNK = 500  # samples; fixed, so that sums are the same in every process
-
-
-Feedback = bool | Literal["ef21"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def client_round(
     Raises:
         ClientError: training or a user's part failed, or training diverged; the message names the layer.
     """
-    model = sgd.model
+    model, kept = sgd.model, MEMORIES[plan.error_feedback]
     try:
         gpus = [] if model.device.type == "cpu" else [model.device]
         # Dropout, users' models and users' quantizers draw from the global generators.
@@ -108,9 +106,7 @@ def client_round(
             update = trained - weights
             moved = bool(update[: model.num_parameters].any())
             update[: model.num_parameters] *= sgd.settings.local_epochs * samples_of(len(y), sgd.settings) / samples
-            sent = update if plan.payload == "update" else weights + update
-            if plan.error_feedback and memory is not None:
-                sent = sent - memory if plan.error_feedback == "ef21" else sent + memory
+            sent = kept.before(PAYLOADS[plan.payload].of(weights, update), memory)
             segments = plan.segments(sent) if callable(plan.segments) else plan.segments
             _require_known(segments, custom, round, client)
             noise = torch_rng(seed, "quantize", round, client)
@@ -118,10 +114,7 @@ def client_round(
                 sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
             )
         lost = sent - received
-        if plan.error_feedback == "ef21" and memory is not None:
-            memory = memory + received
-        else:
-            memory = received if plan.error_feedback == "ef21" else lost
+        memory = kept.after(sent, received, memory)
         encode_s = time.perf_counter() - started
     except ClientError:
         raise
@@ -130,7 +123,7 @@ def client_round(
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
     reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s, moved)
-    return reply, memory if plan.error_feedback else None
+    return reply, memory
 
 
 def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: int, client: int) -> None:

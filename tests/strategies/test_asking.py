@@ -29,9 +29,9 @@ def run(tmp_path, strategy):
     return simulate(config, strategy=strategy)
 
 
-def weighted(weight):
+def planning(**changes):
     def plan(self, state, round, cohort):
-        return {c: replace(plan, weight=weight) for c, plan in Plain.plan(self, state, round, cohort).items()}
+        return {c: replace(plan, **changes) for c, plan in Plain.plan(self, state, round, cohort).items()}
 
     return plan
 
@@ -44,7 +44,12 @@ WRONG = {
             lambda self, state, round, cohort: {cohort[0].client: 4},
             r"plan returned a int for client \d; it must return a Plan",
         ),
-        *((weighted(w), rf"plan gave client \d the weight {w}; it must be above 0") for w in (0, -1.0, math.nan)),
+        *(
+            (planning(weight=w), rf"plan gave client \d the weight {w}; it must be above 0")
+            for w in (0, -1.0, math.nan)
+        ),
+        (planning(payload="weights"), r"plan gave client \d payload='weights', .*; payloads are update and model"),
+        (planning(error_feedback="ef22"), r"plan gave client \d .*error_feedback='ef22'; .* bool or 'ef21'"),
     ],
     "combine": [
         (lambda self, update: update[:5], r"combine must return a tensor \(\d+,\) torch\.float32, and returned \(5,\)"),
