@@ -112,11 +112,11 @@ def measure(case: Case, rounds: int) -> dict:
 
     def hosted() -> None:
         fold = case.fold()
-        for client, reply in host.train(case.jobs, dict.fromkeys(case.replies, published)):
+        for client, reply, _ in host.train(case.jobs, dict.fromkeys(case.replies, published), {}):
             fold.take(client, reply)
 
     def dispatched() -> None:
-        for _ in host.train(case.jobs, dict.fromkeys(case.replies, published)):
+        for _ in host.train(case.jobs, dict.fromkeys(case.replies, published), {}):
             pass
 
     return {

@@ -22,20 +22,21 @@ class Future(Protocol):
 class Host(Protocol):
     """Runs clients. `publish` makes weights available to all; the other methods take what it returns.
 
-    `train` yields each job's reply, in any order, or why a client failed if the round may continue without it. The
-    futures of `evaluate` and `probe` return a `Timed`. `memories` has the clients' error feedback, in the host's own
-    form; `recall` returns it as tensors, and `remember` sets it from tensors.
+    `train` yields each job's reply, in any order, with the client's next memory (None: unchanged), or why a client
+    failed if the round may continue without it. A host keeps no memory: the rounds commit it with the round. The
+    futures of `evaluate` and `probe` return a `Timed`. Memories are in the host's own form; `recall` turns them into
+    tensors, and `remember` makes them from tensors.
     """
-
-    memories: dict[int, Any]
 
     def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]: ...
 
-    def remember(self, memories: Mapping[int, Tensor]) -> None: ...
+    def remember(self, memories: Mapping[int, Tensor]) -> dict[int, Any]: ...
 
     def publish(self, weights: Tensor) -> Any: ...
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | ClientError]]: ...
+    def train(
+        self, jobs: Sequence[Job], weights: Mapping[int, Any], memories: Mapping[int, Any]
+    ) -> Iterator[tuple[int, Reply | ClientError, Any]]: ...
 
     def evaluate(self, weights: Any) -> Future: ...
 

@@ -97,7 +97,7 @@ def run(
         ClientError: a client failed.
         FedLQError: the average is not finite, or nothing was learned.
     """
-    host.remember(state.memories)
+    state = replace(state, memories=host.remember(state.memories))
     rules, pending = Rules.of(task, strategy), None
     published = host.publish(state.weights)
     while state.round < task.config.rounds:
@@ -107,8 +107,11 @@ def run(
         models = {job.client: planned.offers[job.client].model for job in planned.jobs}
         starts = {c: published if model is state.weights else host.publish(model) for c, model in models.items()}
         started = time.perf_counter()
-        for client, reply in host.train(planned.jobs, starts):
+        kept: dict[int, Any] = {}  # the memories that this round changes
+        for client, reply, memory in host.train(planned.jobs, starts, state.memories):
             fold.take(client, reply)
+            if memory is not None:
+                kept[client] = memory
             if stopped():
                 break
             if pending and pending.ready():
@@ -122,7 +125,7 @@ def run(
         if pending:
             yield pending.step(timing)
         measurement = None if probing is None else _timed(probing, timing.probe_s)
-        state, record = commit(rules, state, planned, fold, measurement, host.memories)
+        state, record = commit(rules, state, planned, fold, measurement, kept)
         published = host.publish(state.weights)
         regular = state.round % task.config.evaluate_every == 0
         due = regular or state.round == task.config.rounds
@@ -146,7 +149,7 @@ def commit(
     planned: Planned,
     fold: Fold,
     measurement: Measurement | None,
-    memories: Mapping[int, Any],
+    kept: Mapping[int, Any],
 ) -> tuple[ServerState, Record]:
     """Steps along the mean update, advances the clock, and lets the strategy learn; the new state and the record."""
     task, config, round = rules.task, rules.task.config, planned.round
@@ -183,7 +186,7 @@ def commit(
         held={**state.held, **fetched} if rules.downlink.bits is not None else state.held,
         tracked=fold.tracked,
         strategy=learned,
-        memories={client: memory for client, memory in memories.items() if memory is not None},
+        memories={**state.memories, **kept},
     ), record
 
 

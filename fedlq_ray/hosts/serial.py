@@ -30,34 +30,34 @@ class SerialHost:
 
     def __init__(self, task: Task) -> None:
         self.place = Workplace(task)
-        self.memories: dict[int, Any] = {}
         self.clients = task.config.clients
 
     def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]:
         return dict(memories)
 
-    def remember(self, memories: Mapping[int, Tensor]) -> None:
-        self.memories = dict(memories)
+    def remember(self, memories: Mapping[int, Tensor]) -> dict[int, Any]:
+        return dict(memories)
 
     def publish(self, weights: Tensor) -> Tensor:
         return weights
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Tensor]) -> Iterator[tuple[int, Reply | ClientError]]:
+    def train(
+        self, jobs: Sequence[Job], weights: Mapping[int, Tensor], memories: Mapping[int, Any]
+    ) -> Iterator[tuple[int, Reply | ClientError, Any]]:
         for job in jobs:
-            yield job.client, self._train(job, weights[job.client], self.clients.retries)
+            yield job.client, *self._train(job, weights[job.client], memories.get(job.client), self.clients.retries)
 
-    def _train(self, job: Job, weights: Tensor, retries: int) -> Reply | ClientError:
+    def _train(
+        self, job: Job, weights: Tensor, memory: Tensor | None, retries: int
+    ) -> tuple[Reply | ClientError, Tensor | None]:
         try:
-            reply, kept = self.place.train(job, weights, self.memories.get(job.client))
+            return self.place.train(job, weights, memory)
         except ClientError as exc:
             if retries and not isinstance(exc, DivergedError):
-                return self._train(job, weights, retries - 1)
+                return self._train(job, weights, memory, retries - 1)
             if self.clients.on_failure == "skip_client":
-                return exc
+                return exc, None
             raise
-        if job.plan.error_feedback:
-            self.memories[job.client] = kept
-        return reply
 
     def evaluate(self, weights: Tensor) -> Done:
         return Done(timed(self.place.evaluate, weights))

@@ -43,8 +43,8 @@ def _wrong_plans(plans: Any, state: Any, round: int, cohort: Any) -> str:
         return f"returned a {kind} for client {client}; it must return a Plan"
     for client, plan in plans.items():
         if plan.payload not in PAYLOADS or plan.error_feedback not in MEMORIES:
-            kinds = f"payload={plan.payload!r}, error_feedback={plan.error_feedback!r}"
-            return f"gave client {client} {kinds}; payloads are update and model, error feedback is a bool or 'ef21'"
+            what = f"payload={plan.payload!r}, error_feedback={plan.error_feedback!r}"
+            return f"gave client {client} {what}; payloads are update and model, error feedback is a bool or 'ef21'"
         if plan.weight is not None and not (isinstance(plan.weight, int | float) and 0 < plan.weight < math.inf):
             return f"gave client {client} the weight {plan.weight!r}; it must be above 0 and finite, or None"
     return ""

@@ -41,12 +41,12 @@ class Fated(SerialHost):
         super().__init__(TASK)
         self.fates = fates  # by round and client
 
-    def train(self, jobs, weights):
+    def train(self, jobs, weights, memories):
         for job in jobs:
             if self.fates.get((job.round, job.client), True):
-                yield from super().train([job], weights)
+                yield from super().train([job], weights, memories)
             else:
-                yield job.client, ClientError("it fails", round=job.round, client=job.client)
+                yield job.client, ClientError("it fails", round=job.round, client=job.client), None
 
 
 class Disorderly(Fated):
@@ -56,7 +56,7 @@ class Disorderly(Fated):
         super().__init__(fates)
         self.replies = replies  # by round and client
 
-    def train(self, jobs, weights):
+    def train(self, jobs, weights, memories):
         due = {job.client for job in jobs}
         for at in self.data.draw(st.permutations(range(len(jobs))), label="order"):
             job = jobs[at]
@@ -64,13 +64,13 @@ class Disorderly(Fated):
             if key not in self.fates:
                 self.fates[key] = self.data.draw(st.sampled_from([True] * 5 + [False]), label=f"{key} comes")
             due.remove(job.client)
-            for client, reply in super().train([job], weights):
+            for client, reply, memory in super().train([job], weights, memories):
                 if self.fates[key]:
                     self.replies[key] = reply
-                yield client, reply
+                yield client, reply, memory
             came = sorted(key for key in self.replies if key[0] <= job.round and key[1] not in due)
             for key in self.data.draw(st.lists(st.sampled_from(came), max_size=2), label="again") if came else ():
-                yield key[1], self.replies[key]
+                yield key[1], self.replies[key], None
 
 
 class Federation(RuleBasedStateMachine):
@@ -190,10 +190,10 @@ def test_what_comes_after_a_client_s_first_reply_does_not_count():
 class Damaging(SerialHost):
     """One client's payload arrives with another byte in it."""
 
-    def train(self, jobs, weights):
-        for index, (client, reply) in enumerate(super().train(jobs, weights)):
+    def train(self, jobs, weights, memories):
+        for index, (client, reply, memory) in enumerate(super().train(jobs, weights, memories)):
             damaged = reply.payload[:-1] + bytes([reply.payload[-1] ^ 1])
-            yield client, replace(reply, payload=damaged) if index == 1 else reply
+            yield client, replace(reply, payload=damaged) if index == 1 else reply, memory
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip_client"])
@@ -216,8 +216,9 @@ def test_a_round_without_error_feedback_leaves_memories_alone():
     weights = host.place.initial_weights()
     plan = Plan("update", (Segment(Sign(), 0, len(weights)),), True)
     for feedback in (True, False):
-        list(host.train([Job(0, 0, replace(plan, error_feedback=feedback), 16)], {0: weights}))
-        assert host.memories[0].norm() > 0
+        job = Job(0, 0, replace(plan, error_feedback=feedback), 16)
+        ((_, _, memory),) = host.train([job], {0: weights}, {0: torch.ones(len(weights))})
+        assert memory.norm() > 0 if feedback else memory is None
 
 
 TestFederation = pytest.mark.timeout(600)(Federation.TestCase)  # a failure is made small for 5 minutes at most

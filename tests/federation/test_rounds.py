@@ -305,8 +305,8 @@ def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late
     steps = list(rounds.run(task, strategy, host, state, rounds.Timing()))
     answered = {client for step in steps for client in step.record.answered}
     tracked = steps[-1].state.tracked
-    assert answered == set(host.memories) == set(tracked) and len(answered) < 24
-    assert all(torch.equal(host.memories[client], tracked[client]) for client in answered)
+    assert answered == set(steps[-1].state.memories) == set(tracked) and len(answered) < 24
+    assert all(torch.equal(steps[-1].state.memories[client], tracked[client]) for client in answered)
 
 
 def test_a_model_that_raises_is_tried_again_and_in_evaluation_told():

@@ -3,19 +3,15 @@
 from fedlq_ray import startup  # noqa: F401  (first: a user's file could hide later imports)
 
 # isort: split
-import asyncio
-import contextlib
 import itertools
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from ray.exceptions import (
     ActorUnschedulableError,
     GetTimeoutError,
@@ -29,12 +25,12 @@ from torch import Tensor
 
 from fedlq_ray.config.settings import ClientsConfig
 from fedlq_ray.errors import ClientError, DivergedError, FedLQError, first_line
-from fedlq_ray.federation.task import Job, Task, Timed, Workplace, timed
+from fedlq_ray.federation.task import Job, Task
 from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray.actors import Bell, ClientActor
 from fedlq_ray.hosts.ray.placement import Nodes, asks, deal, fitting, on
 from fedlq_ray.models import saved_bytes
 from fedlq_ray.strategies import Probe
-from fedlq_ray.training.device import reproducible
 from fedlq_ray.training.local import Reply
 
 # Memory of an actor without its model (experiments/benchmarks/README.md; ARCHITECTURE.md).
@@ -43,61 +39,6 @@ VECTORS = 8  # vectors of the model's length that training and quantizing hold a
 _START_S = 300.0  # minimum time that actors get to start
 _DIED = (RayActorError, OutOfMemoryError)  # the second: Ray itself ended an actor because memory ran out
 ACTORS_A_CORE = 8  # an actor takes about a second of a core to start
-
-
-def _tensor(array: NDArray[np.float32]) -> Tensor:
-    """A shared, read-only array of the object store as a tensor of this process."""
-    return torch.from_numpy(array.copy())
-
-
-@ray.remote(num_cpus=0)
-class ClientActor:
-    """Hosts one client or many. A call's job names its client; the client's memory travels with the call."""
-
-    def __init__(self, task: Task) -> None:
-        self.settings = reproducible(task.config.train.device)
-        self.settings.__enter__()  # for the lifetime of this process
-        self.place = Workplace(task)
-
-    def alive(self) -> bool:
-        """Returns once the actor runs: whether it was forked."""
-        return forkserver.FORKED in os.environ
-
-    def rest(self, rung: list[Any]) -> None:
-        """Wait until the bell rings or no longer exists."""
-        with contextlib.suppress(RayError):
-            ray.get(rung[0])
-
-    def train(
-        self, job: Job, weights: NDArray[np.float32], memory: NDArray[np.float32] | None
-    ) -> tuple[Reply, NDArray[np.float32] | None]:
-        reply, kept = self.place.train(job, _tensor(weights), None if memory is None else _tensor(memory))
-        return reply, None if kept is None else kept.numpy()
-
-    def evaluate(self, weights: NDArray[np.float32]) -> Timed:
-        return timed(self.place.evaluate, _tensor(weights))
-
-    def probe(self, probe: Probe, base: NDArray[np.float32], sent: NDArray[np.float32], round: int) -> Timed:
-        return timed(self.place.probe, probe, _tensor(base), _tensor(sent), round)
-
-
-@ray.remote(num_cpus=0)
-class Bell:
-    """Dedicated actors wait on it between their jobs, each with its own ticket.
-
-    An idle Ray process takes half a percent of a core. Two thirds of this are signal checks, 100 times per second. A
-    process that waits in a call checks once per second.
-    """
-
-    def __init__(self) -> None:
-        self.rung: dict[int, asyncio.Event] = {}
-
-    async def wait(self, ticket: int) -> None:
-        await self.rung.setdefault(ticket, asyncio.Event()).wait()
-        del self.rung[ticket]
-
-    async def ring(self, ticket: int) -> None:
-        self.rung.setdefault(ticket, asyncio.Event()).set()
 
 
 def _why(exc: Exception) -> str:
@@ -151,11 +92,28 @@ def choose(clients: ClientsConfig, each_bytes: float) -> tuple[str, str]:
     return "dedicated", figures
 
 
+@dataclass
+class Slot:
+    """A place for an actor during a round; a dead actor is replaced in its slot.
+
+    Attributes:
+        load: samples of its jobs under way.
+        heard: when it last replied, or began with nothing under way.
+    """
+
+    actor: Any
+    load: int = 0
+    heard: float = field(default_factory=time.monotonic)
+
+    def replied(self, job: Job) -> None:
+        self.load, self.heard = self.load - job.samples, time.monotonic()
+
+
 class Attempt(NamedTuple):
-    """A job under way: its actor and the actor's index, and the reference of the client's next memory."""
+    """A job under way: its slot, the actor that has it, and the reference of the client's next memory."""
 
     job: Job
-    at: int
+    slot: Slot
     actor: Any
     kept: Any
 
@@ -187,7 +145,6 @@ class RayHost:
             self.bell = Bell.options(max_concurrency=room, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.fit()
         self.evaluator = self.start_evaluator()
-        self.memories: dict[int, Any] = {}
 
     @property
     def asks_to_evaluate(self) -> dict[str, Any]:
@@ -292,76 +249,102 @@ class RayHost:
     def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]:
         return {client: torch.from_numpy(ray.get(kept)) for client, kept in memories.items()}
 
-    def remember(self, memories: Mapping[int, Tensor]) -> None:
-        self.memories = {client: ray.put(memory.numpy()) for client, memory in memories.items()}
+    def remember(self, memories: Mapping[int, Tensor]) -> dict[int, Any]:
+        return {client: ray.put(memory.numpy()) for client, memory in memories.items()}
 
-    def train(self, jobs: Sequence[Job], weights: Mapping[int, Any]) -> Iterator[tuple[int, Reply | ClientError]]:
+    def train(
+        self, jobs: Sequence[Job], weights: Mapping[int, Any], memories: Mapping[int, Any]
+    ) -> Iterator[tuple[int, Reply | ClientError, Any]]:
         self.fit()
-        packed = self.kind == "packed"
+        slots = [Slot(actor) for actor in self.actors]
         waiting = sorted(jobs, key=lambda job: (job.samples, job.client))
         under_way: dict[Any, Attempt] = {}
-        load = [0] * self.count  # samples
-        heard = [time.monotonic()] * self.count  # start of each actor's silence
         failed: Counter[tuple[int, bool]] = Counter()  # by client, and whether it was silent
         mourned = set[Any]()  # ended actors whose running job is already blamed
         while waiting or under_way:
-            while waiting and len(under_way) < self.depth * (1 + (packed and len(waiting) > self.count)):
+            while waiting and len(under_way) < self._room_for(len(waiting)):
                 job = waiting.pop()
-                at = min(range(self.count), key=load.__getitem__) if packed else job.client
-                heard[at] = heard[at] if load[at] else time.monotonic()
-                load[at] += job.samples
-                self._wake(self.actors[at])
-                method = self.actors[at].train.options(num_returns=2)
-                ref, kept = method.remote(job, weights[job.client], self.memories.get(job.client))
-                under_way[ref] = Attempt(job, at, self.actors[at], kept)
-                self._rest(self.actors[at])
+                ref, attempt = self._dispatch(job, slots, weights, memories)
+                under_way[ref] = attempt
                 for coming in waiting[-self.depth :] if self.resting else ():
                     self._wake(self.actors[coming.client])
             done, _ = ray.wait(list(under_way), num_returns=1, timeout=min(5.0, self.clients.timeout_s / 4))
             if not done:
-                self._give_up_silent(under_way.values(), heard)
+                self._give_up_silent(under_way.values())
                 continue
-            job, at, actor, kept = under_way[done[0]]
-            current = next(ref for ref, attempt in under_way.items() if attempt.actor is actor) is done[0]
-            blamed, silent = True, False
+            attempt = under_way[done[0]]
+            job = attempt.job
+            current = next(ref for ref, other in under_way.items() if other.actor is attempt.actor) is done[0]
             del under_way[done[0]]
-            load[at], heard[at] = load[at] - job.samples, time.monotonic()
+            attempt.slot.replied(job)
             try:
-                reply = _get(done[0])
-                if job.plan.error_feedback:  # with several nodes, a copy here survives the loss of another node
-                    self.memories[job.client] = kept if len(self.nodes.known) == 1 else ray.put(_get(kept))
-                yield job.client, reply
-                continue
-            except _DIED as exc:
-                why = f"died ({_why(exc)}); too little memory? fewer clients.actors use less"
-                if silent := actor in self.silent:
-                    why = f"was silent for {self.clients.timeout_s:g} s; raise clients.timeout_s if it needs longer"
-                fault = ClientError(f"its actor {why}; continue with fedlq resume", round=job.round, client=job.client)
-                blamed = current and actor not in mourned
-                mourned |= {actor} if blamed else set()
-                self._wake(actor)  # so that the bell does not keep its ticket
-                if self.actors[at] is actor:  # else another of its jobs has already replaced it
-                    (self.actors[at],) = self.start(1, self.asks, {*self.actors} - {actor})
-                    heard = [time.monotonic()] * self.count  # no replies were read meanwhile
-            except ObjectLostError as exc:
-                why = f"its reply was lost ({_why(exc)}); continue with fedlq resume"
-                fault = ClientError(why, round=job.round, client=job.client)
-            except ClientError as exc:
-                fault = exc
-            failed[job.client, silent] += blamed
-            if failed[job.client, silent] <= self.clients.retries and not isinstance(fault, DivergedError):
-                waiting.append(job)
-            elif self.clients.on_failure == "skip_client" and not silent:
-                yield job.client, fault
+                reply, kept = _get(done[0]), self._kept(attempt)
+            except (*_DIED, ObjectLostError, ClientError) as exc:
+                fault = self._fault(exc, attempt, slots)
+                died = isinstance(exc, _DIED)
+                silent = died and attempt.actor in self.silent
+                blamed = not died or current and attempt.actor not in mourned
+                mourned |= {attempt.actor} if died and blamed else set()
+                failed[job.client, silent] += blamed
+                if failed[job.client, silent] <= self.clients.retries and not isinstance(fault, DivergedError):
+                    waiting.append(job)
+                elif self.clients.on_failure == "skip_client" and not silent:
+                    yield job.client, fault, None
+                else:
+                    raise fault from None
             else:
-                raise fault from None
+                yield job.client, reply, kept
 
-    def _give_up_silent(self, attempts: Iterable[Attempt], heard: Sequence[float]) -> None:
+    def _room_for(self, waiting: int) -> int:
+        """How many jobs may be under way: packed, a second one per actor while more wait than there are actors."""
+        return self.depth * (1 + (self.kind == "packed" and waiting > self.count))
+
+    def _dispatch(
+        self, job: Job, slots: Sequence[Slot], weights: Mapping[int, Any], memories: Mapping[int, Any]
+    ) -> tuple[Any, Attempt]:
+        """Send a job to its client's actor; packed, to the actor with the fewest samples under way."""
+        slot = min(slots, key=lambda slot: slot.load) if self.kind == "packed" else slots[job.client]
+        slot.heard = slot.heard if slot.load else time.monotonic()
+        slot.load += job.samples
+        self._wake(slot.actor)
+        method = slot.actor.train.options(num_returns=2)
+        ref, kept = method.remote(job, weights[job.client], memories.get(job.client))
+        self._rest(slot.actor)
+        return ref, Attempt(job, slot, slot.actor, kept)
+
+    def _kept(self, attempt: Attempt) -> Any:
+        """The client's next memory; with several nodes, a copy here survives the loss of another node."""
+        if not attempt.job.plan.error_feedback:
+            return None
+        return attempt.kept if len(self.nodes.known) == 1 else ray.put(_get(attempt.kept))
+
+    def _fault(self, exc: Exception, attempt: Attempt, slots: Sequence[Slot]) -> ClientError:
+        """Why an attempt failed; a dead actor is replaced."""
+        job, slot = attempt.job, attempt.slot
+        if isinstance(exc, ClientError):
+            return exc
+        if isinstance(exc, ObjectLostError):
+            why = f"its reply was lost ({_why(exc)})"
+        elif attempt.actor in self.silent:
+            why = f"its actor was silent for {self.clients.timeout_s:g} s; raise clients.timeout_s if it needs longer"
+        else:
+            why = f"its actor died ({_why(exc)}); too little memory? fewer clients.actors use less"
+        if isinstance(exc, _DIED):
+            self._wake(attempt.actor)  # so that the bell does not keep its ticket
+            if slot.actor is attempt.actor:  # else another of its jobs has already replaced it
+                at = self.actors.index(slot.actor)
+                (slot.actor,) = self.start(1, self.asks, {*self.actors} - {slot.actor})
+                self.actors[at] = slot.actor
+                for other in slots:
+                    other.heard = time.monotonic()  # no replies were read meanwhile
+        return ClientError(f"{why}; continue with fedlq resume", round=job.round, client=job.client)
+
+    def _give_up_silent(self, attempts: Iterable[Attempt]) -> None:
         """Kills actors that have been silent for too long. Their jobs then fail like those of any dead actor."""
-        for at in {attempt.at for attempt in attempts}:
-            if time.monotonic() - heard[at] > self.clients.timeout_s:
-                self.silent.add(self.actors[at])
-                ray.kill(self.actors[at])
+        for slot in {id(attempt.slot): attempt.slot for attempt in attempts}.values():
+            if time.monotonic() - slot.heard > self.clients.timeout_s:
+                self.silent.add(slot.actor)
+                ray.kill(slot.actor)
 
     def evaluate(self, weights: Any) -> "Ask":
         return Ask(self, lambda evaluator: evaluator.evaluate.remote(weights))
