@@ -40,3 +40,12 @@ def test_the_top_of_the_package_has_few_modules_and_no_file_is_long():
     assert len([file for file in PACKAGE.glob("*.py") if file.stem != "__init__"]) <= 10
     assert {part.stem for part in PACKAGE.iterdir() if part.suffix in ("", ".py")} <= {*GROUND, *ORDER, "__pycache__"}
     assert [file for file in PACKAGE.rglob("*.py") if len(file.read_text(encoding="utf-8").splitlines()) > 400] == []
+
+
+def test_no_function_is_longer_than_60_lines():
+    long = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > 60:
+                long.append(f"{file.relative_to(PACKAGE)}: {node.name}")
+    assert not long

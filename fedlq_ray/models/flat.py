@@ -82,6 +82,33 @@ def require_trainable(module: nn.Module) -> None:
             )
 
 
+Owned = list[tuple[str, list[nn.Parameter]]]
+Buffers = list[tuple[str, list[tuple[nn.Module, str, Tensor]]]]
+
+
+def _by_layer(module: nn.Module, statistics: Collection[str]) -> tuple[Owned, Buffers]:
+    """The trainable parameters, and the buffers in `statistics`, by the name of the submodule that has them."""
+    owned: Owned = []
+    buffers: Buffers = []
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        parameters = [p for p in part._parameters.values() if p is not None and p.requires_grad and id(p) not in seen]
+        seen.update(map(id, parameters))
+        if parameters:
+            owned.append((path or "(root)", parameters))
+        mine = [
+            (part, name, buffer)
+            for name, buffer in part._buffers.items()
+            if buffer is not None and (f"{path}.{name}" if path else name) in statistics
+        ]
+        for _, name, buffer in mine:
+            if buffer.dtype != torch.float32:
+                raise ConfigError(f"model.name: training changes buffer {name}, which is {buffer.dtype}, not float32")
+        if mine:
+            buffers.append((f"{path or '(root)'}.buffers", mine))
+    return owned, buffers
+
+
 class FlatModel:
     """A module whose trainable parameters, followed by its statistics, are views of one float32 storage.
 
@@ -111,28 +138,7 @@ class FlatModel:
         require_trainable(module)
         self.module = module
         self.statistics = frozenset(float_buffers(module) if statistics is None else statistics)
-        owned: list[tuple[str, list[nn.Parameter]]] = []
-        buffers: list[tuple[str, list[tuple[nn.Module, str, Tensor]]]] = []
-        seen: set[int] = set()
-        for path, part in module.named_modules():
-            parameters = [
-                p for p in part._parameters.values() if p is not None and p.requires_grad and id(p) not in seen
-            ]
-            seen.update(map(id, parameters))
-            if parameters:
-                owned.append((path or "(root)", parameters))
-            mine = [
-                (part, name, buffer)
-                for name, buffer in part._buffers.items()
-                if buffer is not None and (f"{path}.{name}" if path else name) in self.statistics
-            ]
-            for _, name, buffer in mine:
-                if buffer.dtype != torch.float32:
-                    raise ConfigError(
-                        f"model.name: training changes buffer {name}, which is {buffer.dtype}, not float32"
-                    )
-            if mine:
-                buffers.append((f"{path or '(root)'}.buffers", mine))
+        owned, buffers = _by_layer(module, self.statistics)
         module.to(device)
         self.num_parameters = sum(p.numel() for _, ps in owned for p in ps)
         step = ALIGNMENT[device]

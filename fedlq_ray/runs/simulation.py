@@ -200,11 +200,18 @@ def _carry_out(
         )
     if status == "KILLED":
         interrupts.pass_on()
-    summary = rundir.summarise(config, records, rundir.sha256(weights))
+    return _finish(task, folder, track if track and not last.tracked else None, records, weights)
+
+
+def _finish(
+    task: Task, folder: Path, track: tracking.Tracking | None, records: list[Record], weights: NDArray[np.float32]
+) -> Outcome:
+    """Writes a finished run's summary, removes its checkpoints, and logs its files."""
+    summary = rundir.summarise(task.config, records, rundir.sha256(weights))
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    storage.clear(folder, config)
-    if track and not last.tracked:
-        _attach(folder, track, config, records, copy.deepcopy(task.module))
+    storage.clear(folder, task.config)
+    if track:
+        _attach(folder, track, task.config, records, copy.deepcopy(task.module))
     return Outcome(records, summary, weights, folder)
 
 

@@ -103,9 +103,7 @@ def client_round(
             _require_finite(trained, model.layers, round, client)
             _require_constants(model, round, client)
             started = time.perf_counter()
-            update = trained - weights
-            moved = bool(update[: model.num_parameters].any())
-            update[: model.num_parameters] *= sgd.settings.local_epochs * samples_of(len(y), sgd.settings) / samples
+            update, moved = _update(sgd, trained - weights, len(y), samples)
             sent = kept.before(PAYLOADS[plan.payload].of(weights, update), memory)
             segments = plan.segments(sent) if callable(plan.segments) else plan.segments
             _require_known(segments, custom, round, client)
@@ -124,6 +122,14 @@ def client_round(
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
     reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s, moved)
     return reply, memory
+
+
+def _update(sgd: LocalSGD, update: Tensor, shard: int, samples: int) -> tuple[Tensor, bool]:
+    """The update scaled to the base work, except buffers (FedNova), and whether training changed a parameter."""
+    parameters = update[: sgd.model.num_parameters]
+    moved = bool(parameters.any())
+    parameters *= sgd.settings.local_epochs * samples_of(shard, sgd.settings) / samples
+    return update, moved
 
 
 def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: int, client: int) -> None:
