@@ -194,10 +194,7 @@ def _carry_out(
     flat.load(torch.from_numpy(weights))
     rundir.save_model(folder, flat)
     if track and last.tracked:
-        warnings.warn(
-            f"MLflow at {track.uri} failed ({last.tracked}); log the run later: fedlq sync {folder}",
-            stacklevel=3,
-        )
+        warnings.warn(f"MLflow at {track.uri} failed ({last.tracked}); log it later: fedlq sync {folder}", stacklevel=3)
     if status == "KILLED":
         interrupts.pass_on()
     return _finish(task, folder, track if track and not last.tracked else None, records, weights)
