@@ -151,8 +151,12 @@ def _log_metrics(
     from mlflow.entities import Metric
 
     at = tracking.started_ms + round(sim_time_s * 1e3)
-    plain = {re.sub(r"[^A-Za-z0-9_. :/-]", "_", name): value for name, value in values.items()}  # as MLflow takes them
-    client.log_batch(run_id, metrics=[Metric(name, float(value), at, step) for name, value in plain.items()])
+    client.log_batch(run_id, metrics=[Metric(named(key), float(value), at, step) for key, value in values.items()])
+
+
+def named(metric: str) -> str:
+    """A metric's name in characters that MLflow takes."""
+    return re.sub(r"[^A-Za-z0-9_. :/-]", "_", metric)
 
 
 class Tracker:

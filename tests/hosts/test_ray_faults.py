@@ -180,7 +180,10 @@ class Picky(Strategy):
 def test_a_client_that_fails_for_good(hosting):
     with pytest.raises(ClientError, match=r"round \d, client 3: RuntimeError: the cat sat on it"):
         run(f"clients.hosting={hosting}", strategy=Picky)
-    with pytest.warns(UserWarning, match=r"skipped, .*: round \d, client 3: RuntimeError: the cat sat on it") as told:
+    with pytest.warns(
+        UserWarning,
+        match=r"skipped \(clients.on_failure=skip_client\): round \d, client 3: RuntimeError: the cat sat on it",
+    ) as told:
         result = run(f"clients.hosting={hosting}", "clients.on_failure=skip_client", strategy=Picky)
     assert len(told) == 1
     for record in result.history.to_dict("records"):

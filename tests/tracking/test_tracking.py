@@ -34,8 +34,8 @@ def test_layers_of_any_name_have_metrics():
     from mlflow.utils.validation import _validate_metric_name
 
     for layer in ("(root)", "(root).buffers", "block.0.conv+1", "été"):
-        _validate_metric_name(tracking._metric("bits_per_parameter", layer))
-    assert tracking._metric("significance", "block.0.conv-1") == "significance/block.0.conv-1"
+        _validate_metric_name(tracking.named(f"bits_per_parameter/{layer}"))
+    assert tracking.named("significance/block.0.conv-1") == "significance/block.0.conv-1"
 
 
 def test_a_run_is_there_with_its_files_its_pictures_and_its_data():
