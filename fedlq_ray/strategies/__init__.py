@@ -85,7 +85,8 @@ def make(setting: Setting, given: Any = None) -> Strategy:
             f"strategy.name: {type(made).__name__} has no {', '.join(missing)}; derive it from "
             "fedlq_ray.strategies.Strategy, which has them"
         )
-    vars(made)["_made"] = True  # from here on its attributes are constants
+    if isinstance(made, Strategy):
+        vars(made)["_made"] = True  # from here on its attributes are constants
     return made  # type: ignore[no-any-return]
 
 
