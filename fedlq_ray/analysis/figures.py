@@ -226,7 +226,8 @@ def _heat(
         axis.set(xlabel=by, ylabel=of)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         bar = figure.colorbar(image, label="bits per parameter", orientation="horizontal", aspect=40, pad=0.02)
-        levels = [level for level in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if norm.vmin <= level <= norm.vmax]  # type: ignore[operator]
+        least, most = norm.vmin or 0, norm.vmax or 0
+        levels = [level for level in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if least <= level <= most]
         bar.ax.xaxis.set_minor_formatter(NullFormatter())
         bar.set_ticks(levels, labels=[f"{level:g}" for level in levels])
     return Shown(title, caption, f"Heat map, {of} by {by}. {title}.", figure)

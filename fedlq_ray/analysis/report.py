@@ -177,7 +177,7 @@ def _origin(outcome: Outcome, command: str) -> list[str]:
 
 def repeat(config: Config) -> str:
     """Returns the command that repeats a run, with all settings that differ from the defaults."""
-    default = flat(Config(strategy={"name": config.strategy.name}))  # type: ignore[arg-type]  # a dict is read
+    default = flat(Config.model_validate({"strategy": {"name": config.strategy.name}}))
     changed = {path: value for path, value in flat(config).items() if value != default[path]}
     if config.strategy.name != "fedlq":
         changed = {"strategy.name": config.strategy.name} | changed

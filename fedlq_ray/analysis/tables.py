@@ -121,7 +121,8 @@ def text(made: Columns, title: str, width: int) -> str:
         if len(blocks[-1]) > 1 and _width(blocks[-1] | {heading: cells}) > width:
             blocks.append(dict(names))
         blocks[-1][heading] = cells
-    console = Console(file=io.StringIO(), width=max(width, *map(_width, blocks)), color_system=None, markup=False)
+    written = io.StringIO()
+    console = Console(file=written, width=max(width, *map(_width, blocks)), color_system=None, markup=False)
     for index, block in enumerate(blocks):
         shown = Table(
             title=title if title and not index else None,
@@ -135,7 +136,7 @@ def text(made: Columns, title: str, width: int) -> str:
         for row in zip(*block.values(), strict=True):
             shown.add_row(*row)
         console.print(shown)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
 
 
 def _width(block: Columns) -> int:

@@ -12,7 +12,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.files import expand
 
 
-class _Path(click.ParamType):  # type: ignore[type-arg]
+class _Path(click.ParamType):  # type: ignore[type-arg]  # generic in its stubs only
     """A path in which `~` means the home folder: shells do not expand it in `--out=~/x`, or in quotes."""
 
     name = "path"

@@ -21,7 +21,7 @@ from fedlq_ray.errors import ConfigError
 
 __all__ = ["Config", "load", "parse", "to_yaml"]
 
-EVERY = Config(strategy={"name": "module:attribute"})  # type: ignore[arg-type]  # a dict is read as settings
+EVERY = Config.model_validate({"strategy": {"name": "module:attribute"}})
 WITHOUT_EFFECT = frozenset(affects(EVERY, "nothing"))  # settings that config_sha256 leaves out
 TEXTS = {path: is_optional(field) for path, field, _ in keys(EVERY) if is_text(field)}  # text: whether it may be null
 
@@ -219,7 +219,8 @@ def describe(path: str, field: Any) -> str:
 def to_yaml(config: Config, *, commented: bool = False) -> str:
     """The resolved configuration without `out`, as YAML that `load` reads back unchanged."""
     if not commented:
-        return yaml.safe_dump(config.model_dump(mode="json", exclude={"out"}), sort_keys=False, allow_unicode=True)
+        plain = config.model_dump(mode="json", exclude={"out"})
+        return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     settings = flat(config)
     lines: list[str] = []
     section = ""

@@ -304,7 +304,8 @@ else:
 
 def own_settings(kind: type[StrategyConfig]) -> tuple[str, ...]:
     """The settings of one strategy only; they are arguments of its constructor."""
-    return tuple(name for name, field in kind.model_fields.items() if (field.json_schema_extra or {}).get("own"))  # type: ignore[union-attr]  # always a dict here
+    extras = ((name, field.json_schema_extra) for name, field in kind.model_fields.items())
+    return tuple(name for name, extra in extras if isinstance(extra, dict) and extra.get("own"))
 
 
 def readers(setting: str) -> list[str]:

@@ -71,7 +71,8 @@ def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence
     other_s = np.array([m.fixed_s for m in members]) + upload_s - bases * sample_s
 
     def work(deadline: float) -> NDArray[np.float64]:
-        return np.clip((deadline - other_s) / (bases * sample_s), limit**-0.5, limit)
+        works: NDArray[np.float64] = np.clip((deadline - other_s) / (bases * sample_s), limit**-0.5, limit)
+        return works
 
     # The mean rises with the deadline: bisect between one that no client can meet and one that all can.
     low, high = float(other_s.min()), float((other_s + limit * bases * sample_s).max())

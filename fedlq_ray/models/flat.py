@@ -204,7 +204,7 @@ class FlatModel:
         """Returns the flat vector (d,), a copy on the CPU."""
         for part, name, view in self._views:
             if part._buffers[name] is not view:  # a module may replace a buffer by another tensor
-                part._buffers[name] = view.copy_(part._buffers[name])  # type: ignore[arg-type]
+                part._buffers[name] = view.copy_(part._buffers[name])  # type: ignore[arg-type]  # a view is of a tensor, never None
         return self.flat(self.storage)
 
     def flat(self, values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
         raise ConfigError(
             f"model.name: a training step fails on inputs of shape {input_shape}: {type(exc).__name__}: {exc}"
         ) from exc
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 def saved_bytes(module: nn.Module, input_shape: tuple[int, ...]) -> float:

@@ -40,7 +40,8 @@ def import_torchvision() -> ModuleType:
             raise ConfigError(f"torchvision does not fit this torch {torch.__version__}: {again}") from again
     except ImportError as exc:
         raise ConfigError(f"torchvision cannot be imported: {exc}") from exc
-    return torchvision
+    module: ModuleType = torchvision
+    return module
 
 
 def build_torchvision(name: str, input_shape: tuple[int, ...], num_classes: int, args: dict[str, Any]) -> nn.Module:

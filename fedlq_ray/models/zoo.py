@@ -52,7 +52,8 @@ class _ConvNet(nn.Module):
         x = torch.relu(self.pool(self.conv2(x))).flatten(1)
         for index in range(1, self.depth):
             x = torch.relu(getattr(self, f"fc{index}")(x))
-        return getattr(self, f"fc{self.depth}")(x)  # type: ignore[no-any-return]
+        logits: Tensor = getattr(self, f"fc{self.depth}")(x)
+        return logits
 
 
 def cnn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -117,7 +118,8 @@ def vgg9(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
     return model
 
 

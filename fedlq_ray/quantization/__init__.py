@@ -43,8 +43,8 @@ def family(name: str, given: Any = None) -> Family:
     """
     named = name if given is None else given
     part = parts.find("strategy.quantizer", named, QUANTIZERS) if isinstance(named, str) else named
-    if any(part is builtin for builtin in QUANTIZERS.values()):
-        return part  # type: ignore[no-any-return]
+    if known := [name for name, builtin in QUANTIZERS.items() if part is builtin]:
+        return QUANTIZERS[known[0]]
     made = parts.call("strategy.quantizer", part, {"bits": 1}, {}) if _is_factory(part) else part
     missing = [method for method in ("encode", "decode", "size") if not callable(getattr(made, method, None))]
     if missing:

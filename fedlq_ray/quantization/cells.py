@@ -25,7 +25,8 @@ def count_below(edges: NDArray[np.float32], values: NDArray[np.float32]) -> NDAr
     per_unit = np.float32(cells / span)
 
     def cell(of: NDArray[np.float32]) -> NDArray[np.int64]:
-        return ((np.clip(of, edges[0], edges[-1]) - edges[0]) * per_unit).astype(np.int64)
+        cells: NDArray[np.int64] = ((np.clip(of, edges[0], edges[-1]) - edges[0]) * per_unit).astype(np.int64)
+        return cells
 
     held = np.bincount(cell(edges))
     below = np.take(np.cumsum(held) - held, cell(values))

@@ -47,7 +47,8 @@ class Model(NamedTuple):
         hazard[self.top] = 1.0
         survival = np.concatenate([[1.0], (1 - hazard[:-1]).cumprod()])
         p: Floats = np.maximum(hazard * survival, 1e-12)
-        return p / p.sum()
+        p /= p.sum()
+        return p
 
     def coded(self) -> Floats:
         """The probabilities that the range coder uses: each gets 2^-24, plus its share of the remainder."""
@@ -82,7 +83,8 @@ def _dearer(counts: Counts) -> Floats:
 
 def _hazards(stop: Counts, go: Counts) -> NDArray[np.uint8]:
     logits = np.log(np.maximum(stop, 1e-9) / np.maximum(go, 1e-9))
-    return np.minimum(np.maximum(np.rint(logits * _LOGIT) + 128, 0), 255).astype(np.uint8)
+    hazards: NDArray[np.uint8] = np.minimum(np.maximum(np.rint(logits * _LOGIT) + 128, 0), 255).astype(np.uint8)
+    return hazards
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +224,8 @@ class Ecsq:
 
 def _steps(values: NDArray[Any]) -> NDArray[Any]:
     """`np.diff`, which would dominate the running time on a few values."""
-    return values[1:] - values[:-1]
+    steps: NDArray[Any] = values[1:] - values[:-1]
+    return steps
 
 
 def _float32(values: Floats) -> NDArray[np.float32]:
@@ -235,7 +238,8 @@ def _words(codes: NDArray[np.int32], signs: NDArray[np.int32], model: Model) -> 
     coder = constriction.stream.queue.RangeEncoder()
     coder.encode(codes, _categorical(model))
     coder.encode(signs, constriction.stream.model.Uniform(2))
-    return coder.get_compressed().astype("<u4").tobytes()  # type: ignore[no-any-return]
+    words: bytes = coder.get_compressed().astype("<u4").tobytes()
+    return words
 
 
 def _decoded(

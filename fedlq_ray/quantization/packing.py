@@ -94,4 +94,5 @@ def _low_bytes(words: NDArray[np.uint64], bits: int) -> NDArray[np.void]:
 def _codes_of_bytes(bits: int) -> NDArray[np.int64]:
     """The codes in each possible byte (256, 8 / bits), for `bits` that divide 8."""
     shifts = np.arange(8 - bits, -1, -bits)
-    return np.arange(256)[:, None] >> shifts & 2**bits - 1
+    codes: NDArray[np.int64] = np.arange(256)[:, None] >> shifts & 2**bits - 1
+    return codes

@@ -167,7 +167,9 @@ def summarise(config: Config, records: list[Record], weights_sha256: str) -> dic
     """The summary of a completed run; bytes and times count from the first round."""
     accuracies = [r.accuracy for r in records if r.accuracy is not None]
     target = config.target_accuracy
-    reached = next((r for r in records if None not in (target, r.accuracy) and r.accuracy >= target), None)  # type: ignore[operator]
+    reached = None
+    if target is not None:
+        reached = next((r for r in records if r.accuracy is not None and r.accuracy >= target), None)
     return {
         "final_accuracy": accuracies[-1] if accuracies else None,
         "best_accuracy": max(accuracies, default=None),

@@ -85,7 +85,7 @@ def _driven(
     from fedlq_ray.runs.driver import Driver
 
     here = options(ray.get_runtime_context().get_node_id(), forkserver.command())
-    driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]
+    driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]  # of ray.remote
     stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
     told, pid, asked = False, None, time.monotonic()
     alive = driver.alive.remote()

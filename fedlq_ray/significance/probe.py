@@ -21,7 +21,8 @@ BLOCKS = 8  # blocks of held-out samples, each with its own rounding
 def memory_saving(sizes: Sequence[int], levels: Sequence[int]) -> Table:
     """M_l(b) = d_l (32 - b) / (32 d): the share of the model's bytes that layer l at level b saves; (L, levels)."""
     share = np.array(sizes, float) / sum(sizes)
-    return share[:, None] * (32 - np.array(levels, float)) / 32
+    saving: Table = share[:, None] * (32 - np.array(levels, float)) / 32
+    return saving
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class Drops:
         """
         if self.measured is None or self.variance is None or self.distortion is None:
             top = 2.0 ** np.minimum(np.array(levels, float), 32) - 1
-            return np.array(sizes, float)[:, None] / (6 * top[None, :] ** 2)
+            expected: Table = np.array(sizes, float)[:, None] / (6 * top[None, :] ** 2)
+            return expected
         noise = np.sqrt(self.variance)
         seen = self.measured > 2 * noise
         if seen.any():

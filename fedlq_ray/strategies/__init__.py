@@ -64,7 +64,7 @@ def make(setting: Setting, given: Any = None) -> Strategy:
         setting = replace(setting, config=renamed(config, given) if isinstance(given, str) else every(config))
     own = {name: getattr(setting.config, name) for name in own_settings(type(setting.config))}
     factory = parts.find("strategy.name", named, STRATEGIES) if isinstance(named, str) else named
-    made = factory
+    made: Any = factory
     if isinstance(factory, type) or not hasattr(factory, "plan"):
 
         def call(feedback: Feedback) -> Any:
@@ -87,7 +87,8 @@ def make(setting: Setting, given: Any = None) -> Strategy:
         )
     if isinstance(made, Strategy):
         vars(made)["_made"] = True  # from here on its attributes are constants
-    return made  # type: ignore[no-any-return]
+    strategy: Strategy[Any] = made
+    return strategy
 
 
 __all__ = ["STRATEGIES", "Member", "News", "Probe", "Setting", "Strategy", "make"]

@@ -180,7 +180,7 @@ class Strategy(Generic[State]):
 
     def init(self) -> State:
         """The state before the first round."""
-        return None  # type: ignore[return-value]  # a strategy without state
+        return None  # type: ignore[return-value]  # a strategy without state is a Strategy[None]
 
     def plan(self, state: State, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         """Each member's plan for a round, by client. Clients without a plan skip the round and do not delay it."""

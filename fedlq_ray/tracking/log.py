@@ -348,7 +348,7 @@ def _files(client: Any, run: Any, to: Path) -> Path | None:
     there = {file.path for file in client.list_artifacts(run.info.run_id)}
     if "rounds.jsonl" not in there:
         return None
-    folder = to / run.info.run_id
+    folder = Path(to, run.info.run_id)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if name in there:

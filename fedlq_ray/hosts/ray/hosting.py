@@ -142,7 +142,7 @@ class RayHost:
         if kind == "dedicated":
             here = on(ray.get_runtime_context().get_node_id())
             room = 2 * self.clients.count + 10  # every actor may wait and be woken at once
-            self.bell = Bell.options(max_concurrency=room, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+            self.bell = Bell.options(max_concurrency=room, scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # of ray.remote
         self.fit()
         self.evaluator = self.start_evaluator()
 
@@ -207,7 +207,7 @@ class RayHost:
             taken = Counter(self.homes[actor] or "" for actor in beside)
             homes = [None] * count if asks else deal(count, self.nodes.look().values(), taken)
             options = [self.nodes.options(home) for home in homes]
-            actors = [ClientActor.options(**own, **asks).remote(self.shared) for own in options]  # type: ignore[attr-defined]
+            actors = [ClientActor.options(**own, **asks).remote(self.shared) for own in options]  # type: ignore[attr-defined]  # as above
             alive = [actor.alive.remote() for actor in actors]
             for actor in actors:
                 self._rest(actor)  # at once: hundreds of idle actors would slow the start of the others
