@@ -7,17 +7,26 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from fedlq_ray.config.load import Config
+from fedlq_ray.data import GivenData
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.events import Event
+from fedlq_ray.federation.task import Parts
 from fedlq_ray.files import expand
+from fedlq_ray.models import GivenModel
+from fedlq_ray.quantization import GivenQuantizer
 from fedlq_ray.runs import simulation
+from fedlq_ray.strategies import GivenStrategy
+
+if TYPE_CHECKING:
+    from fedlq_ray.analysis.compare import Row
+    from fedlq_ray.sweeps.sweep import Outcome
 
 __all__ = ["Comparison", "Result", "compare", "resume", "simulate", "sweep"]
 
@@ -59,10 +68,10 @@ class Result:
 def simulate(
     config: Config | Mapping[str, Any] | None = None,
     *,
-    model: Any = None,
-    data: Any = None,
-    strategy: Any = None,
-    quantizer: Any = None,
+    model: GivenModel | None = None,
+    data: GivenData | None = None,
+    strategy: GivenStrategy | None = None,
+    quantizer: GivenQuantizer | None = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
@@ -70,7 +79,8 @@ def simulate(
 
     Args:
         config: the settings, or a dict of them; None for the defaults.
-        model: a torch.nn.Module, which is copied with its weights, or a factory of one; it replaces `model.name`.
+        model: a torch.nn.Module, which is copied with its weights, a factory of one, or a name; it replaces
+            `model.name`.
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
@@ -80,18 +90,18 @@ def simulate(
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
     """
-    given = {"model": model, "data": data, "strategy": strategy, "quantizer": quantizer}
-    return Result.of(simulation.simulate(config, **given, watch=watch, parent=parent))
+    parts = Parts(model, data, strategy, quantizer)
+    return Result.of(simulation.simulate(config, parts, watch=watch, parent=parent))
 
 
 def resume(
     folder: str | Path,
     overrides: Sequence[str] = (),
     *,
-    model: Any = None,
-    data: Any = None,
-    strategy: Any = None,
-    quantizer: Any = None,
+    model: GivenModel | None = None,
+    data: GivenData | None = None,
+    strategy: GivenStrategy | None = None,
+    quantizer: GivenQuantizer | None = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
@@ -108,8 +118,8 @@ def resume(
         CheckpointError: there are checkpoints, but none can be used.
         FedLQError: the run failed again.
     """
-    given = {"model": model, "data": data, "strategy": strategy, "quantizer": quantizer}
-    return Result.of(simulation.resume(folder, overrides, **given, watch=watch, parent=parent))
+    parts = Parts(model, data, strategy, quantizer)
+    return Result.of(simulation.resume(folder, overrides, parts, watch=watch, parent=parent))
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,6 @@ def compare(*sources: str | Path, reference: str | None = None, tracking_uri: st
         return _compared(comparing.rows(outcome, reference), outcome)
 
 
-def _compared(table: Sequence[Mapping[str, Any]], outcome: Any, out: Path | None = None) -> Comparison:
+def _compared(table: Sequence["Row"], outcome: "Outcome", out: Path | None = None) -> Comparison:
     folders = {label: [run.folder for run in runs] for label, runs in outcome.runs.items()}
-    return Comparison(pd.DataFrame(table), folders, out)
+    return Comparison(pd.DataFrame([row.to_json() for row in table]), folders, out)

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
@@ -23,9 +23,11 @@ from fedlq_ray.config.load import load
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.downlink import Downlink
 from fedlq_ray.federation.fold import Fold
+from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.planning import shares_of
 from fedlq_ray.federation.task import Job, Workplace, prepare
 from fedlq_ray.hosts.ray.hosting import RayHost
+from fedlq_ray.hosts.ray.pool import Pool
 from fedlq_ray.hosts.ray.session import start_ray
 from fedlq_ray.runs import provenance
 from fedlq_ray.strategies import make
@@ -72,19 +74,22 @@ class Echo:
     def __init__(self, replies: dict) -> None:
         self.replies = replies
 
+    def alive(self) -> bool:
+        return True
+
     def train(self, job: Job, weights: object, memory: object) -> tuple:
         return self.replies[job.client], None
 
 
-class EchoHost(RayHost):
-    """The host's own dispatch, to actors that answer at once."""
+class EchoPool(Pool):
+    """Actors that answer at once."""
 
     def __init__(self, case: Case) -> None:
         self.replies = ray.put(case.replies)
         super().__init__(case.task, "packed")
 
-    def start(self, count: int, asks: object, beside: object = ()) -> list:
-        return [Echo.remote(self.replies) for _ in range(count)]
+    def create(self, options: dict) -> object:
+        return Echo.remote(self.replies)
 
 
 def cost(rounds: int, one: Callable[[], None]) -> dict[str, float]:
@@ -107,16 +112,22 @@ def measure(case: Case, rounds: int) -> dict:
         for job in case.jobs:
             fold.take(job.client, case.replies[job.client])
 
-    host = EchoHost(case)
+    host = RayHost(EchoPool(case))
     published = host.publish(case.weights)
+
+    def answers() -> Iterator[Answer]:
+        for job in case.jobs:
+            host.submit(job, published, None)
+        for _ in case.jobs:
+            yield host.result()
 
     def hosted() -> None:
         fold = case.fold()
-        for client, reply, _ in host.train(case.jobs, dict.fromkeys(case.replies, published), {}):
-            fold.take(client, reply)
+        for job, reply, _ in answers():
+            fold.take(job.client, reply)
 
     def dispatched() -> None:
-        for _ in host.train(case.jobs, dict.fromkeys(case.replies, published), {}):
+        for _ in answers():
             pass
 
     return {

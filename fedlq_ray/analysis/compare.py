@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,105 @@ from fedlq_ray.runs import provenance
 from fedlq_ray.sweeps.sweep import Finished, Outcome
 
 CONFIDENCE = 0.95
-Row = dict[str, Any]
+
+
+class Spread(NamedTuple):
+    """A mean over seeds and its standard deviation (of the sample; None for one seed). None where a seed lacks it."""
+
+    mean: float | None
+    sd: float | None
+
+    @staticmethod
+    def of(values: Sequence[float | None]) -> "Spread":
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
+            return Spread(None, None)
+        return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its confidence interval; low and high are None for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and self.low * self.high > 0
+
+
+class Reached(NamedTuple):
+    """How runs came to a target: simulated seconds and MB, if all seeds reached it, and how many did."""
+
+    seconds: Spread
+    mb: float | None
+    downlink_mb: float | None
+    seeds: int
+
+    def to_json(self) -> dict[str, float | None]:
+        return {
+            "mean": self.seconds.mean,
+            "sd": self.seconds.sd,
+            "mb": self.mb,
+            "downlink_mb": self.downlink_mb,
+            "reached": self.seeds,
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed only, and how they compare with the reference of their population.
+
+    Attributes:
+        tuned: the settings that tuning chose, as key=value.
+        failed: how many of the seeds have no result.
+        values: by the names of METRICS, for those of a whole run.
+        targets: by accuracy, as text.
+        by_seed: of each run: its seed, final accuracy, seconds to the target, and uplink bytes.
+        reference: its name; it is in the table only if the population has it.
+        accuracy_gain, speed_up: over the reference; None if the reference or a value is missing.
+        to_limit: time to the target in multiples of that of the run named limit.
+        front: no run of the population has more accuracy and fewer bytes, or is better in one and equal in the other.
+    """
+
+    run: str
+    tuned: str | None
+    seeds: int
+    failed: int
+    values: Mapping[str, Spread]
+    targets: Mapping[str, Reached]
+    bits_per_parameter: float | None
+    by_seed: Sequence[Mapping[str, float | None]]
+    reference: str = ""
+    accuracy_gain: Interval | None = None
+    speed_up: Interval | None = None
+    to_limit: float | None = None
+    front: bool = False
+
+    @property
+    def population(self) -> str:
+        return population(self.run)
+
+    @property
+    def name(self) -> str:
+        """The run's name without its population."""
+        return self.run.removesuffix(f"@{self.population}")
+
+    def mean(self, metric: str) -> float | None:
+        return self.values[metric].mean
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat mapping, as in table.json."""
+        own: dict[str, Any] = {"run": self.run, "tuned": self.tuned, "seeds": self.seeds, "failed": self.failed}
+        for name, (mean, sd) in self.values.items():
+            own |= {name: mean, f"{name}_sd": sd}
+        own["targets"] = {target: reached.to_json() for target, reached in self.targets.items()}
+        own |= {"bits_per_parameter": self.bits_per_parameter, "by_seed": list(self.by_seed)}
+        own["reference"] = self.reference
+        for name, found in (("accuracy_gain", self.accuracy_gain), ("speed_up", self.speed_up)):
+            own[name], own[f"{name}_low"], own[f"{name}_high"] = found or (None, None, None)
+        return own | {"to_limit": self.to_limit, "front": self.front}
 
 
 def time_to(records: Iterable[Record], target: float) -> tuple[float, float, float] | None:
@@ -29,14 +128,6 @@ def time_to(records: Iterable[Record], target: float) -> tuple[float, float, flo
         if record.accuracy is not None and record.accuracy >= target:
             return record.sim_time_s, sent / 1e6, received / 1e6
     return None
-
-
-class Interval(NamedTuple):
-    """A mean over seeds and its confidence interval; low and high are None for one seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -68,12 +159,7 @@ def speed_up(own: Mapping[int, float | None], base: Mapping[int, float | None]) 
 
 
 def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
-    """Returns one row per run: means over seeds and their sample standard deviations.
-
-    Accuracies and bytes are means over the runs that did not fail; a target counts if all seeds reached it.
-    accuracy_gain, speed_up: relative to the reference of the same population, with the bounds of their intervals;
-    to_limit: time in multiples of that of the run named limit; front: no run of the population has more accuracy and
-    fewer bytes, or is better in one of them and equal in the other.
+    """Returns one row per run. Accuracies and bytes are means over the seeds that did not fail.
 
     Args:
         reference: a run's name without its population; by default fedavg, or the first run if there is no fedavg.
@@ -81,74 +167,64 @@ def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
         ConfigError: no run has the name `reference`.
     """
     table = [_row(label, runs, outcome) for label, runs in outcome.runs.items()]
-    labels = [row["run"] for row in table]
-    names = list(dict.fromkeys(label.removesuffix(f"@{population(label)}") for label in labels))
+    labels = [row.run for row in table]
+    names = list(dict.fromkeys(row.name for row in table))
     if reference is not None and reference not in names:
         raise ConfigError(f"--reference: there is no run {reference}; the runs are {', '.join(names)}")
     reference = reference or ("fedavg" if "fedavg" in names else names[0])
     times = {label: _by_seed(outcome.runs[label], "time_to_target_s") for label in labels}
     accuracies = {label: _by_seed(outcome.runs[label], "final_accuracy") for label in labels}
-    for row in table:
-        label, where = row["run"], population(row["run"])
+
+    def compared(row: Row) -> Row:
+        where = row.population
         base, limit = (f"{name}@{where}" if where else name for name in (reference, "limit"))
-        won = gain(accuracies[label], accuracies[base]) if base in labels else None
-        faster = speed_up(times[label], times[base]) if base in labels else None
-        row["reference"] = base
-        for key, found in (("accuracy_gain", won), ("speed_up", faster)):
-            row[key], row[f"{key}_low"], row[f"{key}_high"] = found or (None, None, None)
-        least = next((other["time_to_target_s"] for other in table if other["run"] == limit), None)
-        row["to_limit"] = row["time_to_target_s"] / least if least and row["time_to_target_s"] else None
-        row["front"] = _undominated(row, [other for other in table if population(other["run"]) == where])
-    return table
+        own, least = (
+            next((r.mean("time_to_target_s") for r in table if r.run == run), None) for run in (row.run, limit)
+        )
+        return replace(
+            row,
+            reference=base,
+            accuracy_gain=gain(accuracies[row.run], accuracies[base]) if base in labels else None,
+            speed_up=speed_up(times[row.run], times[base]) if base in labels else None,
+            to_limit=own / least if own and least else None,
+            front=_undominated(row, [other for other in table if other.population == where]),
+        )
+
+    return [compared(row) for row in table]
 
 
 def _row(label: str, runs: Sequence[Finished], outcome: Outcome) -> Row:
     done = [run.summary for run in runs if run.summary is not None]
-    values: dict[str, float | None] = {}
+    values = {}
     for metric in METRICS:
         if metric.of_run:
             found = done if len(done) == len(runs) or not metric.of_all else []
             known = [None if (value := metric.of_run(summary)) is None else value / metric.per for summary in found]
-            values |= {metric.name: _mean(known), f"{metric.name}_sd": _spread(known)}
-    return {
-        "run": label,
-        "tuned": outcome.tuned.get(label),
-        "seeds": len(runs),
-        "failed": len(runs) - len(done),
-        **values,
-        "targets": {f"{target:g}": _reached(runs, target) for target in outcome.targets},
-        "bits_per_parameter": _bits(runs),
-        "by_seed": [
+            values[metric.name] = Spread.of(known)
+    return Row(
+        run=label,
+        tuned=outcome.tuned.get(label),
+        seeds=len(runs),
+        failed=len(runs) - len(done),
+        values=values,
+        targets={f"{target:g}": _reached(runs, target) for target in outcome.targets},
+        bits_per_parameter=_bits(runs),
+        by_seed=[
             {"seed": run.config.seed}
             | {k: (run.summary or {}).get(k) for k in ("final_accuracy", "time_to_target_s", "uplink_bytes")}
             for run in runs
         ],
-    }
-
-
-def _mean(values: list[Any]) -> float | None:
-    return statistics.fmean(values) if values and None not in values else None
-
-
-def _spread(values: list[Any]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 and None not in values else None
+    )
 
 
 def _by_seed(runs: Sequence[Finished], key: str) -> dict[int, float | None]:
     return {run.config.seed: run.summary[key] if run.summary else None for run in runs}
 
 
-def _reached(runs: Sequence[Finished], target: float) -> dict[str, Any]:
-    """Seconds and MB to an accuracy over the seeds, if all reached it, and the number of seeds that did."""
+def _reached(runs: Sequence[Finished], target: float) -> Reached:
     found = [time_to(run.records, target) if run.summary else None for run in runs]
-    seconds, sent, received = ([one and one[i] for one in found] for i in range(3))
-    return {
-        "mean": _mean(seconds),
-        "sd": _spread(seconds),
-        "mb": _mean(sent),
-        "downlink_mb": _mean(received),
-        "reached": sum(one is not None for one in found),
-    }
+    seconds, sent, received = (Spread.of([one and one[i] for one in found]) for i in range(3))
+    return Reached(seconds, sent.mean, received.mean, sum(one is not None for one in found))
 
 
 def _bits(runs: Sequence[Finished]) -> float | None:
@@ -160,8 +236,8 @@ def _bits(runs: Sequence[Finished]) -> float | None:
 
 def _undominated(row: Row, among: Sequence[Row]) -> bool:
     def figures(one: Row) -> tuple[float, float] | None:
-        known = one["final_accuracy"] is not None and one["uplink_mb"] is not None
-        return (one["final_accuracy"], -one["uplink_mb"]) if known else None
+        accuracy, mb = one.mean("final_accuracy"), one.mean("uplink_mb")
+        return None if accuracy is None or mb is None else (accuracy, -mb)
 
     own = figures(row)
     others = [other for other in map(figures, among) if other is not None]
@@ -182,4 +258,4 @@ def plot(outcome: Outcome, file: Path) -> list[Path]:
 def save(table: Sequence[Row], source: str, command: str, file: Path) -> None:
     """Saves the rows as JSON with their origin: the sweep's own text, the command, commit, versions and machine."""
     made_by = {"command": command, **provenance.made_by(), "sweep": source}
-    file.write_text(json.dumps(made_by | {"rows": list(table)}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(made_by | {"rows": [row.to_json() for row in table]}, indent=1) + "\n", encoding="utf-8")

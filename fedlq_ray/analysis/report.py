@@ -11,7 +11,7 @@ from fedlq_ray import plots
 from fedlq_ray.analysis import bound, figures, svg, tables
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.figures import Runs, Shown
-from fedlq_ray.analysis.runs import by_population, population
+from fedlq_ray.analysis.runs import by_population
 from fedlq_ray.config.load import WITHOUT_EFFECT, Config, flat
 from fedlq_ray.sweeps.sweep import Finished, Outcome, as_text
 
@@ -34,7 +34,7 @@ def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[s
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="small">{escape(scale)}</p>']
     for where, labels in by_population(outcome.runs).items():
         runs = {label.removesuffix(f"@{where}"): outcome.runs[label] for label in labels}
-        block = [row for row in table if row["run"] in labels]
+        block = [row for row in table if row.run in labels]
         if where:
             parts.append(f"<h2>Population {escape(where)}</h2>")
         parts += _results(block, runs, unlike)
@@ -68,9 +68,9 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
             f'<td data-of="{escape(h)}">{key if h == names[0] else ""}{escape(c)}</td>'
             for h, c in zip(names, cells, strict=True)
         )
-        body.append(f"<tr{' class=front' if block[index]['front'] and len(block) > 1 else ''}>{row}</tr>")
+        body.append(f"<tr{' class=front' if block[index].front and len(block) > 1 else ''}>{row}</tr>")
     notes = " ".join(tables.notes(block, config, unlike))
-    where = population(block[0]["run"])
+    where = block[0].population
     return [
         f"<ul>{told}</ul>",
         f'<div class="scroll"><table class="results"><thead><tr>{head}</tr></thead>',
@@ -84,31 +84,25 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
 def findings(block: Sequence[Row], target: float | None) -> list[str]:
     """Returns the table's main points as sentences."""
     told = []
-    base = block[0]["reference"].removesuffix(f"@{population(block[0]['run'])}")
-    names = {row["run"]: row["run"].removesuffix(f"@{population(row['run'])}") for row in block}
-    arrived = [row for row in block if row["time_to_target_s"] is not None]
+    base = block[0].reference.removesuffix(f"@{block[0].population}")
+    arrived = [(seconds, row) for row in block if (seconds := row.mean("time_to_target_s")) is not None]
     if target is not None and arrived:
-        first = min(arrived, key=lambda row: row["time_to_target_s"])
-        after = f"{100 * target:g} % accuracy, after {first['time_to_target_s']:.3g} s"
-        line = f"{names[first['run']]} is the first to reach {after}"
-        if first["speed_up"] is not None and names[first["run"]] != base:
-            line += f": {tables.between(first, 'speed_up')} times as fast as {base}"
+        seconds, first = min(arrived, key=lambda one: one[0])
+        line = f"{first.name} is the first to reach {100 * target:g} % accuracy, after {seconds:.3g} s"
+        if first.speed_up is not None and first.name != base:
+            line += f": {tables.between(first.speed_up)} times as fast as {base}"
         told.append(line + ".")
     elif target is not None:
         told.append(f"No run reached {100 * target:g} % accuracy with every seed.")
-    others = [row for row in block if names[row["run"]] != base and row["accuracy_gain"] is not None]
-    sure = [row for row in others if row["accuracy_gain_low"] is not None]
-    beyond = [row for row in sure if row["accuracy_gain_low"] * row["accuracy_gain_high"] > 0]
-    for row in beyond:
-        gain = tables.between(row, "accuracy_gain", 100, 1)
-        told.append(f"{names[row['run']]} differs from {base} by {gain} points at the end.")
-    if sure and len(beyond) < len(sure):
-        rest = ", ".join(names[row["run"]] for row in sure if row not in beyond)
-        told.append(
-            f"Final accuracy: {sure[0]['seeds']} seeds do not distinguish {rest} from {base} ({CONFIDENCE:.0%})."
-        )
+    sure = [(row, gain) for row in block if row.name != base and (gain := row.accuracy_gain) and gain.low is not None]
+    beyond = [(row, gain) for row, gain in sure if gain.excludes_zero]
+    for row, gain in beyond:
+        told.append(f"{row.name} differs from {base} by {tables.between(gain, 100, 1)} points at the end.")
+    if len(beyond) < len(sure):
+        rest = ", ".join(row.name for row, gain in sure if (row, gain) not in beyond)
+        told.append(f"Final accuracy: {block[0].seeds} seeds do not distinguish {rest} from {base} ({CONFIDENCE:.0%}).")
     if len(block) > 1:
-        front = ", ".join(names[row["run"]] for row in block if row["front"])
+        front = ", ".join(row.name for row in block if row.front)
         told.append(f"On the front of accuracy against traffic: {front}.")
     return told
 

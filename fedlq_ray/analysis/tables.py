@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fedlq_ray.analysis.compare import CONFIDENCE, Row
-from fedlq_ray.analysis.runs import by_population, population
+from fedlq_ray.analysis.compare import CONFIDENCE, Interval, Row
+from fedlq_ray.analysis.runs import by_population
 from fedlq_ray.config.load import Config
 from fedlq_ray.federation.metrics import METRICS
 
@@ -30,11 +30,11 @@ def _places(value: float, least: int = 0) -> int:
     return max(least, 2 - math.floor(math.log10(abs(value) or 1)))
 
 
-def between(row: Row, key: str, scale: float = 1, places: int | None = None) -> str:
+def between(found: Interval | None, scale: float = 1, places: int | None = None) -> str:
     """Formats a value with its interval, such as 6.3 (5.1 to 7.9); if `places` is given, it is a signed difference."""
-    value, low, high = (row[name] and scale * row[name] for name in (key, f"{key}_low", f"{key}_high"))
-    if value is None:
+    if found is None:
         return "–"
+    value, low, high = scale * found.mean, found.low and scale * found.low, found.high and scale * found.high
     sign, places = ("", max(0, _places(value) - 1)) if places is None else ("+", places)
     text = f"{value:{sign}.{places}f}"
     return text if low is None or high is None else f"{text} ({low:{sign}.{places}f} to {high:{sign}.{places}f})"
@@ -43,53 +43,50 @@ def between(row: Row, key: str, scale: float = 1, places: int | None = None) -> 
 def columns(table: Sequence[Row], target: float | None) -> Columns:
     """Returns the columns for one population; columns without information are omitted."""
 
-    def percent(row: Row, key: str) -> float | None:
-        return None if row[key] is None else 100 * row[key]
-
     def figures(key: str, missing: str = "–") -> list[str]:
-        return [figure(row[key], row.get(f"{key}_sd"), missing=missing) for row in table]
+        return [figure(*row.values[key], missing=missing) for row in table]
 
-    where = population(table[0]["run"])
-    made: Columns = {"run": [row["run"].removesuffix(f"@{where}") for row in table]}
-    accuracies = [(percent(row, "final_accuracy"), percent(row, "final_accuracy_sd")) for row in table]
-    made["accuracy, %"] = [figure(*one, least=2) for one in accuracies]
-    if len(table) > 1 and any(row["accuracy_gain"] is not None for row in table):
-        made["gain, points"] = _own(table, [between(row, "accuracy_gain", 100, places=1) for row in table])
+    made: Columns = {"run": [row.name for row in table]}
+    accuracies = [row.values["final_accuracy"] for row in table]
+    percent = [[None if value is None else 100 * value for value in one] for one in accuracies]
+    made["accuracy, %"] = [figure(*one, least=2) for one in percent]
+    if len(table) > 1 and any(row.accuracy_gain is not None for row in table):
+        made["gain, points"] = _own(table, [between(row.accuracy_gain, 100, places=1) for row in table])
     for metric in METRICS:
         if metric.column:
             made[metric.column] = figures(metric.name)
-    if any(row["bits_per_parameter"] is not None for row in table):
-        made["bits/param."] = figures("bits_per_parameter")
+    if any(row.bits_per_parameter is not None for row in table):
+        made["bits/param."] = [figure(row.bits_per_parameter) for row in table]
     if len(table) > 1:
-        made["front"] = ["*" if row["front"] else "" for row in table]
+        made["front"] = ["*" if row.front else "" for row in table]
     if target is not None:
         reached = [_reached(row) for row in table]
         seconds, sent = figures("time_to_target_s", ""), figures("uplink_mb_to_target", "")
         made[f"s to {target:.4g}"] = [s or by for s, by in zip(seconds, reached, strict=True)]
         made[f"MB to {target:.4g}"] = [mb or "–" for mb in sent]
         if len(table) > 1:
-            made["speed-up"] = _own(table, [between(row, "speed_up") for row in table])
-        if any(row["to_limit"] is not None for row in table):
-            made["times limit"] = figures("to_limit")
-    for other in table[0]["targets"]:
+            made["speed-up"] = _own(table, [between(row.speed_up) for row in table])
+        if any(row.to_limit is not None for row in table):
+            made["times limit"] = [figure(row.to_limit) for row in table]
+    for other in table[0].targets:
         if target is not None and float(other) == target:
             continue
-        found = [row["targets"][other] for row in table]
-        missing = [_of(f["reached"], row["seeds"]) for f, row in zip(found, table, strict=True)]
-        made[f"s to {other}"] = [figure(f["mean"], f["sd"], missing=m) for f, m in zip(found, missing, strict=True)]
-        made[f"MB to {other}"] = [figure(one["mb"]) for one in found]
-    if any(row["failed"] for row in table):
-        made["no result"] = [f"{row['failed']} of {row['seeds']}" for row in table]
+        found = [row.targets[other] for row in table]
+        missing = [_of(one.seeds, row.seeds) for one, row in zip(found, table, strict=True)]
+        made[f"s to {other}"] = [figure(*f.seconds, missing=m) for f, m in zip(found, missing, strict=True)]
+        made[f"MB to {other}"] = [figure(one.mb) for one in found]
+    if any(row.failed for row in table):
+        made["no result"] = [f"{row.failed} of {row.seeds}" for row in table]
     return made
 
 
 def _own(table: Sequence[Row], cells: Sequence[str]) -> list[str]:
     """Replaces the reference's own cell by "reference"; it is not compared with itself."""
-    return ["reference" if row["run"] == row["reference"] else cell for row, cell in zip(table, cells, strict=True)]
+    return ["reference" if row.run == row.reference else cell for row, cell in zip(table, cells, strict=True)]
 
 
 def _reached(row: Row) -> str:
-    return _of(sum(one["time_to_target_s"] is not None for one in row["by_seed"]), row["seeds"])
+    return _of(sum(one["time_to_target_s"] is not None for one in row.by_seed), row.seeds)
 
 
 def _of(reached: int, seeds: int) -> str:
@@ -98,7 +95,7 @@ def _of(reached: int, seeds: int) -> str:
 
 def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[str]]) -> list[str]:
     """Explains the columns, one sentence each."""
-    seeds = max(row["seeds"] for row in table)
+    seeds = max(row.seeds for row in table)
     billed = "uploads" if config.network.bill == "upload" else "uploads and downloads"
     told = [
         f"The simulated clock bills {billed}; MB are what clients sent"
@@ -106,7 +103,7 @@ def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[st
     ]
     if len(table) > 1:
         paired = f", with {CONFIDENCE:.0%} intervals (Student's t, paired by seed)" if seeds > 1 else ""
-        base = table[0]["reference"].removesuffix(f"@{population(table[0]['run'])}")
+        base = table[0].reference.removesuffix(f"@{table[0].population}")
         told.append(f"Gain and speed-up are over {base}{paired}.")
         told.append("* front: no run has more accuracy for as few MB.")
     return told + [f"The runs differ in {path} as well: {', '.join(values)}." for path, values in unlike.items()]
@@ -156,9 +153,9 @@ def as_csv(table: Sequence[Row]) -> str:
     """Returns all values unrounded, one column each; accuracies are fractions."""
     flat = []
     for row in table:
-        kept: dict[str, Any] = {key: value for key, value in row.items() if key not in ("by_seed", "targets")}
-        for target, found in row["targets"].items():
-            kept |= {f"{key}_to_{target}": value for key, value in found.items()}
+        kept: dict[str, Any] = {key: value for key, value in row.to_json().items() if key not in ("by_seed", "targets")}
+        for target, found in row.targets.items():
+            kept |= {f"{key}_to_{target}": value for key, value in found.to_json().items()}
         flat.append(kept)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
@@ -183,8 +180,8 @@ def written(
     if form == "csv":
         return as_csv(table)
     parts = []
-    for where, labels in by_population(row["run"] for row in table).items():
-        block = [row for row in table if row["run"] in labels]
+    for where, labels in by_population(row.run for row in table).items():
+        block = [row for row in table if row.run in labels]
         config = configs[labels[0]]
         made, told = columns(block, config.target_accuracy), notes(block, config, unlike)
         if form == "markdown":

@@ -1,10 +1,11 @@
 """Datasets, and their partition among clients."""
 
-from fedlq_ray.data.arrays import Dataset, as_dataset, inputs
+from fedlq_ray.data.arrays import Dataset, GivenData, as_dataset, inputs
 from fedlq_ray.data.datasets import DATASETS, load
 from fedlq_ray.data.partition import PARTITIONS, hold_out, label_counts, partition
 
 __all__ = [
+    "GivenData",
     "DATASETS",
     "PARTITIONS",
     "Dataset",

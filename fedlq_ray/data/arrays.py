@@ -2,13 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fedlq_ray.errors import ConfigError
@@ -217,7 +217,10 @@ def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return mean.astype(np.float32), np.where(std > 1e-6 * abs(mean), std, 1).astype(np.float32)
 
 
-def as_dataset(data: Any, name: str = "data", *, source: str | None = None, layout: str = "auto") -> Dataset:
+GivenData = Dataset | Sequence[ArrayLike] | Mapping[str, ArrayLike]
+
+
+def as_dataset(data: GivenData, name: str = "data", *, source: str | None = None, layout: str = "auto") -> Dataset:
     """Converts a Dataset, four arrays, or a mapping of them to a Dataset; `source` and `layout` are as in
     `make_dataset`.
 

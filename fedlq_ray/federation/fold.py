@@ -99,6 +99,11 @@ class Fold:
                 "quantizers more bits, or use strategy.error_feedback=true, which sends what is lost in later rounds"
             )
 
+    @property
+    def waits(self) -> bool:
+        """Whether replies are still to come."""
+        return self.turn < len(self.jobs)
+
     def take(self, client: int, reply: Reply | ClientError) -> None:
         """Takes a client's reply, or its final failure. Further replies of the client are ignored.
 

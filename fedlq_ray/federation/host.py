@@ -1,7 +1,7 @@
 """The interface of a host, which runs clients for the rounds."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -9,6 +9,19 @@ from fedlq_ray.errors import ClientError
 from fedlq_ray.federation.task import Job
 from fedlq_ray.strategies import Probe
 from fedlq_ray.training.local import Reply
+
+
+class Answer(NamedTuple):
+    """What became of a job.
+
+    Attributes:
+        reply: or why the client failed, if the round may continue without it.
+        memory: the client's next memory, in the host's own form; None: unchanged.
+    """
+
+    job: Job
+    reply: Reply | ClientError
+    memory: Any
 
 
 class Future(Protocol):
@@ -20,24 +33,40 @@ class Future(Protocol):
 
 
 class Host(Protocol):
-    """Runs clients. `publish` makes weights available to all; the other methods take what it returns.
+    """Runs clients.
 
-    `train` yields each job's reply, in any order, with the client's next memory (None: unchanged), or why a client
-    failed if the round may continue without it. A host keeps no memory: the rounds commit it with the round. The
-    futures of `evaluate` and `probe` return a `Timed`. Memories are in the host's own form; `recall` turns them into
-    tensors, and `remember` makes them from tensors.
+    A host keeps no memory of a client: an answer brings it, and the rounds commit it. Weights and memories are in the
+    host's own form: `publish` and `remember` make them from tensors, and `recall` turns memories into tensors.
     """
 
-    def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]: ...
+    def submit(self, job: Job, weights: Any, memory: Any) -> None:
+        """Queues a job; of one client only one at a time. `weights` are what `publish` returned."""
+        ...
+
+    def result(self) -> Answer:
+        """Waits for the next answer, of any of the submitted jobs.
+
+        Raises:
+            ClientError: a client failed, and the configuration does not allow to skip it.
+        """
+        ...
+
+    def withdraw(self, jobs: Iterable[Job]) -> None:
+        """Takes jobs back: `result` never returns them. A job that is being trained ends unheard."""
+        ...
+
+    def publish(self, weights: Tensor) -> Any:
+        """Makes weights (d,) available to all clients."""
+        ...
 
     def remember(self, memories: Mapping[int, Tensor]) -> dict[int, Any]: ...
 
-    def publish(self, weights: Tensor) -> Any: ...
+    def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]: ...
 
-    def train(
-        self, jobs: Sequence[Job], weights: Mapping[int, Any], memories: Mapping[int, Any]
-    ) -> Iterator[tuple[int, Reply | ClientError, Any]]: ...
+    def evaluate(self, weights: Any) -> Future:
+        """A `Timed` evaluation of published weights."""
+        ...
 
-    def evaluate(self, weights: Any) -> Future: ...
-
-    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Future: ...
+    def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Future:
+        """A `Timed` measurement."""
+        ...

@@ -108,11 +108,15 @@ def run(
         starts = {c: published if model is state.weights else host.publish(model) for c, model in models.items()}
         started = time.perf_counter()
         kept: dict[int, Any] = {}  # the memories that this round changes
-        for client, reply, memory in host.train(planned.jobs, starts, state.memories):
-            fold.take(client, reply)
+        for job in planned.jobs:
+            host.submit(job, starts[job.client], state.memories.get(job.client))
+        while fold.waits:
+            job, reply, memory = host.result()
+            fold.take(job.client, reply)
             if memory is not None:
-                kept[client] = memory
+                kept[job.client] = memory
             if stopped():
+                host.withdraw(planned.jobs)
                 break
             if pending and pending.ready():
                 yield pending.step(timing)

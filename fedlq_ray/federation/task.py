@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlq_ray.config.load import Config
-from fedlq_ray.data import Dataset, as_dataset, hold_out, inputs, load, partition
+from fedlq_ray.data import Dataset, GivenData, as_dataset, hold_out, inputs, load, partition
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.profiles import Profile, load_profiles
 from fedlq_ray.federation.trial import try_step
 from fedlq_ray.files import expand
-from fedlq_ray.models import MODELS, FlatModel, Layer, build, training_flops
-from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, family
+from fedlq_ray.models import MODELS, FlatModel, GivenModel, Layer, build, training_flops
+from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, GivenQuantizer, family
 from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure
-from fedlq_ray.strategies import Probe, Setting
+from fedlq_ray.strategies import GivenStrategy, Probe, Setting
 from fedlq_ray.training.local import Evaluation, Plan, Reply, client_round, evaluate
 from fedlq_ray.training.sgd import LocalSGD
 
@@ -71,8 +71,18 @@ class Task:
         return self.data.digest()
 
 
-def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: Any = None) -> Task:
-    """Loads, splits and builds everything that `config` names; objects given here take precedence.
+@dataclass(frozen=True)
+class Parts:
+    """A caller's own objects in place of those that the configuration names (`fedlq_ray.simulate`); None: as named."""
+
+    model: GivenModel | None = None
+    data: GivenData | None = None
+    strategy: GivenStrategy | None = None
+    quantizer: GivenQuantizer | None = None
+
+
+def prepare(config: Config, parts: Parts = Parts()) -> Task:
+    """Loads, splits and builds everything that `config` names, but for the parts that are given.
 
     Raises:
         ConfigError: the user's input is wrong.
@@ -80,8 +90,8 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
     expand(config.checkpoint.path or "", "checkpoint.path")
     how = config.data
     with seeded(config.seed, "data"):  # a user's function may draw from global generators
-        if data is not None:
-            dataset = as_dataset(data, layout=how.layout)
+        if parts.data is not None:
+            dataset = as_dataset(parts.data, layout=how.layout)
         else:
             dataset = load(how.name, how.path, how.args, how.layout)
     shards = partition(
@@ -97,15 +107,15 @@ def prepare(config: Config, *, model: Any = None, data: Any = None, quantizer: A
     profiles = load_profiles(
         config.clients.profiles, count=config.clients.count, seed=config.seed, variation=config.clients.variation
     )
-    named = config.model.name if model is None else model
+    named = config.model.name if parts.model is None else parts.model
     with seeded(config.seed, "weights"):
         module = build(named, dataset.input_shape, dataset.num_classes, config.model.args)
     with seeded(config.seed, "trial"):
         statistics = try_step(module, dataset, kept, config)
         flops = training_flops(module, dataset.input_shape)
     layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
-    builtin = model is None and config.model.name in ("auto", *MODELS)
-    quantizers = family(getattr(config.strategy, "quantizer", "minmax"), quantizer)
+    builtin = parts.model is None and config.model.name in ("auto", *MODELS)
+    quantizers = family(getattr(config.strategy, "quantizer", "minmax"), parts.quantizer)
     return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, statistics)
 
 
@@ -136,6 +146,10 @@ class Job:
     client: int
     plan: Plan
     samples: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.round, self.client
 
 
 class Workplace:

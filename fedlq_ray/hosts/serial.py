@@ -1,15 +1,15 @@
 """The host without Ray: runs everything in this process, one job after another."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fedlq_ray.errors import ClientError, DivergedError
+from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.task import Job, Task, Workplace, timed
 from fedlq_ray.strategies import Probe
-from fedlq_ray.training.local import Reply
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class Done:
 
 
 class SerialHost:
-    """Trains clients one after another in this process."""
+    """Trains clients one after another in this process, when their results are asked for."""
 
     def __init__(self, task: Task) -> None:
         self.place = Workplace(task)
         self.clients = task.config.clients
+        self.waiting: list[tuple[Job, Tensor, Tensor | None]] = []
 
     def recall(self, memories: Mapping[int, Any]) -> dict[int, Tensor]:
         return dict(memories)
@@ -41,22 +42,25 @@ class SerialHost:
     def publish(self, weights: Tensor) -> Tensor:
         return weights
 
-    def train(
-        self, jobs: Sequence[Job], weights: Mapping[int, Tensor], memories: Mapping[int, Any]
-    ) -> Iterator[tuple[int, Reply | ClientError, Any]]:
-        for job in jobs:
-            yield job.client, *self._train(job, weights[job.client], memories.get(job.client), self.clients.retries)
+    def submit(self, job: Job, weights: Tensor, memory: Tensor | None) -> None:
+        self.waiting.append((job, weights, memory))
 
-    def _train(
-        self, job: Job, weights: Tensor, memory: Tensor | None, retries: int
-    ) -> tuple[Reply | ClientError, Tensor | None]:
+    def result(self) -> Answer:
+        job, weights, memory = self.waiting.pop(0)
+        return self._train(job, weights, memory, self.clients.retries)
+
+    def withdraw(self, jobs: Iterable[Job]) -> None:
+        keys = {job.key for job in jobs}
+        self.waiting = [order for order in self.waiting if order[0].key not in keys]
+
+    def _train(self, job: Job, weights: Tensor, memory: Tensor | None, retries: int) -> Answer:
         try:
-            return self.place.train(job, weights, memory)
+            return Answer(job, *self.place.train(job, weights, memory))
         except ClientError as exc:
             if retries and not isinstance(exc, DivergedError):
                 return self._train(job, weights, memory, retries - 1)
             if self.clients.on_failure == "skip_client":
-                return exc, None
+                return Answer(job, exc, None)
             raise
 
     def evaluate(self, weights: Tensor) -> Done:

@@ -153,8 +153,11 @@ def copied(module: nn.Module) -> nn.Module:
         ) from exc
 
 
+GivenModel = nn.Module | Callable[..., nn.Module] | str
+
+
 def build(
-    name: str | nn.Module | Callable[..., nn.Module],
+    name: GivenModel,
     input_shape: tuple[int, ...],
     num_classes: int,
     args: dict[str, Any],

@@ -32,7 +32,10 @@ class Always:
         return self.quantizer
 
 
-def family(name: str, given: Any = None) -> Family:
+GivenQuantizer = Quantizer | Callable[..., Quantizer] | str
+
+
+def family(name: str, given: GivenQuantizer | None = None) -> Family:
     """Returns a function from level to quantizer: a built-in by name, or a user's own by import path or as an object.
 
     `given`, an object or a name, overrides `name`. A custom quantizer is an object with the methods of `Quantizer`, or
@@ -42,7 +45,7 @@ def family(name: str, given: Any = None) -> Family:
         ConfigError: the quantizer does not exist, or it lacks a method of `Quantizer`.
     """
     named = name if given is None else given
-    part = parts.find("strategy.quantizer", named, QUANTIZERS) if isinstance(named, str) else named
+    part: Any = parts.find("strategy.quantizer", named, QUANTIZERS) if isinstance(named, str) else named
     if known := [name for name, builtin in QUANTIZERS.items() if part is builtin]:
         return QUANTIZERS[known[0]]
     made = parts.call("strategy.quantizer", part, {"bits": 1}, {}) if _is_factory(part) else part
@@ -57,6 +60,7 @@ def _is_factory(part: Any) -> bool:
 
 
 __all__ = [
+    "GivenQuantizer",
     "LAYER_HEADER",
     "PAYLOAD_HEADER",
     "QUANTIZERS",

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -19,17 +18,24 @@ from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task, Workplace
-from fedlq_ray.hosts.ray.hosting import ORDINARY_BYTES, RayHost, actor_bytes, choose
+from fedlq_ray.hosts.ray.choose import ORDINARY_BYTES, actor_bytes, choose
+from fedlq_ray.hosts.ray.hosting import RayHost
+from fedlq_ray.hosts.ray.pool import Pool
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs import rundir
 from fedlq_ray.runs.identity import identity
 from fedlq_ray.runs.storage import Saver, checkpoints, latest
-from fedlq_ray.strategies import make
+from fedlq_ray.strategies import GivenStrategy, make
 from fedlq_ray.tracking.log import Tracker, Tracking
 
 
 def drive(
-    task: Task, given: Any, host: Host, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
+    task: Task,
+    given: GivenStrategy | None,
+    host: Host,
+    tracking: Tracking | None,
+    stopped: Callable[[], bool],
+    folder: Path,
 ) -> Iterator[Event]:
     """Runs the rounds on a host, from the last checkpoint if there is one; writes the journal and tracks the run.
 
@@ -37,8 +43,7 @@ def drive(
         Resumed first if it continues from a checkpoint, RoundDone for each round, Warned once for each client that is
         skipped and for checkpoints that could not be written, and Ended last.
     """
-    place, config = Workplace(task), task.config
-    strategy = make(place.setting, given)
+    config, strategy = task.config, make(Workplace(task).setting, given)
     whose = identity(task, strategy)
     where = checkpoints(folder, config)
     written = rundir.journal(folder)
@@ -61,10 +66,9 @@ def drive(
                     if tracker:
                         tracker.log(record)
                     yield RoundDone(record)
-                    for client, why in step.faults.items():
-                        if client not in told:
-                            told.add(client)
-                            yield Warned(f"skipped (clients.on_failure=skip_client): {why}")
+                    for client in [c for c in step.faults if c not in told]:
+                        yield Warned(f"skipped (clients.on_failure=skip_client): {step.faults[client]}")
+                    told |= step.faults.keys()
                     if saver.failure:
                         yield Warned(saver.failure)
                         saver.failure = None
@@ -99,13 +103,14 @@ class Driver:
         torch.set_num_threads(1)
         self.stopping = False
 
-    def run(self, task: Task, given: Any, tracking: Tracking | None, folder: Path) -> Iterator[Event]:
+    def run(self, task: Task, given: GivenStrategy | None, tracking: Tracking | None, folder: Path) -> Iterator[Event]:
         started = time.perf_counter()
         kind, why = choose(task.config.clients, actor_bytes(task))
-        host = RayHost(task, kind)
-        if host.not_forked:
-            why += f"; {host.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
-        yield Hosting(kind, why, host.count, time.perf_counter() - started)
+        pool = Pool(task, kind)
+        host = RayHost(pool)
+        if pool.not_forked:
+            why += f"; {pool.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
+        yield Hosting(kind, why, len(pool.slots), time.perf_counter() - started)
         yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
 
     def alive(self) -> int:
@@ -117,7 +122,7 @@ class Driver:
 
 
 def drive_serially(
-    task: Task, given: Any, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
+    task: Task, given: GivenStrategy | None, tracking: Tracking | None, stopped: Callable[[], bool], folder: Path
 ) -> Iterator[Event]:
     """Drives a run without Ray, in this process."""
     yield Hosting("serial", "as configured", 0, 0.0)

@@ -10,13 +10,14 @@ from fedlq_ray.config.load import WITHOUT_EFFECT, flat
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.task import Task
 from fedlq_ray.quantization import Always
+from fedlq_ray.strategies import Strategy
 
 _FREE = {"rounds", *WITHOUT_EFFECT}
 FROZEN = "frozen parameters"
 _GIVEN = ("data", "model", "strategy", "quantizer")  # parts that may be given as objects
 
 
-def identity(task: Task, strategy: Any) -> dict[str, Any]:
+def identity(task: Task, strategy: Strategy) -> dict[str, Any]:
     """The settings that determine a result, by path, and digests, sizes and names of objects."""
     settings = flat(task.config).items()
     layers = [[layer.name, layer.size] for layer in task.layers]

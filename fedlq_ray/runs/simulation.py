@@ -12,19 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedlq_ray.config.load import Config, digest, load_run, parse, to_yaml
 from fedlq_ray.config.parts import require_picklable
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
 from fedlq_ray.federation.record import Record
-from fedlq_ray.federation.task import Task, Workplace, prepare
+from fedlq_ray.federation.task import Parts, Task, Workplace, prepare
 from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.hosts.ray import session
 from fedlq_ray.runs import provenance, rundir, storage, supervise
 from fedlq_ray.runs.identity import identity, require_same
 from fedlq_ray.runs.interrupts import Interrupts
-from fedlq_ray.strategies import make
+from fedlq_ray.strategies import GivenStrategy, make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.tracking import log as tracking
 from fedlq_ray.tracking import stores
@@ -42,38 +43,32 @@ class Outcome(NamedTuple):
 
 def simulate(
     config: Config | Mapping[str, Any] | None = None,
+    parts: Parts = Parts(),
     *,
-    model: Any = None,
-    data: Any = None,
-    strategy: Any = None,
-    quantizer: Any = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Outcome:
     """See `fedlq_ray.simulate`."""
     config = config if isinstance(config, Config) else parse({} if config is None else config)
     rundir.require_trackable(config)
-    task = prepare(config, model=model, data=data, quantizer=quantizer)
-    _require_host(task, strategy)
+    task = prepare(config, parts)
+    _require_host(task, parts.strategy)
     place = Workplace(task)
-    make(place.setting, strategy)  # reports a wrong strategy before anything is written
+    make(place.setting, parts.strategy)  # reports a wrong strategy before anything is written
     if config.network.downlink_bits is not None:
         require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
     folder = rundir.create(config)
     with locked(folder), _told(folder):
         rundir.describe_clients(folder, task)
         track = rundir.track(folder, task, parent)
-        return _carry_out(task, strategy, folder, track, watch)
+        return _carry_out(task, parts.strategy, folder, track, watch)
 
 
 def resume(
     folder: str | Path,
     overrides: Sequence[str] = (),
+    parts: Parts = Parts(),
     *,
-    model: Any = None,
-    data: Any = None,
-    strategy: Any = None,
-    quantizer: Any = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Outcome:
@@ -92,9 +87,9 @@ def resume(
             f"rounds: {folder} has {found.config.rounds} rounds configured; a resumed run may have more, not fewer"
         )
     rundir.require_trackable(config, found)
-    task = prepare(config, model=model, data=data, quantizer=quantizer)
-    _require_host(task, strategy)
-    now = identity(task, make(Workplace(task).setting, strategy))
+    task = prepare(config, parts)
+    _require_host(task, parts.strategy)
+    now = identity(task, make(Workplace(task).setting, parts.strategy))
     with locked(folder), _told(folder):
         where = storage.checkpoints(folder, config)
         saved, _ = storage.latest(where, len(found.records), partial(rundir.checksum, folder))
@@ -103,10 +98,10 @@ def resume(
         if not (folder / "clients.csv").exists():
             rundir.describe_clients(folder, task)
         track = rundir.track_again(folder, task, found, parent)
-        return _carry_out(task, strategy, folder, track, watch)
+        return _carry_out(task, parts.strategy, folder, track, watch)
 
 
-def _require_host(task: Task, strategy: Any) -> None:
+def _require_host(task: Task, strategy: GivenStrategy | None) -> None:
     """Rejects a run if Ray cannot be joined, its parts cannot be pickled, or its GPU does not exist here.
 
     Ray's actors check for GPUs when they start.
@@ -142,7 +137,7 @@ def _told(folder: Path) -> Iterator[None]:
 
 def _carry_out(
     task: Task,
-    strategy: Any,
+    strategy: GivenStrategy | None,
     folder: Path,
     track: tracking.Tracking | None,
     watch: Callable[[Event], None] | None,
@@ -212,7 +207,7 @@ def _finish(
     return Outcome(records, summary, weights, folder)
 
 
-def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Any], module: Any) -> None:
+def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Record], module: nn.Module) -> None:
     """Logs the run's files and model to MLflow."""
     try:
         tracking.attach(track, config, records, folder, module)
@@ -220,7 +215,9 @@ def _attach(folder: Path, track: tracking.Tracking, config: Config, records: lis
         warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
 
 
-def _serial(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
+def _serial(
+    task: Task, strategy: GivenStrategy | None, track: tracking.Tracking | None, interrupts: Interrupts, folder: Path
+) -> Iterator[Event]:
     from fedlq_ray.runs.driver import drive_serially
 
     with reproducible(task.config.train.device), interrupts:

@@ -14,11 +14,15 @@ from fedlq_ray.federation.task import Task
 from fedlq_ray.hosts.ray import forkserver
 from fedlq_ray.hosts.ray.session import start_ray
 from fedlq_ray.runs.interrupts import Interrupts
+from fedlq_ray.strategies import GivenStrategy
+from fedlq_ray.tracking.log import Tracking
 
 _RESTARTS = 3  # of a driver that dies without progress: no further round than before
 
 
-def events(task: Task, strategy: Any, track: Any, interrupts: Interrupts, folder: Path) -> Iterator[Event]:
+def events(
+    task: Task, strategy: GivenStrategy | None, track: Tracking | None, interrupts: Interrupts, folder: Path
+) -> Iterator[Event]:
     """Yields the driver actor's events. A driver that dies or loses objects restarts from the checkpoint."""
     import ray
     from ray.exceptions import (
@@ -71,7 +75,12 @@ def _full(exc: Exception, folder: Path) -> FedLQError:
 
 
 def _driven(
-    task: Any, strategy: Any, track: Any, interrupts: Interrupts, folder: Path, timeout_s: float
+    task: Any,
+    strategy: GivenStrategy | None,
+    track: Tracking | None,
+    interrupts: Interrupts,
+    folder: Path,
+    timeout_s: float,
 ) -> Iterator[Event]:
     """Yields one driver actor's events. The actor is forked, like clients' actors, and runs on this node, which has the
     run's folder.

@@ -52,7 +52,10 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 }
 
 
-def make(setting: Setting, given: Any = None) -> Strategy:
+GivenStrategy = Strategy | Callable[..., Strategy] | str
+
+
+def make(setting: Setting, given: GivenStrategy | None = None) -> Strategy:
     """The strategy of `setting.config`, or the user's own: `given` is an object, a factory or a name.
 
     Raises:
@@ -91,4 +94,4 @@ def make(setting: Setting, given: Any = None) -> Strategy:
     return strategy
 
 
-__all__ = ["STRATEGIES", "Member", "News", "Probe", "Setting", "Strategy", "make"]
+__all__ = ["STRATEGIES", "GivenStrategy", "Member", "News", "Probe", "Setting", "Strategy", "make"]

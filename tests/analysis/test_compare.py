@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -36,13 +37,13 @@ def test_a_speed_up_is_a_geometric_mean_of_ratios_by_seed_and_its_interval_that_
     base, row = compare.rows(outcome)
     # ln 2 and ln 3: mean 0.8959, standard deviation 0.2867; t(0.975, 1 degree) = 12.706, over the root of 2.
     mean, reach = (math.log(2) + math.log(3)) / 2, 12.7062 * (math.log(1.5) / math.sqrt(2)) / math.sqrt(2)
-    assert row["speed_up"] == pytest.approx(math.sqrt(6))
-    assert row["speed_up_low"] == pytest.approx(math.exp(mean - reach), rel=1e-4)
-    assert row["speed_up_high"] == pytest.approx(math.exp(mean + reach), rel=1e-4)
+    assert row.speed_up.mean == pytest.approx(math.sqrt(6))
+    assert row.speed_up.low == pytest.approx(math.exp(mean - reach), rel=1e-4)
+    assert row.speed_up.high == pytest.approx(math.exp(mean + reach), rel=1e-4)
     # Differences .03 and .01: mean .02, deviation .01414.
-    assert row["accuracy_gain"] == pytest.approx(0.02)
-    assert row["accuracy_gain_low"] == pytest.approx(0.02 - 12.7062 * 0.01, rel=1e-4)
-    assert base["speed_up"] == 1.0
+    assert row.accuracy_gain.mean == pytest.approx(0.02)
+    assert row.accuracy_gain.low == pytest.approx(0.02 - 12.7062 * 0.01, rel=1e-4)
+    assert base.speed_up.mean == 1.0
 
 
 def test_nothing_is_paired_where_seeds_differ_or_one_did_not_arrive(tmp_path):
@@ -54,23 +55,23 @@ def test_nothing_is_paired_where_seeds_differ_or_one_did_not_arrive(tmp_path):
         }
     )
     _, one, late = compare.rows(outcome)
-    assert one["speed_up"] is None and one["accuracy_gain"] is None
-    assert late["speed_up"] is None and late["accuracy_gain"] == 0
+    assert one.speed_up is None and one.accuracy_gain is None
+    assert late.speed_up is None and late.accuracy_gain.mean == 0
     assert tables.columns(compare.rows(outcome), 0.9)["s to 0.9"][2] == "by 1 of 2"
 
 
 def test_the_front_has_what_nothing_beats_in_both(tmp_path):
     figures = {"best": (0.9, 8), "cheap": (0.8, 1), "worse": (0.85, 9), "equal": (0.9, 8), "dearer": (0.8, 2)}
     outcome = Outcome({name: done(tmp_path, [a], [1.0], mb) for name, (a, mb) in figures.items()})
-    assert [row["run"] for row in compare.rows(outcome) if row["front"]] == ["best", "cheap", "equal"]
+    assert [row.run for row in compare.rows(outcome) if row.front] == ["best", "cheap", "equal"]
     apart = {f"{name}@{i}": run for i, (name, run) in enumerate(outcome.runs.items())}
-    assert all(row["front"] for row in compare.rows(Outcome(apart)))  # each alone in its population
+    assert all(row.front for row in compare.rows(Outcome(apart)))  # each alone in its population
 
 
 def test_the_reference_is_who_is_asked_for(tmp_path):
     outcome = Outcome({"a": done(tmp_path, [0.5], [6.0]), "b": done(tmp_path, [0.4], [2.0])})
-    assert [row["speed_up"] for row in compare.rows(outcome)] == pytest.approx([1, 3])
-    assert [row["speed_up"] for row in compare.rows(outcome, "b")] == pytest.approx([1 / 3, 1])
+    assert [row.speed_up.mean for row in compare.rows(outcome)] == pytest.approx([1, 3])
+    assert [row.speed_up.mean for row in compare.rows(outcome, "b")] == pytest.approx([1 / 3, 1])
     with pytest.raises(ConfigError, match="there is no run c; the runs are a, b"):
         compare.rows(outcome, "c")
 
@@ -91,7 +92,7 @@ def test_runs_that_differ_in_seed_alone_are_a_row_and_named_by_what_differs(tmp_
         "uniform strategy.bits=2.0": [0, 1],
     }
     assert not runs.unlike(found)
-    bits = [row["bits_per_parameter"] for row in compare.rows(found)]
+    bits = [row.bits_per_parameter for row in compare.rows(found)]
     assert bits[0] == pytest.approx(32, rel=0.01) and bits[1:] == pytest.approx([4, 2], rel=0.05)
     run("strategy.name=fedavg", "seed=5", "clients.cohort=3", "name=other", "tracking.uri=null")
     assert runs.unlike(runs.find(["runs"], None, tmp_path)) == {"clients.cohort": ["4", "3"]}
@@ -121,10 +122,9 @@ def test_mlflow_gives_the_same_comparison_as_the_folders(tmp_path):
     fetched = runs.find(["fedlq"], "sqlite:///mlflow.db", tmp_path / "scratch")
     assert set(fetched.runs) == {"cmp-fedavg", "cmp-signsgd"}
     fetched = {
-        row["run"].removeprefix("cmp-"): row | {"run": "", "reference": ""}
-        for row in compare.rows(fetched, "cmp-fedavg")
+        row.run.removeprefix("cmp-"): replace(row, run="", reference="") for row in compare.rows(fetched, "cmp-fedavg")
     }
-    assert fetched == {row["run"]: row | {"run": "", "reference": ""} for row in local}
+    assert fetched == {row.run: replace(row, run="", reference="") for row in local}
     with pytest.raises(ConfigError, match="no such run or experiment"):
         runs.find(["missing"], "sqlite:///mlflow.db", tmp_path / "scratch")
 

@@ -231,12 +231,15 @@ def test_titles_say_who_arrived_and_when(outcome):
 
 
 def test_findings_claim_only_what_the_intervals_bear():
-    row = {"seeds": 3, "reference": "fedavg", "time_to_target_s": None, "front": True, "speed_up": None}
+    gains = {"fedavg": (0.0, 0.0, 0.0), "sure": (0.02, 0.01, 0.03), "unsure": (0.02, -0.01, 0.05)}
+    values = {"time_to_target_s": compare.Spread(None, None)}
     made = [
-        row | {"run": "fedavg", "accuracy_gain": 0.0, "accuracy_gain_low": 0.0, "accuracy_gain_high": 0.0},
-        row | {"run": "sure", "accuracy_gain": 0.02, "accuracy_gain_low": 0.01, "accuracy_gain_high": 0.03},
-        row | {"run": "unsure", "accuracy_gain": 0.02, "accuracy_gain_low": -0.01, "accuracy_gain_high": 0.05},
-    ]
+        compare.Row(
+            run=run, tuned=None, seeds=3, failed=0, values=values, targets={}, bits_per_parameter=None, by_seed=[],
+            reference="fedavg", accuracy_gain=compare.Interval(*gain), front=True,
+        )
+        for run, gain in gains.items()
+    ]  # fmt: skip
     told = " ".join(report.findings(made, 0.8))
     assert "No run reached 80 %" in told and "sure differs from fedavg by +2.0 (+1.0 to +3.0) points" in told
     assert "3 seeds do not distinguish unsure from fedavg" in told

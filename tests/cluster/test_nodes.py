@@ -126,7 +126,7 @@ def test_actors_go_where_their_resources_are(nodes, expected, tmp_path, monkeypa
     import ray
 
     from fedlq_ray.federation.task import prepare
-    from fedlq_ray.hosts.ray import hosting
+    from fedlq_ray.hosts.ray import pool
 
     nodes.add_node(num_cpus=2, resources={"big": 2}, labels={"place": "shed"})
     seen = []
@@ -136,10 +136,10 @@ def test_actors_go_where_their_resources_are(nodes, expected, tmp_path, monkeypa
     assert seen == [([0, 5], 0)] or seen == [([1, 4], 0)]  # four that train, and the one that evaluates, anywhere
     with pytest.raises(fedlq_ray.FedLQError, match="an actor requests 9 huge, but the cluster has 0"):
         run(tmp_path / "none", "clients.hosting=packed", "clients.resources.huge=9")
-    monkeypatch.setattr(hosting, "_START_S", 3.0)
+    monkeypatch.setattr(pool, "_START_S", 3.0)
     waits = load(None, [*QUICK, "clients.resources.huge=9", "clients.actors=1", "clients.timeout_s=3"])
     with pytest.raises(fedlq_ray.FedLQError, match="did not start in 3 s with resources=.*huge"):
-        hosting.RayHost(prepare(waits), "packed")
+        pool.Pool(prepare(waits), "packed")
 
 
 @FULL

@@ -15,6 +15,7 @@ from fedlq_ray.errors import ClientError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.downlink import Offer
 from fedlq_ray.federation.fold import Fold
+from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Job, Workplace, prepare
@@ -41,12 +42,12 @@ class Fated(SerialHost):
         super().__init__(TASK)
         self.fates = fates  # by round and client
 
-    def train(self, jobs, weights, memories):
-        for job in jobs:
-            if self.fates.get((job.round, job.client), True):
-                yield from super().train([job], weights, memories)
-            else:
-                yield job.client, ClientError("it fails", round=job.round, client=job.client), None
+    def result(self):
+        job = self.waiting[0][0]
+        if self.fates.get(job.key, True):
+            return super().result()
+        self.waiting.pop(0)
+        return Answer(job, ClientError("it fails", round=job.round, client=job.client), None)
 
 
 class Disorderly(Fated):
@@ -55,22 +56,26 @@ class Disorderly(Fated):
     def __init__(self, fates, replies):
         super().__init__(fates)
         self.replies = replies  # by round and client
+        self.again = []  # of what came, what comes once more
 
-    def train(self, jobs, weights, memories):
-        due = {job.client for job in jobs}
-        for at in self.data.draw(st.permutations(range(len(jobs))), label="order"):
-            job = jobs[at]
-            key = job.round, job.client
-            if key not in self.fates:
-                self.fates[key] = self.data.draw(st.sampled_from([True] * 5 + [False]), label=f"{key} comes")
-            due.remove(job.client)
-            for client, reply, memory in super().train([job], weights, memories):
-                if self.fates[key]:
-                    self.replies[key] = reply
-                yield client, reply, memory
-            came = sorted(key for key in self.replies if key[0] <= job.round and key[1] not in due)
-            for key in self.data.draw(st.lists(st.sampled_from(came), max_size=2), label="again") if came else ():
-                yield key[1], self.replies[key], None
+    def result(self):
+        due = {order[0].client for order in self.waiting}
+        self.again = [key for key in self.again if key[1] not in due]
+        if self.again:
+            key = self.again.pop()
+            return Answer(Job(*key, None, 0), self.replies[key], None)
+        at = self.data.draw(st.integers(0, len(self.waiting) - 1), label="next")
+        self.waiting.insert(0, self.waiting.pop(at))
+        job = self.waiting[0][0]
+        if job.key not in self.fates:
+            self.fates[job.key] = self.data.draw(st.sampled_from([True] * 5 + [False]), label=f"{job.key} comes")
+        answer = super().result()
+        if self.fates[job.key]:
+            self.replies[job.key] = answer.reply
+        due = {order[0].client for order in self.waiting}
+        if came := sorted(key for key in self.replies if key[0] <= job.round and key[1] not in due):
+            self.again = self.data.draw(st.lists(st.sampled_from(came), max_size=2), label="again")
+        return answer
 
 
 class Federation(RuleBasedStateMachine):
@@ -190,10 +195,13 @@ def test_what_comes_after_a_client_s_first_reply_does_not_count():
 class Damaging(SerialHost):
     """One client's payload arrives with another byte in it."""
 
-    def train(self, jobs, weights, memories):
-        for index, (client, reply, memory) in enumerate(super().train(jobs, weights, memories)):
-            damaged = reply.payload[:-1] + bytes([reply.payload[-1] ^ 1])
-            yield client, replace(reply, payload=damaged) if index == 1 else reply, memory
+    taken = 0
+
+    def result(self):
+        answer = super().result()
+        self.taken += 1
+        damaged = answer.reply.payload[:-1] + bytes([answer.reply.payload[-1] ^ 1])
+        return answer._replace(reply=replace(answer.reply, payload=damaged)) if self.taken == 2 else answer
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip_client"])
@@ -217,7 +225,8 @@ def test_a_round_without_error_feedback_leaves_memories_alone():
     plan = Plan("update", (Segment(Sign(), 0, len(weights)),), True)
     for feedback in (True, False):
         job = Job(0, 0, replace(plan, error_feedback=feedback), 16)
-        ((_, _, memory),) = host.train([job], {0: weights}, {0: torch.ones(len(weights))})
+        host.submit(job, weights, torch.ones(len(weights)))
+        memory = host.result().memory
         assert memory.norm() > 0 if feedback else memory is None
 
 

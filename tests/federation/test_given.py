@@ -8,20 +8,20 @@ from tiny import config, layers
 from torch import nn
 
 from fedlq_ray import ConfigError, simulate
-from fedlq_ray.federation.task import prepare
+from fedlq_ray.federation.task import Parts, prepare
 
 
 def test_a_module_may_be_given_in_place_of_a_factory(tmp_path):
     torch.manual_seed(3)
     module = layers(nn.ReLU(), width=8)
     kept = [p.detach().clone() for p in module.parameters()]
-    task = prepare(config(), model=module)
+    task = prepare(config(), Parts(model=module))
     assert all(torch.equal(p, q) for p, q in zip(task.module.parameters(), kept, strict=True))
     result = simulate(config(tmp_path / "r"), model=module)
     assert result.summary["rounds"] == 3
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), kept, strict=True))  # it is left as it was
     with pytest.raises(ConfigError, match=r"^model\.args: a module takes none"):
-        prepare(config(model={"args": {"hidden": 3}}), model=module)
+        prepare(config(model={"args": {"hidden": 3}}), Parts(model=module))
 
 
 def test_lazy_and_tied_models_train(tmp_path):

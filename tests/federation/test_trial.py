@@ -15,7 +15,7 @@ from torch import nn
 from fedlq_ray import ConfigError, simulate
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import FedLQError
-from fedlq_ray.federation.task import prepare
+from fedlq_ray.federation.task import Parts, prepare
 from fedlq_ray.federation.trial import Smallest, smallest_batch
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER
 from fedlq_ray.strategies import Strategy
@@ -211,7 +211,7 @@ def test_statistics_are_what_training_changes():
         part.register_buffer("scale", torch.ones(3))
         return part
 
-    task = prepare(config(), model=module)
+    task = prepare(config(), Parts(model=module))
     assert task.statistics == {"2.running_mean", "2.running_var"}
     assert [(layer.name, layer.size) for layer in task.layers if layer.buffer] == [("2.buffers", 16)]
 
@@ -219,7 +219,9 @@ def test_statistics_are_what_training_changes():
         def train(self, mode=True):
             return super().train(False)
 
-    fixed = prepare(config(), model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Eval(8), nn.Linear(8, 10)))
+    fixed = prepare(
+        config(), Parts(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Eval(8), nn.Linear(8, 10)))
+    )
     assert not fixed.statistics and not any(layer.buffer for layer in fixed.layers)
 
 
@@ -261,7 +263,7 @@ def test_frozen_parameters_are_not_sent_planned_or_moved(strategy, payload, tmp_
     feedback = None if payload == "update" else False
     chosen = {"name": strategy, "payload": payload, "error_feedback": feedback}
     settings = config(tmp_path / "r", strategy=chosen)
-    task = prepare(settings, model=frozen_body)
+    task = prepare(settings, Parts(model=frozen_body))
     result = simulate(settings, model=frozen_body)
     trained = 68 * 20 + 20 + 20 * 10 + 10
     assert len(result.weights) == trained == sum(layer.size for layer in task.layers)

@@ -7,9 +7,9 @@ from torch import nn
 
 from fedlq_ray.config.load import load
 from fedlq_ray.errors import FedLQError
-from fedlq_ray.federation.task import prepare
-from fedlq_ray.hosts.ray import forkserver, hosting
-from fedlq_ray.hosts.ray.hosting import actor_bytes, choose
+from fedlq_ray.federation.task import Parts, prepare
+from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray.choose import FORKED_BYTES, ORDINARY_BYTES, actor_bytes, choose
 from fedlq_ray.models import saved_bytes
 
 
@@ -58,14 +58,14 @@ def test_an_actor_takes_what_its_model_does(laptop, monkeypatch):
         shape = (32, 32, 3)
         data = [torch.randint(256, (20, *shape), dtype=torch.uint8).numpy(), torch.arange(20).numpy() % 2] * 2
         settings = [f"model.name={name}", "train.batch_size=32", "clients.count=2", "clients.cohort=1"]
-        return actor_bytes(prepare(load(None, settings), data=data))
+        return actor_bytes(prepare(load(None, settings), Parts(data=data)))
 
     # As measured in forked processes: private memory after a client's round, of batches of 32 (docs/hosting.md).
     for name, measured in (("resnet8_gn", 43e6), ("vgg9", 187e6)):
-        assert taken(name) - hosting.FORKED_BYTES + 12e6 == pytest.approx(measured, rel=0.15)
+        assert taken(name) - FORKED_BYTES + 12e6 == pytest.approx(measured, rel=0.15)
     forked = taken("cnn")
     monkeypatch.setattr(forkserver, "command", lambda: None)
-    assert taken("cnn") - forked == hosting.ORDINARY_BYTES - hosting.FORKED_BYTES
+    assert taken("cnn") - forked == ORDINARY_BYTES - FORKED_BYTES
 
 
 def test_saved_bytes_are_those_of_what_backward_needs():

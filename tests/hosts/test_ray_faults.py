@@ -19,8 +19,9 @@ from fedlq_ray.config.load import load
 from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.federation import rounds
 from fedlq_ray.federation.events import Hosting, Restarted, Resumed, RoundDone
-from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.federation.task import Parts, Workplace, prepare
 from fedlq_ray.hosts.ray import hosting as on_ray
+from fedlq_ray.hosts.ray.pool import Pool
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.runs import rundir
 from fedlq_ray.strategies import Strategy, make
@@ -40,9 +41,9 @@ def run(*overrides, **given):
 
 def records(*overrides, hosting="packed", strategy=None, **given):
     """One after another, of a run whose driver is this process."""
-    task = prepare(load(None, [*QUICK, *overrides, f"clients.hosting={hosting}"]), **given)
+    task = prepare(load(None, [*QUICK, *overrides, f"clients.hosting={hosting}"]), Parts(**given))
     place = Workplace(task)
-    host = on_ray.RayHost(task, hosting)
+    host = on_ray.RayHost(Pool(task, hosting))
     made = make(place.setting, strategy)
     for step in rounds.run(task, made, host, rounds.begin(task, made), rounds.Timing()):
         yield step.record

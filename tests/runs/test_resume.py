@@ -20,6 +20,7 @@ from fedlq_ray.cli.main import cli
 from fedlq_ray.config import load as configuration
 from fedlq_ray.errors import CheckpointError, ConfigError, FedLQError
 from fedlq_ray.federation.events import Event, RoundDone
+from fedlq_ray.federation.task import Parts
 from fedlq_ray.files import locked
 from fedlq_ray.runs import rundir
 from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
@@ -354,9 +355,9 @@ def test_an_array_changed_in_place(tmp_path: Path) -> None:
         if round_of(event) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    simulate(settings("whole"), strategy=Counts)
-    assert in_child(lambda: simulate(settings("cut"), strategy=Counts, watch=stop)) == 4
-    resume(tmp_path / "cut", strategy=Counts)
+    simulate(settings("whole"), Parts(strategy=Counts))
+    assert in_child(lambda: simulate(settings("cut"), Parts(strategy=Counts), watch=stop)) == 4
+    resume(tmp_path / "cut", parts=Parts(strategy=Counts))
     assert evidence(tmp_path / "cut") == evidence(tmp_path / "whole")
 
 
@@ -366,4 +367,4 @@ def test_strategy_that_forgets(tmp_path: Path) -> None:
             self.seen = round
 
     with pytest.raises(FedLQError, match=r"Forgetful changes its attribute seen during a run"):
-        simulate(configuration.load(None, [*SMALL, f"out={tmp_path / 'run'}"]), strategy=Forgetful)
+        simulate(configuration.load(None, [*SMALL, f"out={tmp_path / 'run'}"]), Parts(strategy=Forgetful))

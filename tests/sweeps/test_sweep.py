@@ -140,8 +140,8 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path):
     found = sweep(tmp_path, text, told)
     assert found.failed == 2 and sum("training diverged" in line for line in told) == 2
     bad, good = compare.rows(found)
-    assert (bad["failed"], bad["final_accuracy"], good["failed"]) == (2, None, 0)
-    assert good["final_accuracy_sd"] is not None and good["by_seed"][1]["seed"] == 1
+    assert (bad.failed, bad.mean("final_accuracy"), good.failed) == (2, None, 0)
+    assert good.values["final_accuracy"].sd is not None and good.by_seed[1]["seed"] == 1
     compare.plot(found, tmp_path / "a.png")
     again = sweep(tmp_path, text, told)
     assert again.runs["fedavg"] == found.runs["fedavg"]
@@ -191,13 +191,17 @@ def test_a_target_counts_where_every_seed_reached_it():
         return [Finished(Seed(i), [], done(s), Path()) for i, s in enumerate(seconds)]
 
     table = compare.rows(Outcome({"fedavg": runs(10.0, 30.0), "a": runs(4.0, 6.0), "b": runs(1.0, None)}, {}))
-    assert [row["time_to_target_s"] for row in table] == [20.0, 5.0, None]
-    assert [row["speed_up"] for row in table] == [1.0, pytest.approx(12.5**0.5), None]  # of 2.5 and 5
-    assert table[0]["uplink_mb_to_target"] == 1.0 and table[2]["uplink_mb_to_target"] is None
+    assert [row.mean("time_to_target_s") for row in table] == [20.0, 5.0, None]
+    assert [row.speed_up and row.speed_up.mean for row in table] == [
+        1.0,
+        pytest.approx(12.5**0.5),
+        None,
+    ]  # of 2.5 and 5
+    assert table[0].mean("uplink_mb_to_target") == 1.0 and table[2].mean("uplink_mb_to_target") is None
     found = {"fedavg@x": runs(10.0), "limit@x": runs(2.0), "a@x": runs(5.0), "fedavg@y": runs(1.0), "a@y": runs(0.5)}
     table = compare.rows(Outcome(found, {}))
-    assert [row["speed_up"] for row in table] == pytest.approx([1.0, 5.0, 2.0, 1.0, 2.0])
-    assert [row["to_limit"] for row in table] == [5.0, 1.0, 2.5, None, None]
+    assert [row.speed_up.mean for row in table] == pytest.approx([1.0, 5.0, 2.0, 1.0, 2.0])
+    assert [row.to_limit for row in table] == [5.0, 1.0, 2.5, None, None]
 
 
 def test_time_to_an_accuracy_is_that_of_the_first_evaluation_that_shows_it():
@@ -259,9 +263,9 @@ def test_what_ignores_time_trains_once_and_leaves_what_training_anew_would(chang
     stopping = "stop_at_target=true" in changes
     assert (1 < len(thin.records) < 9) if stopping else len(thin.records) == 3
     for row in compare.rows(found):
-        first = compare.time_to(found.runs[row["run"]][0].records, 0.15)
-        told = row["targets"]["0.15"]
-        assert (told["reached"], told["mean"], told["mb"]) == ((1, *first[:2]) if first else (0, None, None))
+        first = compare.time_to(found.runs[row.run][0].records, 0.15)
+        told = row.targets["0.15"]
+        assert (told.seeds, told.seconds.mean, told.mb) == ((1, *first[:2]) if first else (0, None, None))
     assert len(compare.plot(found, tmp_path / "a.png")) == 2 and (tmp_path / "a@thin.png").exists()
     (tmp_path / "out/eden@thin-0/summary.json").unlink()  # cut short: taken up from the finished one
     assert run(comparison, tmp_path / "out", in_turn(start), lambda line: None).runs == found.runs and len(trained) == 5

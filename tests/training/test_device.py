@@ -12,7 +12,7 @@ import fedlq_ray
 from fedlq_ray.config.load import load
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import ConfigError, FedLQError
-from fedlq_ray.federation.task import Job, Workplace, prepare
+from fedlq_ray.federation.task import Job, Parts, Workplace, prepare
 from fedlq_ray.models import FlatModel, build
 from fedlq_ray.significance.metrics import METRICS
 from fedlq_ray.strategies import Probe
@@ -72,7 +72,7 @@ def test_a_clients_round_is_near_the_cpus_and_the_same_again(name):
             torch.manual_seed(0)
             for parameter in module.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
-            task = prepare(load(None, [*SERIAL, f"train.device={device}", "data.holdout=0"]), data=pictures())
+            task = prepare(load(None, [*SERIAL, f"train.device={device}", "data.holdout=0"]), Parts(data=pictures()))
             task = dataclasses.replace(task, module=module, layers=FlatModel(module).layers)
             place = Workplace(task)
             weights = place.initial_weights()
@@ -98,7 +98,7 @@ def test_each_metric_is_near_the_cpus(metric):
     with reproducible("cuda"):
         for device in ("cpu", "cuda"):
             settings = [*SERIAL, "model.name=cnn", "clients.count=4", "clients.cohort=2", f"train.device={device}"]
-            place = Workplace(prepare(load(None, settings), data=pictures()))
+            place = Workplace(prepare(load(None, settings), Parts(data=pictures())))
             weights = place.initial_weights()
             quantizers = tuple(place.setting.quantizer_at(level) for level in (1, 4))
             tables.append(place.probe(Probe(quantizers, 64, metric), torch.zeros_like(weights), weights, 1).drop)
