@@ -17,7 +17,7 @@ import torch
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization import PAYLOAD_HEADER, Segment, decode, encode
-from fedlq_ray.quantization.wire import DECODERS
+from fedlq_ray.quantization.registry import DECODERS
 
 WHERE = {"kind": "update", "round": 3, "client": 9}
 SIZES = (1, 3, 17, 70)

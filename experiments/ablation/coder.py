@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq, Float32, Segment
 from fedlq_ray.quantization.base import read_header
-from fedlq_ray.quantization.cells import count_below
+from fedlq_ray.quantization.coding.cells import count_below
 from fedlq_ray.quantization.ecsq import TOP, Design, Magnitudes, _decoded
 from fedlq_ray.quantization.qsgd_elias import _Codes, _read, _write
 from fedlq_ray.quantization.rate import OneStep

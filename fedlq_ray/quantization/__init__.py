@@ -11,15 +11,12 @@ from fedlq_ray.quantization.eden import Eden
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.qsgd import Qsgd
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
+from fedlq_ray.quantization.registry import QUANTIZERS, Family
 from fedlq_ray.quantization.scalar import Absent, Float16, Float32, MinMax
 from fedlq_ray.quantization.sign import Sign
 from fedlq_ray.quantization.sparse import Stc, TopK
 from fedlq_ray.quantization.terngrad import TernGrad
 from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Payload, Segment, decode, encode, send
-
-Family = Callable[[int], Quantizer]
-# The quantizers that take a level of 1 to 8 bits, by name.
-QUANTIZERS: dict[str, Family] = {"minmax": MinMax, "qsgd": Qsgd}
 
 
 class Always:

@@ -16,6 +16,10 @@ class Quantizer(Protocol):
     The encoded bytes hold everything that `decode` needs: any quantizer of the same class decodes them, whatever its
     settings. A quantizer whose expected error over the rounding is zero may set `unbiased = True`, which makes probes
     less noisy.
+
+    A quantizer of this package declares `number`, its number on the wire: 1 byte, never changed, never used again. Its
+    fields have defaults, because a decoder is made without arguments. One that takes a level of 1 to 8 bits declares
+    `family`, its name as `strategy.quantizer`.
     """
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
@@ -31,6 +35,14 @@ class Quantizer(Protocol):
 
     def size(self, count: int) -> int | None:
         """Number of bytes that `encode` returns for `count` elements; None if it depends on their values."""
+
+
+@runtime_checkable
+class RoundTrip(Protocol):
+    """A quantizer that knows what its bytes decode to without decoding them."""
+
+    def roundtrip(self, x: Tensor, rng: Generator) -> tuple[bytes, Tensor]:
+        """Returns what `encode` returns, and the values (n,) that `decode` returns for it."""
 
 
 def require_bits(bits: int) -> None:

@@ -7,7 +7,7 @@ Inf. Theory 42(5), 1996, on Laplacian sources).
 
 import struct
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import constriction
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
-from fedlq_ray.quantization.cells import count_below
+from fedlq_ray.quantization.coding.cells import count_below
 
 TOP = 4095  # the highest code; a step that is too small for it is raised
 _DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])  # numbers of codes that a model may describe separately
@@ -139,7 +139,9 @@ class Ecsq:
         designed: the result of `design` for the layer to encode, if already known.
     """
 
-    step: float
+    number: ClassVar[int] = 10
+
+    step: float = 1.0
     trade: float = 0.13
     designed: Design | None = field(default=None, compare=False, repr=False)
     HEADER = struct.Struct("<fHB")
@@ -173,10 +175,9 @@ class Ecsq:
         return Design(step, ends[:0], Model(0, b""), np.zeros(0, np.int8), self.HEADER.size)
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
-        return self.send(x)[0]
+        return self.roundtrip(x, rng)[0]
 
-    def send(self, x: Tensor) -> tuple[bytes, Tensor]:
-        """Returns the encoded bytes and their decoded values (n,), without decoding the bytes again."""
+    def roundtrip(self, x: Tensor, rng: Generator) -> tuple[bytes, Tensor]:
         step, edges, model, shifts, _ = self.designed or self.design(Magnitudes.of(x))
         if not model.top:
             return self.HEADER.pack(step, 0, 0), torch.zeros(len(x))

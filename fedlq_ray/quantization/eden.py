@@ -5,6 +5,7 @@ import struct
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
-from fedlq_ray.quantization.cells import count_below
-from fedlq_ray.quantization.hadamard import Floats, rotate, unrotate
-from fedlq_ray.quantization.packing import look_up, pack
+from fedlq_ray.quantization.coding.cells import count_below
+from fedlq_ray.quantization.coding.hadamard import Floats, rotate, unrotate
+from fedlq_ray.quantization.coding.packing import look_up, pack
 
 LEAST = 1 / 64  # bits per element, so that a body never represents more than 512 elements per byte
 
@@ -43,6 +44,8 @@ class Eden:
     Args:
         bits: bits per element, 1/64 to 8; any fraction.
     """
+
+    number: ClassVar[int] = 9
 
     bits: float = 1.0
     unbiased: bool = True

@@ -4,6 +4,7 @@ import bisect
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
-from fedlq_ray.quantization.packing import pack, packed_size, unpack
+from fedlq_ray.quantization.coding.packing import pack, packed_size, unpack
 
 CHOICES = (0, 2, 4, 8)  # bits per parameter, by its two bits in the map
 MAP_BITS = 2
@@ -32,6 +33,8 @@ class FineGrained:
     An element of 0 bits decodes to 0, so the quantizer is biased.
     Body: the maxima of the groups of 2, 4 and 8 bits (float32 each), the map (2 bits per element), each group's codes.
     """
+
+    number: ClassVar[int] = 11
 
     bits: float = 4.0
     HEADER = struct.Struct("<fff")

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_bits, read_header, require_bits
-from fedlq_ray.quantization.packing import look_up, pack, packed_size
+from fedlq_ray.quantization.coding.packing import look_up, pack, packed_size
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class Qsgd:
     Body: bits (1 byte), norm (float32), codes of `bits` bits.
     """
 
-    bits: int
+    number: ClassVar[int] = 3
+    family: ClassVar[str] = "qsgd"
+
+    bits: int = 8
     HEADER = struct.Struct("<Bf")
     unbiased: ClassVar[bool] = True
 

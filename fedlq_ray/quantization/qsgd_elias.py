@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import read_header, require_finite
-from fedlq_ray.quantization.elias import GAMMA, OMEGA, Bits, Code, Ints
+from fedlq_ray.quantization.coding.elias import GAMMA, OMEGA, Bits, Code, Ints
 
 MOST = 2**20  # levels
 
@@ -37,6 +37,8 @@ class QsgdElias:
         bucket: number of elements that share a norm; None for the whole layer.
         norm: Euclidean ("l2"), or the largest magnitude ("max").
     """
+
+    number: ClassVar[int] = 4
 
     levels: int = 4
     bucket: int | None = 512

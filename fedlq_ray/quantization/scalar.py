@@ -10,12 +10,14 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_bits, read_header, require_bits, require_finite
-from fedlq_ray.quantization.packing import look_up, pack, packed_size
+from fedlq_ray.quantization.coding.packing import look_up, pack, packed_size
 
 
 @dataclass(frozen=True)
 class Absent:
     """A layer that is not sent: it takes no bytes and decodes to zeros."""
+
+    number: ClassVar[int] = 12
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         return b""
@@ -33,6 +35,8 @@ class Absent:
 class Float32:
     """No quantization: little-endian float32."""
 
+    number: ClassVar[int] = 0
+
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         return x.numpy().astype("<f4").tobytes()
 
@@ -46,6 +50,8 @@ class Float32:
 @dataclass(frozen=True)
 class Float16:
     """Half precision, rounded to nearest; values beyond its range are clipped to it."""
+
+    number: ClassVar[int] = 1
 
     def encode(self, x: Tensor, rng: Generator) -> bytes:
         return x.clamp(-65504.0, 65504.0).half().numpy().astype("<f2", copy=False).tobytes()
@@ -73,7 +79,10 @@ class MinMax:
     Body: bits (1 byte), low and step (float32 each), codes of `bits` bits.
     """
 
-    bits: int
+    number: ClassVar[int] = 2
+    family: ClassVar[str] = "minmax"
+
+    bits: int = 8
     HEADER = struct.Struct("<Bff")
     unbiased: ClassVar[bool] = True
 

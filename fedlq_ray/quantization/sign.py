@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization.base import as_float32, read_header
-from fedlq_ray.quantization.packing import look_up, pack, packed_size
+from fedlq_ray.quantization.coding.packing import look_up, pack, packed_size
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Sign:
     Args:
         scaled: whether to scale by the mean magnitude; otherwise the scale is 1.
     """
+
+    number: ClassVar[int] = 6
 
     scaled: bool = True
     HEADER = struct.Struct("<f")

@@ -7,6 +7,7 @@ elements sends only these, and a zero layer sends none. The bytes depend on the 
 
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization import golomb
 from fedlq_ray.quantization.base import as_float32, read_header, require_finite
-from fedlq_ray.quantization.packing import look_up, pack, packed_size, unpack
+from fedlq_ray.quantization.coding import golomb
+from fedlq_ray.quantization.coding.packing import look_up, pack, packed_size, unpack
 
 GOLOMB, BITMAP = 0, 1  # how positions are sent: by Golomb codes, or one bit per element if that is shorter
 
@@ -31,7 +32,9 @@ class TopK:
     Body: GOLOMB or BITMAP (1 byte), elements sent (4 bytes), their values (float32 each), their positions.
     """
 
-    fraction: float  # of a layer's elements, above 0 and up to 1
+    number: ClassVar[int] = 7
+
+    fraction: float = 1.0  # of a layer's elements, above 0 and up to 1
     HEADER = struct.Struct("<BI")
 
     def __post_init__(self) -> None:
@@ -71,7 +74,9 @@ class Stc:
     Body: GOLOMB or BITMAP (1 byte), elements sent (4 bytes), mu (float32), signs (1 bit each; 1 is minus), positions.
     """
 
-    fraction: float  # of a layer's elements, above 0 and up to 1
+    number: ClassVar[int] = 8
+
+    fraction: float = 1.0  # of a layer's elements, above 0 and up to 1
     HEADER = struct.Struct("<BIf")
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class TernGrad:
     Args:
         clip: threshold in deviations; None for no clipping.
     """
+
+    number: ClassVar[int] = 5
 
     clip: float | None = 2.5
     HEADER = struct.Struct("<f")

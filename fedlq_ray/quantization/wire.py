@@ -17,16 +17,8 @@ import torch
 from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.base import Quantizer, require_finite
-from fedlq_ray.quantization.ecsq import Ecsq
-from fedlq_ray.quantization.eden import Eden
-from fedlq_ray.quantization.finegrained import FineGrained
-from fedlq_ray.quantization.qsgd import Qsgd
-from fedlq_ray.quantization.qsgd_elias import QsgdElias
-from fedlq_ray.quantization.scalar import Absent, Float16, Float32, MinMax
-from fedlq_ray.quantization.sign import Sign
-from fedlq_ray.quantization.sparse import Stc, TopK
-from fedlq_ray.quantization.terngrad import TernGrad
+from fedlq_ray.quantization.base import Quantizer, RoundTrip, require_finite
+from fedlq_ray.quantization.registry import DECODERS, NUMBERS
 
 MAGIC, VERSION = b"FQ", 1
 _HEADER = struct.Struct("<2sBBIIHI")
@@ -36,24 +28,6 @@ PAYLOAD_HEADER: int = _HEADER.size
 LAYER_HEADER: int = _SEGMENT.size
 """Bytes of a segment's header."""
 KINDS = ("update", "model")
-# Numbers on the wire: never change them, only add new ones.
-# The decoder of each number. A body holds everything that decoding needs, so the settings here do not matter.
-DECODERS: dict[int, Quantizer] = {
-    0: Float32(),
-    1: Float16(),
-    2: MinMax(8),
-    3: Qsgd(8),
-    4: QsgdElias(),
-    5: TernGrad(),
-    6: Sign(),
-    7: TopK(1.0),
-    8: Stc(1.0),
-    9: Eden(),
-    10: Ecsq(1.0),
-    11: FineGrained(),
-    12: Absent(),
-}
-NUMBERS: dict[type, int] = {type(quantizer): number for number, quantizer in DECODERS.items()}
 CUSTOM = 255  # a user's own quantizer, which both sides have
 
 
@@ -113,12 +87,12 @@ def send(
         raise PayloadError(f"the segments do not cover the {len(vector)} elements in order")
     bodies, pieces = [], []
     for index, (quantizer, start, stop) in enumerate(segments):
-        x = vector[start:stop]
-        if isinstance(quantizer, Ecsq):
-            body, piece = quantizer.send(x)
+        x, number = vector[start:stop], NUMBERS.get(type(quantizer), CUSTOM)
+        if number != CUSTOM and isinstance(quantizer, RoundTrip):
+            body, piece = quantizer.roundtrip(x, rng)
         else:
             body = quantizer.encode(x, rng)
-            piece = _piece(index, NUMBERS.get(type(quantizer), CUSTOM), memoryview(body), stop - start, custom)
+            piece = _piece(index, number, memoryview(body), stop - start, custom)
         bodies.append(body)
         pieces.append(piece)
     return _framed(segments, bodies, kind, round, client), torch.cat(pieces)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from fedlq_ray.errors import ClientError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.quantization import Family, Segment, send
-from fedlq_ray.quantization.wire import NUMBERS
+from fedlq_ray.quantization.registry import NUMBERS
 from fedlq_ray.seeding import numpy_rng, seeded, torch_rng
 from fedlq_ray.training.payloads import MEMORIES, PAYLOADS, Feedback
 from fedlq_ray.training.sgd import LocalSGD, samples_of

@@ -35,24 +35,45 @@ def test_strategies_that_need_updates_refuse_models(name):
         run(f"strategy.name={name}", "strategy.payload=model")
 
 
+class Weighing(SerialHost):
+    """Notes the length of every payload, by round and client."""
+
+    def __init__(self, task):
+        super().__init__(task)
+        self.lengths = {}
+
+    def result(self):
+        answer = super().result()
+        self.lengths[answer.job.key] = len(answer.reply.payload)
+        return answer
+
+
 @pytest.mark.parametrize("payload", ["update", "model"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_runs_and_its_bytes_add_up(name, payload):
+def test_every_strategy_runs_and_its_bytes_are_those_of_the_payloads(name, payload):
     if payload == "model" and name in UPDATES_ONLY:
         return
     bits = ["strategy.bits=2.5"] if name in ("uniform", "eden", "ecsq") else []
-    result = run(f"strategy.name={name}", f"strategy.payload={payload}", *bits)
-    lines = [json.loads(line) for line in (result.path / "rounds.jsonl").read_text().splitlines()]
-    assert [r["round"] for r in lines] == [0, 1, 2] and len(result.history) == 3
-    assert all(sum(r["client_uplink_bytes"]) == r["uplink_bytes"] for r in lines)
-    assert result.summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in lines)
-    times = [0.0, *(r["sim_time_s"] for r in lines)]
-    for before, after, record in zip(times, times[1:], lines, strict=False):
-        slowest = max(c + u for c, u in zip(record["client_compute_s"], record["client_upload_s"], strict=True))
-        assert after - before == pytest.approx(slowest)
-    assert {"config.yaml", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors"} <= {
-        f.name for f in result.path.iterdir()
-    }
+    task = prepare(load(None, [*QUICK, f"strategy.name={name}", f"strategy.payload={payload}", *bits]))
+    host, strategy = Weighing(task), make(Workplace(task).setting)
+    before = 0.0
+    for step in rounds.run(task, strategy, host, rounds.begin(task, strategy), rounds.Timing()):
+        record = step.record
+        lengths = [host.lengths[record.round, client] for client in record.cohort]
+        assert record.client_uplink_bytes == lengths and record.uplink_bytes == sum(lengths) > 0
+        slowest = max(c + u for c, u in zip(record.client_compute_s, record.client_upload_s, strict=True))
+        assert record.sim_time_s - before == pytest.approx(slowest)
+        before = record.sim_time_s
+    assert record.round == 2
+
+
+def test_a_run_leaves_its_files():
+    result = run()
+    files = {file.name for file in result.path.iterdir()}
+    assert {"config.yaml", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors"} <= files
+    lines = (result.path / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2] and len(result.history) == 3
+    assert result.summary["uplink_bytes"] == sum(json.loads(line)["uplink_bytes"] for line in lines)
 
 
 def test_the_seed_decides_and_nothing_else_does():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fedlq_ray.errors import PayloadError
+from fedlq_ray.quantization.coding.packing import packed_size
 from fedlq_ray.quantization.finegrained import CHOICES, FineGrained, assign
-from fedlq_ray.quantization.packing import packed_size
 
 
 def rng(seed=0):

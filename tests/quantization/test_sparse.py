@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization import golomb
-from fedlq_ray.quantization.golomb import rice_bits
+from fedlq_ray.quantization.coding import golomb
+from fedlq_ray.quantization.coding.golomb import rice_bits
 from fedlq_ray.quantization.sparse import BITMAP, GOLOMB, Stc, TopK
 
 BOTH = [TopK, Stc]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedlq_ray.quantization.hadamard import DENSE, hadamard, rotate, unrotate
+from fedlq_ray.quantization.coding.hadamard import DENSE, hadamard, rotate, unrotate
 
 LENGTHS = [1, 2, 3, 5, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 16385]
 

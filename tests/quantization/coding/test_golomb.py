@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.golomb import decode, encode, rice_bits
+from fedlq_ray.quantization.coding.golomb import decode, encode, rice_bits
 
 fuzz = settings(max_examples=300, deadline=None)
 masks = st.lists(st.booleans(), min_size=1, max_size=200).filter(any)

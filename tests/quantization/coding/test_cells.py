@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedlq_ray.quantization.cells import count_below
+from fedlq_ray.quantization.coding.cells import count_below
 
 DRAWN = np.random.default_rng(0)
 EDGES = {

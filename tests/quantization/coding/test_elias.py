@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.elias import GAMMA, OMEGA
+from fedlq_ray.quantization.coding.elias import GAMMA, OMEGA
 
 fuzz = settings(max_examples=200, deadline=None)
 numbers = st.lists(st.integers(0, 52).flatmap(lambda w: st.integers(2**w, 2 ** (w + 1) - 1)), max_size=30)

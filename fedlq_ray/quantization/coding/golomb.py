@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.packing import packed_size
+from fedlq_ray.quantization.coding.packing import packed_size
 
 
 def rice_bits(chosen: int, count: int) -> int:

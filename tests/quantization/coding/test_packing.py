@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.packing import look_up, pack, packed_size, unpack
+from fedlq_ray.quantization.coding.packing import look_up, pack, packed_size, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -1,0 +1,1 @@
+"""Codes of whole numbers, packed bits, cells, and the Walsh-Hadamard transform, for the quantizers."""
