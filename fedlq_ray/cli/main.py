@@ -51,10 +51,10 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
 
         fedlq run rounds=20 strategy.name=uniform strategy.bits=2
     """
+    config = configuration.load(*split(arguments))  # before imports that take seconds
     from fedlq_ray.runs.progress import watch
     from fedlq_ray.runs.simulation import simulate
 
-    config = configuration.load(*split(arguments))
     with watch(config, Console(stderr=True), as_json) as report:
         result = simulate(config, watch=report)
     _tell(result, config, as_json)

@@ -1,16 +1,8 @@
-"""The driver: an actor that runs the rounds, tracks them, and streams their records to its caller."""
+"""Drives a run: the rounds on a host, the journal, the checkpoints, and MLflow."""
 
-from fedlq_ray.startup import make_importable  # first: a user's file could hide later imports
-
-# isort: split
-import os
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-
-import ray
-import torch
 
 from fedlq_ray.federation.events import Ended, Event, Hosting, Resumed, RoundDone, Warned
 from fedlq_ray.federation.host import Host
@@ -18,9 +10,6 @@ from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task, Workplace
-from fedlq_ray.hosts.ray.choose import ORDINARY_BYTES, actor_bytes, choose
-from fedlq_ray.hosts.ray.hosting import RayHost
-from fedlq_ray.hosts.ray.pool import Pool
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs import rundir
 from fedlq_ray.runs.identity import identity
@@ -92,33 +81,6 @@ def drive(
 
 def _reaches(record: Record, target: float | None) -> bool:
     return target is not None and record.accuracy is not None and record.accuracy >= target
-
-
-@ray.remote(num_cpus=0)
-class Driver:
-    """Handles two calls at once: the rounds, and a request to stop or to confirm that it is alive."""
-
-    def __init__(self, folder: str) -> None:
-        make_importable(folder)
-        torch.set_num_threads(1)
-        self.stopping = False
-
-    def run(self, task: Task, given: GivenStrategy | None, tracking: Tracking | None, folder: Path) -> Iterator[Event]:
-        started = time.perf_counter()
-        kind, why = choose(task.config.clients, actor_bytes(task))
-        pool = Pool(task, kind)
-        host = RayHost(pool)
-        if pool.not_forked:
-            why += f"; {pool.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
-        yield Hosting(kind, why, len(pool.slots), time.perf_counter() - started)
-        yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
-
-    def alive(self) -> int:
-        return os.getpid()
-
-    def stop(self) -> None:
-        """Ends the run after the current payload is folded."""
-        self.stopping = True
 
 
 def drive_serially(

@@ -91,7 +91,7 @@ def _driven(
     from ray.exceptions import RayActorError
 
     from fedlq_ray.hosts.ray.placement import options
-    from fedlq_ray.runs.driver import Driver
+    from fedlq_ray.runs.actor import Driver
 
     here = options(ray.get_runtime_context().get_node_id(), forkserver.command())
     driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]  # of ray.remote

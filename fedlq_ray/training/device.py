@@ -34,7 +34,8 @@ def reproducible(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports PyTorch's compiler: 2 s
+            torch.use_deterministic_algorithms(deterministic)
         memory.fill_uninitialized_memory = filling
         torch.backends.cudnn.allow_tf32 = tf32
 

@@ -29,12 +29,15 @@ def test_digits_keep_a_stratified_fifth_for_testing():
     assert abs(np.bincount(data.y_test) - both / 5).max() < 1
 
 
-def test_the_split_of_digits_depends_on_no_seed():
-    np.random.seed(1)
-    first = load("digits")
-    np.random.seed(2)
-    assert np.array_equal(first.x_test, load("digits").x_test)
-    assert np.array_equal(first.y_train, load("digits").y_train)
+def test_digits_are_those_of_scikit_learn_split_by_it():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source, data = load_digits(), load("digits")
+    x = source.images.astype(np.uint8)
+    split = train_test_split(x, source.target, test_size=0.2, stratify=source.target, random_state=0)
+    for name, expected in zip(("x_train", "x_test", "y_train", "y_test"), split, strict=True):
+        assert np.array_equal(getattr(data, name).reshape(expected.shape), expected), name
 
 
 def test_inputs_are_normalised_and_channels_last():
