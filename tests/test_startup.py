@@ -78,3 +78,29 @@ def test_a_home_that_nobody_knows_is_no_reason_to_fail(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "HOME"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8")
     assert done.stdout == "/nonexistent\n", done.stderr
+
+
+LOADED = """
+import sys
+from fedlq_ray.cli.main import cli
+cli.main(sys.argv[2:], standalone_mode=False)
+print(sorted(set(sys.argv[1].split(",")) & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (["run", *SMALL, "clients.hosting=serial"], "ray,mlflow,sklearn,scipy.stats,pandas,torch._dynamo"),
+        (["config"], "torch,pandas,ray,mlflow"),
+    ],
+)
+def test_what_a_command_does_not_use_is_not_imported(arguments, unused, tmp_path):
+    done = called([sys.executable, "-c", LOADED, unused, *arguments], tmp_path)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout[-500:] + done.stderr[-500:]
+
+
+def test_a_wrong_setting_is_told_before_libraries_are_loaded(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('loaded')")
+    done = called([sys.executable, "-c", LOADED, "", "run", "roundz=1"], tmp_path)  # -c finds it first
+    assert "roundz" in done.stderr and "loaded" not in done.stderr, done.stderr[-500:]

@@ -274,7 +274,7 @@ def sync(folder: str, uri: str | None, experiment: str | None) -> None:
     where = replace(where, uri=stores.absolute(uri or where.uri), experiment=experiment or where.experiment)
     stores.require_usable(where.uri, where.experiment, stores.Names("--uri", "--experiment"))
     module = None
-    if found.summary and where.dataset:
+    if found.summary and where.dataset and found.config.tracking.log_model:
         profile, model = json.loads(where.dataset["profile"]), found.config.model
         try:
             module = build(model.name, tuple(profile["input_shape"]), profile["num_classes"], dict(model.args))

@@ -203,11 +203,14 @@ def _finish(
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     storage.clear(folder, task.config)
     if track:
-        _attach(folder, track, task.config, records, copy.deepcopy(task.module))
+        module = copy.deepcopy(task.module) if task.config.tracking.log_model else None
+        _attach(folder, track, task.config, records, module)
     return Outcome(records, summary, weights, folder)
 
 
-def _attach(folder: Path, track: tracking.Tracking, config: Config, records: list[Record], module: nn.Module) -> None:
+def _attach(
+    folder: Path, track: tracking.Tracking, config: Config, records: list[Record], module: nn.Module | None
+) -> None:
     """Logs the run's files and model to MLflow."""
     try:
         tracking.attach(track, config, records, folder, module)
