@@ -3,7 +3,9 @@
 from fedlq_ray import startup  # noqa: F401  (before imports that a user's file could hide)
 
 # isort: split
+import atexit
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -303,6 +305,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    atexit.register(gc.freeze)  # else Python's last collection visits all that was imported, which takes seconds
     try:
         _require_sane(sys.argv[1:])
         code: Any = cli(standalone_mode=False) or 0
