@@ -15,8 +15,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/fedlq demo
 
-# Three processes for two cores: tests under Ray mostly wait. A file's tests stay together, for they share a Ray.
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
+# Three processes for two cores: tests under Ray mostly wait. A file's tests stay together, for they share a Ray; the files
+# that take longest come first (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

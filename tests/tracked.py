@@ -5,7 +5,7 @@ import sqlite3
 from fedlq_ray import simulate
 from fedlq_ray.config.load import load
 
-QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4"]
+QUICK = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.log_model=false"]
 
 
 def run(*overrides):

@@ -109,8 +109,7 @@ def test_a_program_that_is_killed_outright_goes_on(killed):
     assert contents(result) == contents(run("rounds=40", "clients.hosting=serial"))
 
 
-@pytest.mark.parametrize("hosting", ["packed", "dedicated"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("hosting", "number"), [("packed", signal.SIGSTOP), ("dedicated", signal.SIGKILL)])
 def test_client_actors_that_die_or_hang_are_replaced(hosting, number, expected):
     """All of them at once, the one that evaluates too."""
     result = run(

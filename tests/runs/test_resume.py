@@ -66,7 +66,7 @@ def test_all_is_on_the_disk_before_a_run_counts_as_finished(tmp_path: Path, monk
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_remembers(name: str, tmp_path: Path) -> None:
     """Cut short after each round in turn by what a signal does, then resumed."""
-    settings = [f"strategy.name={name}", "rounds=5"]
+    settings = [f"strategy.name={name}", "rounds=4"]
     start(tmp_path / "whole", *settings)
     out = tmp_path / "cut"
 

@@ -301,8 +301,9 @@ def test_a_users_own_strategy_is_clocked_anew_only_if_it_says_so_itself(tmp_path
 def test_the_table_carries_what_made_it_and_a_failure_is_exit_code_1(tmp_path):
     (tmp_path / "s.yaml").write_text(BASE + "runs: {bad: [train.lr=1000, rounds=20], good: []}")
     command = [sys.executable, "-m", "fedlq_ray.cli", "sweep", "s.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and "1 of the sweep's runs" in done.stderr and "1 of 1" in done.stdout
+    assert (tmp_path / "runs/s/accuracy.png").exists()
     table = json.loads((tmp_path / "runs/s/table.json").read_text())
     assert table["sweep"].startswith("base:") and table["command"] == "fedlq sweep s.yaml"
     assert {"commit", "machine", "versions"} < set(table) and [r["failed"] for r in table["rows"]] == [1, 0]

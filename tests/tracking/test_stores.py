@@ -18,6 +18,13 @@ from fedlq_ray.tracking import stores
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The test's own folder, without a store, is the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 ODD = ["o'brien", "a?b", "a#b", "a%b", "a%20b", "a%3Fb", "a b", 'q"q', "[x]", "été", "a:b@c", "a&b=c?d=e", "~"]
 
 

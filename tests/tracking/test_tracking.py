@@ -39,7 +39,7 @@ def test_layers_of_any_name_have_metrics():
 
 
 def test_a_run_is_there_with_its_files_its_pictures_and_its_data():
-    result = run()
+    result = run("tracking.log_model=true")
     ((run_id, where),) = rows("select run_uuid, artifact_uri from runs")
     folder = Path(where.removeprefix("file://"))
     assert folder.is_relative_to(Path.cwd() / "mlruns")
@@ -85,6 +85,7 @@ def test_a_failed_run_is_marked_and_keeps_its_records():
 
 
 def test_ui_finds_the_store_of_the_runs():
+    Path("mlflow.db").unlink()
     from fedlq_ray.cli.main import _store
     from fedlq_ray.errors import ConfigError
 
@@ -99,6 +100,7 @@ def test_ui_finds_the_store_of_the_runs():
 
 
 def test_two_processes_may_make_a_store_at_the_same_time():
+    Path("mlflow.db").unlink()
     code = "from fedlq_ray.tracking import stores; stores.connect('sqlite:///mlflow.db').search_experiments()"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=200) for process in both] == [0, 0]
@@ -106,6 +108,7 @@ def test_two_processes_may_make_a_store_at_the_same_time():
 
 
 def test_runs_that_start_at_once_have_one_parent():
+    Path("mlflow.db").unlink()
     code = """
 import sys
 from fedlq_ray.tracking import stores, log as tracking
@@ -127,6 +130,7 @@ tracking._parent(client, its)
 
 
 def test_the_same_relative_store_in_two_folders_is_two_stores(tmp_path, monkeypatch):
+    Path("mlflow.db").unlink()
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -146,7 +150,10 @@ def test_every_metric_and_tag_is_documented_with_its_unit():
 
 
 def test_the_list_reads_well_and_the_model_loads(tmp_path):
-    result = simulate(load(None, [*QUICK, "name=cmp-fedlq", "seed=3", "strategy.name=fedlq"]), parent="x/cmp")
+    result = simulate(
+        load(None, [*QUICK, "name=cmp-fedlq", "seed=3", "strategy.name=fedlq", "tracking.log_model=true"]),
+        parent="x/cmp",
+    )
     ((run_id,),) = rows("select run_uuid from runs where name = 'cmp-fedlq-3'")
     ((note,),) = rows(f"select value from tags where key = 'mlflow.note.content' and run_uuid = '{run_id}'")
     assert f"accuracy {result.summary['final_accuracy']:.2%}" in note and "**fedlq** on digits" in note
