@@ -25,11 +25,15 @@ sys.exit(int(sys.argv[2]))
 
 @pytest.fixture
 def raylet():
-    """A process that stands for the raylet: the server ends with it."""
+    """A process that stands for the raylet: the server and the workers end with it."""
     process = subprocess.Popen(["sleep", "300"])
+    process.workers = []
     yield process
     process.kill()
     process.wait()
+    for worker in process.workers:
+        worker.stdout.close()
+        worker.wait(30)
 
 
 def start(tmp_path, raylet, seconds, code, files=None):
@@ -39,9 +43,11 @@ def start(tmp_path, raylet, seconds, code, files=None):
     environment = {**os.environ, "RAY_RAYLET_PID": str(raylet.pid), "MARK": "here"}
     command = [*shlex.split(forkserver.command()), str(script), str(seconds), str(code)]
     limited = files and functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, files)
-    return subprocess.Popen(
+    worker = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=limited
     )
+    raylet.workers.append(worker)
+    return worker
 
 
 def told(worker):
@@ -69,6 +75,21 @@ def test_a_worker_is_forked_with_torch_its_own_environment_and_exit_code(tmp_pat
     assert parent == its_parent and len({pid, other, first.pid, second.pid}) == 4
     assert rest == f"True ['0.5', '7'] here {tmp_path}"
     assert (first.wait(30), second.wait(30)) == (7, 0) and gone(pid)
+
+
+def test_forked_workers_draw_different_ids_of_ray(tmp_path, raylet):
+    """Two that draw the same ids collide in Ray's object store, and one of them dies."""
+    (tmp_path / "worker.py").write_text(
+        "import os, sys\n"
+        "loaded = 'ray' in sys.modules\n"
+        "from ray._raylet import ActorClassID\n"
+        "print(os.getpid(), os.getppid(), loaded, ActorClassID.from_random().hex())\n"
+    )
+    workers = [start(tmp_path, raylet, 0.0, 0) for _ in range(3)]
+    parents, rests = zip(*(told(worker)[1:] for worker in workers), strict=True)
+    ids = [rest.split()[1] for rest in rests]
+    assert len(set(parents)) == 1 and len(set(ids)) == 3
+    assert all(rest.startswith("True ") for rest in rests) and [worker.wait(30) for worker in workers] == [0] * 3
 
 
 def test_a_killed_worker_ends_its_stub_and_a_killed_stub_its_worker(tmp_path, raylet):

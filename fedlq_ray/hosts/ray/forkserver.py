@@ -6,8 +6,10 @@ passes its arguments, environment and standard streams to the server, then becom
 waits for the worker to end.
 
 Each raylet and package has one server, started by the first stub; its socket is in a folder that only the user can
-read. The server ends when the raylet ends, or after a while without workers. Ray is imported after the fork, since it
-reads its environment at import. Only the standard library is imported at the top: the stub runs without packages.
+read. The server ends when the raylet ends, or after a while without workers. It imports Ray before it forks, in the
+environment of the raylet's first worker. It defines no actor: `ray.remote` draws a random id, which seeds the process's
+generator, and forked workers would then draw the same ids. Only the standard library is imported at the top: the stub
+runs without packages.
 """
 
 import contextlib
@@ -118,9 +120,10 @@ def serve(address: Path, raylet: int) -> None:
     import gc
     import resource
 
+    import ray  # noqa: F401
     import torch
 
-    import fedlq_ray.federation.task  # noqa: F401  (all that a worker needs, except Ray)
+    import fedlq_ray.runs.driver  # noqa: F401  (all that an actor needs, except the modules of actors: see above)
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # each worker has a link
