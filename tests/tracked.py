@@ -1,5 +1,6 @@
 """What the tests of MLflow share: a small run, and what the store of this folder has."""
 
+import contextlib
 import sqlite3
 
 from fedlq_ray import simulate
@@ -13,4 +14,5 @@ def run(*overrides):
 
 
 def rows(query):
-    return sqlite3.connect("mlflow.db").execute(query).fetchall()
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as database:
+        return database.execute(query).fetchall()

@@ -234,7 +234,8 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
     ]
 
     def in_mlflow():
-        return sqlite3.connect(store).execute("select status from runs").fetchall()
+        with contextlib.closing(sqlite3.connect(store)) as database:
+            return database.execute("select status from runs").fetchall()
 
     command = [*FEDLQ, "submit", *arguments, "--address", cluster.address]
     options = {"env": cluster.environment, "cwd": cluster.folder / "project", "text": True}
@@ -246,7 +247,8 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
     assert busy.returncode == 2 and re.search("shared-1 is (pending|running); wait for it", busy.stderr), busy.stderr
     wait_for(out / "rounds.jsonl")
     assert cluster.call(*RAY, "job", "stop", "--address", cluster.address, "shared-1").returncode == 0
-    assert first.wait(200) == 143 and "shared-1: stopped" in first.stderr.read()
+    _, told = first.communicate(timeout=200)
+    assert first.returncode == 143 and "shared-1: stopped" in told
     assert list((out / "checkpoints").iterdir()) and in_mlflow() == [("KILLED",)]
 
     second = subprocess.Popen(command, **options, **pipes)

@@ -328,6 +328,7 @@ def test_a_sweep_in_any_folder_finds_its_parent_in_mlflow_again(tmp_path, monkey
     ).fetchall()
     assert [count for _, count in parents] == [2]
     assert database.execute("select name from runs where run_uuid = ?", (parents[0][0],)).fetchall() == [("s",)]
+    database.close()
     for finished in rest.runs.values():
         assert str(tmp_path) not in (finished[0].folder / "tracking.json").read_text(encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """Addresses of MLflow's stores: odd paths, wrong addresses, and what a run's files keep of them."""
 
+import contextlib
 import http.server
 import json
 import shutil
@@ -28,6 +29,11 @@ def own_folder(tmp_path, monkeypatch):
 ODD = ["o'brien", "a?b", "a#b", "a%b", "a%20b", "a%3Fb", "a b", 'q"q', "[x]", "été", "a:b@c", "a&b=c?d=e", "~"]
 
 
+def asked(file, query):
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        return database.execute(query).fetchall()
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A store that MLflow has made, with an experiment that is deleted."""
@@ -53,7 +59,7 @@ def test_a_path_of_any_characters_is_that_path_with_its_artifacts_beside_it(name
     assert tracking.find_or_create(client, where, 'it\'s "any" `text`; -- %\n', "name", {}, 1) == run_id
     client.log_artifact(run_id, "note.txt")
     assert [found.path for found in client.list_artifacts(run_id)] == ["note.txt"]
-    assert sqlite3.connect(file).execute("select run_uuid from runs").fetchall() == [(run_id,)]
+    assert asked(file, "select run_uuid from runs") == [(run_id,)]
     assert list(file.parent.glob("mlruns/*/artifacts/note.txt"))
     assert {path.name for path in tmp_path.iterdir()} == {file.parent.name, "note.txt"}
 
@@ -106,7 +112,7 @@ def test_a_store_that_may_answer_later_is_none_that_is_wrong(made, tmp_path, mon
     for uri in ("sqlite:///new.db", "sqlite:///empty.db", "sqlite:///locked.db?timeout=9", "http://127.0.0.1:9/x"):
         stores.require_usable(uri, "gone")
     stores.require_usable("databricks", "gone")
-    lock.rollback()
+    lock.close()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     stores.require_usable("mlruns", "gone")
     assert {path.name for path in tmp_path.iterdir()} == {"empty.db", "locked.db"}
@@ -237,4 +243,4 @@ def test_a_run_says_first_what_comes_from_the_environment_and_resumes_elsewhere(
     assert Path("here/config.yaml").read_bytes() == before
     resume("here", ["rounds=2", "tracking.uri=sqlite:///new.db"])
     assert json.loads(Path("here/tracking.json").read_text(encoding="utf-8"))["uri"] == "sqlite:///../new.db"
-    assert sqlite3.connect("new.db").execute("select count(*) from metrics where key = 'accuracy'").fetchone() == (2,)
+    assert asked("new.db", "select count(*) from metrics where key = 'accuracy'") == [(2,)]

@@ -125,7 +125,9 @@ tracking._parent(client, its)
     for process in both:
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert [process.wait(timeout=200) for process in both] == [0, 0, 0]
+    for process in both:
+        process.communicate(timeout=200)
+    assert [process.returncode for process in both] == [0, 0, 0]
     assert rows("select count(*) from runs") == [(1,)]
 
 

@@ -225,6 +225,7 @@ def test_a_locked_store_delays_a_run_by_a_bounded_time(locked_s, monkeypatch):
     assert time.monotonic() - start < 30
     assert len([w for w in told if "fedlq sync" in str(w.message)]) == (locked_s == 20)
     free.join()
+    lock.close()
     subprocess.run([*FEDLQ, "sync", "second"], check=True, capture_output=True)
     count = rows("select count(*) from metrics join runs using (run_uuid) where key = 'train_loss'")
     assert count == [(1 + len(result.history),)]
