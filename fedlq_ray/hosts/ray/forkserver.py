@@ -123,7 +123,8 @@ def serve(address: Path, raylet: int) -> None:
     import ray  # noqa: F401
     import torch
 
-    import fedlq_ray.runs.driver  # noqa: F401  (all that an actor needs, except the modules of actors: see above)
+    import fedlq_ray.federation.rounds
+    import fedlq_ray.tracking.log  # noqa: F401  (what actors need, except the modules that define them: see above)
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # each worker has a link

@@ -32,7 +32,7 @@ def why(exc: Exception) -> str:
 
 @dataclass(eq=False)
 class Slot:
-    """An actor, and what it has to do.
+    """An actor, and its work.
 
     Attributes:
         home: the node that it was assigned to; None: Ray chose one.
