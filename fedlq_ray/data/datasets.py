@@ -138,7 +138,8 @@ def _npz(path: str | None) -> dict[str, Any]:
     if path is None:
         raise ConfigError("data.path: data.name=npz needs the path of the file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because NumPy leaves a damaged file open.
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = [key for key in ARRAYS if key not in file]
             if missing:
                 raise ConfigError(f"data.path: {path}: has no {', '.join(missing)}; it has {', '.join(file.files)}")

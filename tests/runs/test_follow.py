@@ -1,5 +1,6 @@
 """Watching a run that goes on elsewhere: every record once, and how it ended."""
 
+import io
 import subprocess
 import sys
 import threading
@@ -94,7 +95,7 @@ def test_mlflow_tells_the_same_as_the_folder(tmp_path):
 
 
 def test_the_progress_fits_in_80_columns(tmp_path):
-    console = Console(width=80, force_terminal=True, record=True, file=(tmp_path / "shown").open("w"))
+    console = Console(width=80, force_terminal=True, record=True, file=io.StringIO())
     config = load(None, ["name=a-name-that-is-longer-than-any-terminal", "rounds=1000"])
     with progress.watch(config, console) as show:
         for round in range(999):
