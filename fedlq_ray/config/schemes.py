@@ -262,6 +262,13 @@ class ScopedRated(Scoped, Rated):
     """eden."""
 
 
+class Alternate(Quantized, Scoped):
+    """alternate."""
+
+    even: Level = own(2, "level of even rounds")
+    odd: Level = own(4, "level of odd rounds")
+
+
 SCHEMES: dict[str, type[StrategyConfig]] = {
     "fedavg": StrategyConfig,
     "float16": Scoped,
@@ -284,6 +291,7 @@ SCHEMES: dict[str, type[StrategyConfig]] = {
     "lgreco": LGreCo,
     "kimad": Kimad,
     "ecsq": Rated,
+    "alternate": Alternate,
     "fedlq": FedLQ,
     "fedlq_rd": FedLQRD,
 }
