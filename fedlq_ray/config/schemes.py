@@ -262,13 +262,6 @@ class ScopedRated(Scoped, Rated):
     """eden."""
 
 
-class Alternate(Quantized, Scoped):
-    """alternate."""
-
-    even: Level = own(2, "level of even rounds")
-    odd: Level = own(4, "level of odd rounds")
-
-
 SCHEMES: dict[str, type[StrategyConfig]] = {
     "fedavg": StrategyConfig,
     "float16": Scoped,
@@ -291,7 +284,6 @@ SCHEMES: dict[str, type[StrategyConfig]] = {
     "lgreco": LGreCo,
     "kimad": Kimad,
     "ecsq": Rated,
-    "alternate": Alternate,
     "fedlq": FedLQ,
     "fedlq_rd": FedLQRD,
 }

@@ -159,22 +159,12 @@ def _npz(path: str | None) -> dict[str, Any]:
         raise ConfigError(f"data.path: {path}: cannot be read as an .npz of plain arrays ({exc})") from exc
 
 
-def _rings() -> tuple[Any, ...]:
-    """Points of two rings in the plane."""
-    draw = np.random.default_rng(0)
-    y = np.arange(1200) % 2
-    angle, radius = draw.uniform(0, 2 * np.pi, 1200), 1 + y + draw.normal(0, 0.1, 1200)
-    x = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).astype(np.float32)
-    return x[:1000], y[:1000], x[1000:], y[1000:]
-
-
 DATASETS: dict[str, Callable[[str | None], Any]] = {
     "digits": _digits,
     "fashion-mnist": _mnist_like("fashion-mnist", "FashionMNIST"),
     "mnist": _mnist_like("mnist", "MNIST"),
     "cifar10": _cifar10,
     "npz": _npz,
-    "rings": _rings,
 }
 
 

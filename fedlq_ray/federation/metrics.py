@@ -95,12 +95,6 @@ METRICS = (
         sums=True,
         per=1e6,
     ),
-    Metric(
-        "answered",
-        "clients",
-        "clients of the round whose payload came",
-        of_round=lambda r: float(len(r.answered)),
-    ),
     Metric("round_uplink_mb", "MB", "payloads of this round", of_round=lambda r: r.uplink_bytes, per=1e6),
     Metric(
         "bits_per_parameter",

@@ -11,7 +11,6 @@ from fedlq_ray.seeding import seeded
 from fedlq_ray.strategies import fixed
 from fedlq_ray.strategies.adagq import AdaGQ
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
-from fedlq_ray.strategies.alternate import Alternate
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.dadaquant import DAdaQuant
 from fedlq_ray.strategies.fedavg import FedAvg
@@ -48,7 +47,6 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "lgreco": LGreCo,
     "kimad": Kimad,
     "ecsq": EcsqFixed,
-    "alternate": Alternate,
     "fedlq": FedLQ,
     "fedlq_rd": FedLQRD,
 }
