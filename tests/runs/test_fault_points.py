@@ -1,4 +1,4 @@
-"""A run is killed, or its disk fails, at every point in turn, and goes on to the same bytes.
+"""A run is killed, or its disk fails, at one point after another; resumed, it gives the same bytes.
 
 All kinds of run pass the same points, and differ in the state that they hold. By default one kind is stopped at every
 third point, the others at every seventh; with FEDLQ_POINTS=1 all of them at each.
