@@ -55,9 +55,12 @@ def ray_here(tmp_path_factory):
     """A Ray of two cores for a module's tests, which are in a folder of their own."""
     import ray
 
+    from fedlq_ray.hosts.ray import starter
+
     where = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("runs"))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with starter.forking():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
     os.chdir(where)

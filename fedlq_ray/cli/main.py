@@ -6,11 +6,13 @@ from fedlq_ray import startup  # noqa: F401  (before imports that a user's file 
 import atexit
 import contextlib
 import gc
+import importlib
 import io
 import json
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,12 +56,28 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
         fedlq run rounds=20 strategy.name=uniform strategy.bits=2
     """
     config = configuration.load(*split(arguments))  # before imports that take seconds
+    _begin(config)
     from fedlq_ray.runs.progress import watch
     from fedlq_ray.runs.simulation import simulate
 
     with watch(config, Console(stderr=True), as_json) as report:
         result = simulate(config, watch=report)
     _tell(result, config, as_json)
+
+
+def _begin(config: Config) -> None:
+    """Starts Ray if a run needs it, which is mostly waiting; a thread imports what the run needs meanwhile."""
+    if config.clients.hosting == "serial":
+        return
+    from fedlq_ray.hosts.ray.session import anticipate, start_ray
+
+    anticipate()
+    thread = threading.Thread(target=importlib.import_module, args=("fedlq_ray.runs.simulation",))
+    thread.start()
+    try:
+        start_ray()
+    finally:
+        thread.join()
 
 
 @cli.command()
@@ -327,6 +345,8 @@ def main() -> None:
         say("interrupted; results so far are kept: `fedlq resume RUN_DIR` or the same sweep continues")
         cause = exc.__cause__ if isinstance(exc, click.Abort) else exc  # click wraps KeyboardInterrupt
         code = 143 if type(cause).__name__ == "Terminated" else 130
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()  # at exit it would wait for logs that nobody reads
     silence()
     sys.exit(code)
 

@@ -170,7 +170,7 @@ class TrackingConfig(Section):
         VARIABLES["uri"], "sqlite:///mlflow.db", "MLflow's tracking store or server; null: none"
     )
     experiment: Text = variable(VARIABLES["experiment"], "fedlq", "MLflow's experiment", min_length=1, max_length=500)
-    log_model: bool = key(True, "log the trained model as well, which takes seconds per run", affects="nothing")
+    log_model: bool = key(False, "log the model as an MLflow model too, which takes seconds per run", affects="nothing")
 
 
 class Config(Section):

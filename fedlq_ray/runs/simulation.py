@@ -50,6 +50,8 @@ def simulate(
 ) -> Outcome:
     """See `fedlq_ray.simulate`."""
     config = config if isinstance(config, Config) else parse({} if config is None else config)
+    if config.clients.hosting != "serial":
+        session.anticipate()
     rundir.require_trackable(config)
     task = prepare(config, parts)
     _require_host(task, parts.strategy)

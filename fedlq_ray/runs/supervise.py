@@ -11,7 +11,7 @@ from typing import Any
 from fedlq_ray.errors import FedLQError, first_line
 from fedlq_ray.federation.events import Event, Restarted, RoundDone, Stopping
 from fedlq_ray.federation.task import Task
-from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray import stub
 from fedlq_ray.hosts.ray.session import start_ray
 from fedlq_ray.runs.interrupts import Interrupts
 from fedlq_ray.strategies import GivenStrategy
@@ -93,7 +93,7 @@ def _driven(
     from fedlq_ray.hosts.ray.placement import options
     from fedlq_ray.runs.actor import Driver
 
-    here = options(ray.get_runtime_context().get_node_id(), forkserver.command())
+    here = options(ray.get_runtime_context().get_node_id(), stub.command())
     driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]  # of ray.remote
     stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
     told, pid, asked = False, None, time.monotonic()

@@ -6,14 +6,15 @@ import resource
 import shlex
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray import forkserver, stub
 
-pytestmark = pytest.mark.skipif(forkserver.command() is None, reason="forks on Linux alone")
+pytestmark = pytest.mark.skipif(stub.command() is None, reason="forks on Linux alone")
 SCRIPT = """
 import os, sys, time
 assert os.getpgid(0) == os.getpid() or os.environ["MARK"] == "x"
@@ -41,7 +42,7 @@ def start(tmp_path, raylet, seconds, code, files=None):
     if not script.exists():  # another worker may be reading it
         script.write_text(SCRIPT)
     environment = {**os.environ, "RAY_RAYLET_PID": str(raylet.pid), "MARK": "here"}
-    command = [*shlex.split(forkserver.command()), str(script), str(seconds), str(code)]
+    command = [*shlex.split(stub.command()), str(script), str(seconds), str(code)]
     limited = files and functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, files)
     worker = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=limited
@@ -117,7 +118,7 @@ def test_server_and_workers_end_with_the_raylet(tmp_path, raylet):
     raylet.kill()
     raylet.wait()
     assert gone(server) and gone(pid) and worker.wait(20) != 0
-    assert not list(Path(forkserver._address(str(raylet.pid)).parent).glob(f"{raylet.pid}-*"))
+    assert not list(Path(stub.address(raylet.pid)).parent.glob(f"{raylet.pid}-*"))
 
 
 def test_an_idle_server_ends(tmp_path, raylet):
@@ -130,7 +131,7 @@ def test_without_a_server_the_worker_is_an_ordinary_process(tmp_path):
     (tmp_path / "worker.py").write_text(SCRIPT)
     environment = {**os.environ, "MARK": "x"}
     environment.pop("RAY_RAYLET_PID", None)  # nobody says whose server to ask
-    command = [*shlex.split(forkserver.command()), str(tmp_path / "worker.py"), "0", "3"]
+    command = [*shlex.split(stub.command()), str(tmp_path / "worker.py"), "0", "3"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
     assert done.returncode == 3 and "False ['0', '3'] x" in done.stdout, done.stderr
     assert done.stdout.split()[1] == str(os.getpid())
@@ -156,5 +157,5 @@ def test_a_server_serves_more_workers_than_it_has_files_at_first(tmp_path, rayle
 def test_the_socket_of_a_long_temporary_folder_lies_elsewhere(monkeypatch, tmp_path):
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    monkeypatch.setattr(forkserver.tempfile, "tempdir", str(long))
-    assert len(str(forkserver._address("1234567"))) < 100
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert len(stub.address(1234567)) < 100

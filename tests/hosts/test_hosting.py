@@ -8,7 +8,7 @@ from torch import nn
 from fedlq_ray.config.load import load
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.task import Parts, prepare
-from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray import stub
 from fedlq_ray.hosts.ray.choose import FORKED_BYTES, ORDINARY_BYTES, actor_bytes, choose
 from fedlq_ray.models import saved_bytes
 
@@ -18,7 +18,7 @@ def laptop(monkeypatch):
     """2 cores, 16 GB free, and forking."""
     monkeypatch.setattr(ray, "available_resources", lambda: {"memory": 16e9})
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(forkserver, "command", lambda: "fork")
+    monkeypatch.setattr(stub, "command", lambda: "fork")
 
 
 def clients(count, *settings):
@@ -64,7 +64,7 @@ def test_an_actor_takes_what_its_model_does(laptop, monkeypatch):
     for name, measured in (("resnet8_gn", 43e6), ("vgg9", 187e6)):
         assert taken(name) - FORKED_BYTES + 12e6 == pytest.approx(measured, rel=0.15)
     forked = taken("cnn")
-    monkeypatch.setattr(forkserver, "command", lambda: None)
+    monkeypatch.setattr(stub, "command", lambda: None)
     assert taken("cnn") - forked == ORDINARY_BYTES - FORKED_BYTES
 
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from fedlq_ray.federation.task import Job, Task, Timed, Workplace, timed
-from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray import stub
 from fedlq_ray.strategies import Probe
 from fedlq_ray.training.device import reproducible
 from fedlq_ray.training.local import Reply
@@ -38,7 +38,7 @@ class ClientActor:
 
     def alive(self) -> bool:
         """Returns once the actor runs: whether it was forked."""
-        return forkserver.FORKED in os.environ
+        return stub.FORKED in os.environ
 
     def rest(self, rung: list[Any]) -> None:
         """Wait until the bell rings or no longer exists."""

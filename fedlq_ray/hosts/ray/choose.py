@@ -5,7 +5,7 @@ import ray
 from fedlq_ray.config.settings import ClientsConfig
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.task import Task
-from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray import stub
 from fedlq_ray.hosts.ray.placement import asks, fitting
 from fedlq_ray.models import saved_bytes
 
@@ -20,7 +20,7 @@ def actor_bytes(task: Task) -> float:
     vectors = VECTORS * 4 * sum(layer.size for layer in task.layers)
     frozen = 2 * sum(p.nbytes for p in task.module.parameters() if not p.requires_grad)  # in the task and in the model
     kept = task.config.train.batch_size * saved_bytes(task.module, task.data.input_shape)
-    return (FORKED_BYTES if forkserver.command() else ORDINARY_BYTES) + vectors + frozen + kept
+    return (FORKED_BYTES if stub.command() else ORDINARY_BYTES) + vectors + frozen + kept
 
 
 def choose(clients: ClientsConfig, each_bytes: float) -> tuple[str, str]:

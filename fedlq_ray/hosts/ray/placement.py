@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedlq_ray.config.settings import ClientsConfig
 from fedlq_ray.errors import FedLQError
-from fedlq_ray.hosts.ray import forkserver
+from fedlq_ray.hosts.ray import stub
 
 
 class Node(NamedTuple):
@@ -83,7 +83,7 @@ class Nodes:
         if alive.keys() != self.known.keys():
             forks = {name: node.fork for name, node in self.known.items()}
             new = alive.keys() - forks.keys()
-            forks |= dict.fromkeys(new, forkserver.command()) if len(alive) == 1 else _commands(new)
+            forks |= dict.fromkeys(new, stub.command()) if len(alive) == 1 else _commands(new)
             self.known = {name: Node(name, cores, forks[name]) for name, cores in sorted(alive.items())}
         return self.known
 
@@ -111,7 +111,7 @@ def on(node: str) -> Any:
 
 def _commands(nodes: Iterable[str]) -> dict[str, str | None]:
     """Returns each node's own fork-server command, because its paths may differ from this node's."""
-    ask: Any = ray.remote(num_cpus=0)(forkserver.command)
+    ask: Any = ray.remote(num_cpus=0)(stub.command)
     asked = {node: ask.options(scheduling_strategy=on(node)).remote() for node in nodes}
     found: dict[str, str | None] = {}
     for node, answer in asked.items():

@@ -1,15 +1,18 @@
 """Joins a Ray cluster, or starts one on this machine."""
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
+from fedlq_ray.hosts.ray import starter
 
 # Ray puts sockets into BASE/ray/session_DATE_TIME_PID/sockets/; the system limits paths to 107 bytes (macOS: 103).
 _LONGEST_BASE = 35
@@ -57,6 +60,19 @@ def _cluster() -> str | None:
     return None if address in ("", "local") else address
 
 
+def anticipate() -> None:
+    """Lets the servers that Ray's processes fork from start now, if this program will start Ray.
+
+    Raises:
+        ConfigError: RAY_TMPDIR is wrong.
+    """
+    ray = sys.modules.get("ray")
+    if _cluster() is None and not (ray and ray.is_initialized()):
+        _provide_folder()
+        _provide_token()
+        starter.start()
+
+
 def start_ray() -> None:
     """Joins the cluster of RAY_ADDRESS, or starts one on this machine; a second call has no effect.
 
@@ -64,6 +80,7 @@ def start_ray() -> None:
         ConfigError: RAY_ADDRESS or RAY_TMPDIR is wrong.
         FedLQError: Ray does not start.
     """
+    anticipate()
     import ray
 
     require_address()
@@ -74,10 +91,9 @@ def start_ray() -> None:
     address = _cluster()
     if address is None:
         options = {"address": "local", "include_dashboard": False}
-        _provide_folder()
-        _provide_token()
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        with starter.forking() if address is None else contextlib.nullcontext():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as exc:  # ValueError, ConnectionError, RuntimeError, and other errors of the system
         hint = f"is there a cluster at RAY_ADDRESS={address}?" if address else "is there room in /dev/shm and in /tmp?"
         raise FedLQError(f"Ray did not start: {first_line(exc)}; {hint}") from exc
