@@ -110,15 +110,22 @@ def workers(name: str, program: int) -> list[int]:
 
     def its_own(folder: Path) -> bool:
         environment = (folder / "environ").read_text().split("\0")
-        raylet = next(v.partition("=")[2] for v in environment if v.startswith("RAY_RAYLET_PID="))
-        return int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")", 1)[1].split()[1]) == program
+        raylet = next((v.partition("=")[2] for v in environment if v.startswith("RAY_RAYLET_PID=")), None)
+        if raylet is not None:  # it imported Ray itself, or its server serves a raylet
+            return parent(raylet) == program
+        return parent(parent(parent(folder.name))) == program  # between them, the two servers of a session
 
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, StopIteration):  # it has ended in the meantime
+        with contextlib.suppress(OSError):  # it has ended in the meantime
             if (folder / "cmdline").read_text().startswith(f"ray::{name}") and its_own(folder):
                 found.append(int(folder.name))
     return sorted(found)
+
+
+def parent(process: int | str) -> int:
+    """The process that started this one."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 MARK = "FEDLQ_TEST_MARK"  # a variable that a program's processes inherit, those of its Ray and its fork server too

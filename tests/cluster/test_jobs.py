@@ -26,7 +26,7 @@ FULL = pytest.mark.skipif("FEDLQ_CLUSTER" not in os.environ, reason="takes minut
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 CONFIG = "name: small\nrounds: 3\nclients: {count: 5, cohort: 3, hosting: packed, actors: 2}\n"
-LONG = 300  # rounds of a run that is to be stopped: it must still go on when its log has been read
+LONG = 150  # rounds of a run that is to be stopped: it must still go on when its log has been read
 
 
 def free_ports(count):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from faults import MARK, left, workers
+from faults import MARK, left, parent, workers
 from ray import cloudpickle
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError
 
@@ -121,17 +121,16 @@ def test_client_actors_that_die_or_hang_are_replaced(hosting, number, expected):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
 def test_a_fork_server_that_dies_costs_no_result(expected):
     """Its stubs fail, and so its workers are replaced."""
-    hit = []
+    hit = set()
 
     def kill():
-        for folder in Path("/proc").glob("[0-9]*"):
-            words = (folder / "cmdline").read_bytes().decode().split("\0")[:-1] if folder.exists() else []
-            if "serve" in words and Path(f"/proc/{words[-1]}/stat").read_text().split()[3] == str(os.getpid()):
-                hit.append(int(folder.name))
-                os.kill(hit[-1], signal.SIGKILL)
+        for actor in workers("ClientActor", os.getpid()):
+            hit.add(parent(actor))
+        for server in hit:
+            os.kill(server, signal.SIGKILL)
 
     assert contents(run("clients.hosting=packed", watch=once(2, kill))) == expected
-    assert len(hit) == 1
+    assert len(hit) == 1 and os.getpid() not in hit
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -45,7 +45,7 @@ def address(owner: int | str, python: str = sys.executable) -> str:
     """Returns the path of a server's socket, in a folder that only the user can read.
 
     Args:
-        owner: The process with which the server ends, and what else tells servers of this process apart.
+        owner: The process with which the server ends, and what else distinguishes servers of this process.
         python: The interpreter.
     """
     import tempfile  # here: a stub of a session does not need it
@@ -132,7 +132,7 @@ def session(path: str, python: str, arguments: list[str]) -> NoReturn:
 
 
 def _prepare(path: str, environment: dict[str, str]) -> None:
-    """Tells a server what its workers' environment will be."""
+    """Announces the environment of a server's workers to it."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as link:
         link.connect(path)
         _send(link, [], environment)
