@@ -139,11 +139,13 @@ class Probed(StrategyConfig):
 class FedLQ(Late, Levelled, Probed):
     """fedlq."""
 
-    allocation: Literal["greedy", "exact"] = key(
-        "greedy", "how levels are found under a budget: step by step, or with the least total accuracy drop"
+    allocation: Literal["best", "greedy", "exact"] = key(
+        "best",
+        "how levels are found under a budget: nearly the least total drop and never more than one level for all, step "
+        "by step as in the paper, or the least total drop (slow with more than 20 layers)",
     )
     significance: Literal["ratio", "sum"] = key(
-        "ratio", "accuracy drop per memory saved, or a weighted sum (only with allocation=greedy)"
+        "ratio", "accuracy drop per memory saved, or a weighted sum (allocation=greedy only)"
     )
     significance_alpha: float = key(0.5, "significance=sum: weight of the accuracy drop", ge=0, le=1)
 
@@ -220,7 +222,7 @@ class AdaGQ(Quantized):
     """adagq."""
 
     s0: float = own(255.0, "initial levels; 255 levels are 8 bits", ge=1, le=255)
-    lam: float = own(10.0, "levels added when the gradient's norm doubles")
+    lam: float = own(1.0, "levels added when the gradient's norm doubles")
 
 
 class FedMPQ(Quantized, Budgeted):

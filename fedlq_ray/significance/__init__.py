@@ -1,6 +1,6 @@
 """Measures how much each layer matters, and allocates levels by it under a budget."""
 
-from fedlq_ray.significance.allocation import Allocation, exact, greedy
+from fedlq_ray.significance.allocation import Allocation, best, bounded, exact, greedy
 from fedlq_ray.significance.metrics import METRICS, Evidence
 from fedlq_ray.significance.probe import Drops, Measurement, gather, in_blocks, measure, memory_saving
 
@@ -10,6 +10,8 @@ __all__ = [
     "Drops",
     "Evidence",
     "Measurement",
+    "best",
+    "bounded",
     "exact",
     "gather",
     "greedy",

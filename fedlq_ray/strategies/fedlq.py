@@ -3,7 +3,8 @@
 
 We could read only its abstract; the formulas are our reconstruction (ARCHITECTURE.md). Each layer and level has a
 memory saving M_l(b), an accuracy drop A_l(b) and the significance A/M. Each client has a byte budget, from its link and
-its compute. Under that budget, the greedy significance-aware algorithm, or the exact one, chooses the levels.
+its compute. Levels within that budget come from the paper's greedy significance-aware algorithm, or from one that is
+nearly optimal and never worse than a single level for all layers (the default), or from an exact one.
 """
 
 import math
@@ -17,7 +18,7 @@ import numpy as np
 from fedlq_ray.config import schemes
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER
-from fedlq_ray.significance import Allocation, Drops, exact, greedy, memory_saving
+from fedlq_ray.significance import Allocation, Drops, best, exact, greedy, memory_saving
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, sent_in_equal_time, taking_part
 from fedlq_ray.strategies.costs import layer_sizes
@@ -43,10 +44,10 @@ class FedLQ(Strategy[Seen]):
             raise ConfigError("strategy.levels: fedlq chooses among levels, and needs at least two, such as [1,2,4,8]")
         if config.late == "partial" and config.payload == "model":
             raise ConfigError("strategy.late: partial leaves layers out, which payload=model cannot; use update")
-        if config.allocation == "exact" and config.significance == "sum":
+        if config.allocation != "greedy" and config.significance == "sum":
             raise ConfigError(
-                "strategy.significance: sum orders the greedy algorithm's steps, and allocation=exact takes none; use "
-                "ratio, or allocation=greedy"
+                f"strategy.significance: sum orders the greedy algorithm's steps, and allocation={config.allocation} "
+                "takes none; use ratio, or allocation=greedy"
             )
         self.sizes = layer_sizes(setting, config.levels)
         self.cheapest = setting.fixed_size + int(self.sizes[:, 0].sum())
@@ -106,8 +107,8 @@ class FedLQ(Strategy[Seen]):
         config = self.setting.config
         drops = seen.drops.estimate(self.counts, config.levels)
         left = budget - self.setting.fixed_size
-        if config.allocation == "exact":
-            return exact(drops, self.sizes, left)
+        if config.allocation != "greedy":
+            return (best if config.allocation == "best" else exact)(drops, self.sizes, left)
         return greedy(drops, self.sizes, left, self._margins(drops) if config.significance == "sum" else None)
 
     def _margins(self, drops: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

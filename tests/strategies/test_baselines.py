@@ -182,19 +182,20 @@ def test_feddq_bits_follow_the_range():
 
 def test_adagq_equalises_the_finish():
     s = setting()
-    each, rest = 1300 / 8, bytes_at_levels(s, 8) - 1300
+    each = (bytes_at_levels(s, 8) - bytes_at_levels(s, 1)) / 7
+    rest = bytes_at_levels(s, 1) - each
     # Slow and fast with the bits 2 and 6: the same second by making the fast one's compute fill the difference.
     slow, fast = 100.0, 1000.0
     late = (rest + 2 * each) / slow - (rest + 6 * each) / fast
     members = cohort((slow, fast), (1, 1), (1.0, 1.0 + late))
-    assert equalised(s, members, 4.0) == [2, 6]
-    # Bits are clamped to 1..8, and the mean is kept by those that are not.
-    assert equalised(s, cohort((1.0, 1e6, 1e6)), 17 / 3) == [1, 8, 8]
-    assert equalised(s, cohort((math.inf, 5.0, 5.0)), 3.2) == [3, 3, 3]
-    assert equalised(s, cohort(), 8.0) == [8, 8, 8]
+    assert equalised(s, members, (2 + 32) / 2) == [2, 6]  # b = log2 s + 1
+    # Bits are clamped to 1..8, and the mean of the levels is kept by those that are not.
+    assert equalised(s, cohort((1.0, 1e6, 1e6)), (1 + 2 * 128) / 3) == [1, 8, 8]
+    assert equalised(s, cohort((math.inf, 5.0, 5.0)), 4.6) == [3, 3, 3]
+    assert equalised(s, cohort(), 255.0) == [8, 8, 8]
 
 
-def test_adagq_keeps_the_better_rate_and_follows_the_norm():
+def test_adagq_halves_or_doubles_and_follows_the_norm():
     strategy = Kept(AdaGQ(setting(AdaGQ), s0=60.0, lam=8.0))
     one = torch.zeros(1310)
     one[0] = 1.0
@@ -203,14 +204,14 @@ def test_adagq_keeps_the_better_rate_and_follows_the_norm():
     for r, (loss, seconds) in enumerate([(2.0, 1.0), (1.5, 0.5), (1.2, 1.0)]):
         strategy.learn(r, news(loss, one, seconds))
     assert strategy.s == 30  # the first norm has nothing to be compared with
-    # Now 30 brings .4 in 1 s, 15 brings .1 in .5 s; the norm has doubled twice: 30 + 8 x 2.
+    # Now 30 brings .4 in 1 s, 15 brings .1 in .5 s; the norm has doubled twice: 2 x 30 + 8 x 2.
     for r, (loss, seconds) in enumerate([(1.0, 1.0), (0.6, 0.5), (0.5, 1.0)], start=3):
         strategy.learn(r, news(loss, 4 * one, seconds))
-    assert strategy.s == 46
+    assert strategy.s == 76
     # A round that nobody answered leaves its cycle undecided.
     for r, loss in enumerate([1.0, None, 0.1], start=6):
         strategy.learn(r, news(loss, one))
-    assert strategy.s == 46
+    assert strategy.s == 76
 
 
 def test_fedhq_gives_levels_by_budget_and_weights_by_error():

@@ -105,20 +105,23 @@ def test_significance_as_a_weighted_sum_by_hand():
     # Steps down, 4 -> 2 and 8 -> 4 bits, add .4 and .4, .2 and .1 to A: of .4 at most. To M = d (32 - b) / (32 x 1300)
     # they add as 2000 and 4000, 600 and 1200: of 4000 at most.
     lost, saved = np.array([[1, 1], [0.5, 0.25]]), np.array([[0.5, 1], [0.15, 0.3]])
-    made = strategy(levels=(2, 4, 8), significance="sum", significance_alpha=0.25)
+    summed = {"allocation": "greedy", "significance": "sum"}
+    made = strategy(levels=(2, 4, 8), significance_alpha=0.25, **summed)
     assert made._margins(drops) == pytest.approx(0.25 * lost - 0.75 * saved)
     # A byte too few for 8 bits everywhere: by the sum a is lowered, -.5 against -.1625; by the ratio b, .1 for 150
     # bytes against .4 for 500; the exact plan costs least, .1 and not .4.
     budget = made.setting.fixed_size + int(made.sizes[:, -1].sum()) - 1
-    for config, choice in (({}, (2, 1)), ({"significance": "sum"}, (1, 2)), ({"allocation": "exact"}, (2, 1))):
+    by_ratio = [{"allocation": name} for name in ("best", "greedy", "exact")]
+    for config, choice in [(summed, (1, 2)), *((config, (2, 1)) for config in by_ratio)]:
         made = strategy(levels=(2, 4, 8), significance_alpha=0.25, **config)
         made.learn(0, News(Measurement(drops, 0 * drops, drops), torch.ones(1310), 1.0, 1.0))
         assert made.allocate(budget).choice == choice
 
 
-def test_the_exact_allocation_refuses_the_weighted_sum():
+@pytest.mark.parametrize("allocation", ["best", "exact"])
+def test_an_allocation_without_steps_refuses_the_weighted_sum(allocation):
     with pytest.raises(ConfigError, match=r"strategy.significance: sum .*use ratio, or allocation=greedy"):
-        strategy(allocation="exact", significance="sum")
+        strategy(allocation=allocation, significance="sum")
 
 
 def test_the_late_send_layers_in_part_but_never_nothing():
