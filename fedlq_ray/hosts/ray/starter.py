@@ -1,7 +1,7 @@
 """Makes the processes of a Ray that this package starts fork from a server, in place of importing Ray each.
 
 Ray starts five Python processes of its own, and each worker, with the interpreter that `sys.executable` names at
-`ray.init`. Until then each would import Ray: a second of a core, or two. While `ray.init` runs, `sys.executable` is a
+`ray.init`. Each would import Ray, which takes one to two core-seconds. While `ray.init` runs, `sys.executable` is a
 script that starts `stub.py`. Where Ray asks for something unexpected, the stub becomes the real interpreter.
 """
 

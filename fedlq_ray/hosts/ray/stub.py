@@ -154,7 +154,7 @@ def _worker(arguments: list[str], environment: dict[str, str], python: str) -> l
         return []
     if not plain or given.get(_LANGUAGE) != "PYTHON" or any("$" in value for value in variables.values()):
         return []
-    if wanted not in (python, command()) or rest[0].startswith("-"):
+    if wanted not in (python, command()) or not rest or rest[0].startswith("-"):
         return []
     environment.update(variables)
     return rest
