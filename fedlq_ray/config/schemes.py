@@ -4,7 +4,7 @@ They are separate from the strategies, so that settings are checked and shown wi
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -72,7 +72,7 @@ class Budgeted(Rated):
         "floor_bits sets the time that the others may fill",
     )
     floor_bits: float | None = key(
-        2.0, "budget=cohort: rate of the slowest member, but at least the lowest level; null: the best rate by the "
+        None, "budget=cohort: rate of the slowest member, but at least the lowest level; null: the best rate by the "
         "convergence bound, per round. fedlq_rd, budget=deadline: a client that cannot send at this rate in time is "
         "late; null: at 0.02",
         unit=BITS, gt=0, le=32,
@@ -80,15 +80,27 @@ class Budgeted(Rated):
     noise_cost: float = key(
         0.05, "floor_bits=null: how much a relative squared error of the averaged update adds to the rounds", ge=0
     )
-    cap_bits: float = key(8.0, "maximum rate of a client; more bits do not help", unit=BITS, gt=0, le=32)
+    cap_bits: float | None = key(
+        None, "maximum rate of a client, since more bits do not help; null: 2 for updates (fedlq_rd: 1), 8 for models, "
+        "and at least floor_bits",
+        unit=BITS, gt=0, le=32,
+    )  # fmt: skip
     deadline_s: Positive | None = key(None, "budget=deadline: simulated length of a round", unit="s")
+    enough_bits: ClassVar[float] = 2.0  # for an update, by experiments/time_to_accuracy
+
+    @property
+    def cap(self) -> float:
+        """The maximum rate of a client, bits per parameter."""
+        if self.cap_bits is not None:
+            return self.cap_bits
+        return max(8.0 if self.payload == "model" else self.enough_bits, self.floor_bits or 0.0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.budget == "deadline" and self.deadline_s is None:
             raise ValueError("budget=deadline needs deadline_s")
-        if self.floor_bits is not None and self.floor_bits > self.cap_bits:
-            raise ValueError(f"floor_bits ({self.floor_bits:g}) must not be above cap_bits ({self.cap_bits:g})")
+        if self.floor_bits is not None and self.floor_bits > self.cap:
+            raise ValueError(f"floor_bits ({self.floor_bits:g}) must not be above cap_bits ({self.cap:g})")
         return self
 
     @model_validator(mode="after")
@@ -152,6 +164,8 @@ class FedLQ(Late, Levelled, Probed):
 
 class FedLQRD(Late, Probed):
     """fedlq_rd."""
+
+    enough_bits: ClassVar[float] = 1.0
 
 
 class Every(FedLQ, Scoped):

@@ -35,7 +35,7 @@ def budgets(
         return [bytes_at(config.bits)] * len(cohort)
     if not cohort:
         return []
-    cap = bytes_at(config.cap_bits)
+    cap = bytes_at(config.cap)
     if config.budget == "deadline" and config.deadline_s is not None:
         return [min(cap, in_time(m, config.deadline_s, cap)) for m in cohort]
 
@@ -57,8 +57,8 @@ def budgets(
         heard = sum((m.samples / total) ** 2 * noise(max(bits, rate)) for m, rate in zip(cohort, rates, strict=True))
         return tau * (1 + config.noise_cost * heard)
 
-    possible = [b for b in FLOORS if b <= config.cap_bits and math.isfinite(noise(b))]
-    return at_floor(min(possible, key=cost, default=config.cap_bits))[1]
+    possible = [b for b in FLOORS if b <= config.cap and math.isfinite(noise(b))]
+    return at_floor(min(possible, key=cost, default=config.cap))[1]
 
 
 def sent_in_equal_time(config: Budgeted, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:

@@ -94,6 +94,7 @@ def test_the_late_wait_or_drop_or_send_in_part():
 @pytest.mark.parametrize("name", ["fedlq", "fedlq_rd"])
 def test_a_fixed_deadline_with_each_policy(name):
     base = ["strategy.budget=deadline", f"strategy.name={name}", "clients.profiles=thin", "rounds=6"]
+    base.append("strategy.floor_bits=2")  # fedlq_rd: who cannot send at this rate is late
     waiting, _ = records(*base, "strategy.deadline_s=0.15")
     dropping, _ = records(*base, "strategy.deadline_s=0.15", "strategy.late=drop")
     parts, _ = records(*base, "strategy.deadline_s=0.15", "strategy.late=partial")

@@ -105,10 +105,11 @@ def test_budgets_by_hand():
     assert bytes_at_levels(s, 4.5) == bytes_at_levels(s, 4) + 0.5 * 1300 / 8
     assert bytes_at_rate(s, 4) == 1300 / 2 + 49
     # The slowest sends 2 bits, 446 bytes, in .892 s; the others have as long, 892 and 3568 bytes, to 8 bits at most.
-    limits = budgets(s.config, cohort(), lambda b: bytes_at_levels(s, b))
+    fixed = s.config.model_copy(update={"floor_bits": 2.0, "cap_bits": 8.0})
+    limits = budgets(fixed, cohort(), lambda b: bytes_at_levels(s, b))
     assert limits == pytest.approx([446, 892, bytes_at_levels(s, 8)])
     assert limits[0] == 446  # exactly: a rounding below would cost the slowest a level
-    free = budgets(s.config, cohort((math.inf,) * 3), lambda b: bytes_at_levels(s, b))
+    free = budgets(fixed, cohort((math.inf,) * 3), lambda b: bytes_at_levels(s, b))
     assert free == [bytes_at_levels(s, 8)] * 3  # bytes take no time, so everyone sends up to the cap
 
 
@@ -117,7 +118,7 @@ def test_the_floor_that_the_bound_finds_best():
     at = partial(bytes_at_rate, s)
 
     def floor(noise, cost=1.0, members=members):
-        config = s.config.model_copy(update={"floor_bits": None, "noise_cost": cost})
+        config = s.config.model_copy(update={"cap_bits": 8.0, "noise_cost": cost})
         return min(budgets(config, members, at, noise))
 
     assert floor(lambda bits: 0.0) == pytest.approx(at(0.02))  # noise costs nothing
@@ -215,7 +216,7 @@ def test_adagq_halves_or_doubles_and_follows_the_norm():
 
 
 def test_fedhq_gives_levels_by_budget_and_weights_by_error():
-    s = setting()
+    s = setting(floor_bits=2.0, cap_bits=8.0)
     strategy = Kept(FedHQ(s))
     plans = strategy.plan(0, cohort())
     # Bytes at b bits: 121 + 162.5 b (a layer's are whole: 13, 50, 100 a bit). Budgets 446, 892, 1421: 2, 4 (of 1, 2, 3,

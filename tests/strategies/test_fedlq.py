@@ -57,14 +57,15 @@ def test_a_floor_by_the_bound_whatever_levels_and_cap(name, config):
 @pytest.mark.parametrize(
     ("name", "config", "bits"),
     [
-        *((name, {"levels": (4, 6, 8)}, [4, 8, 8]) for name in ("fedlq", "fedhq", "kimad")),
+        *((name, {"levels": (4, 6, 8), "floor_bits": 2}, [4, 8, 8]) for name in ("fedlq", "fedhq", "kimad")),
         *((name, {"floor_bits": 0.5}, [1, 2, 3]) for name in ("fedlq", "fedhq", "kimad", "fedmpq")),
-        ("fedlq", {"levels": (2, 4, 6, 8)}, [2, 4, 6]),  # the floor's 2 bits are the lowest level
+        ("fedlq", {"levels": (2, 4, 6, 8), "floor_bits": 2}, [2, 4, 6]),  # the floor's 2 bits are the lowest level
     ],
 )
 def test_a_round_takes_what_the_slowest_needs_for_the_cheapest_payload(name, config, bits):
     """100,000 parameters at 4 bits take 10 kB/s to 1 + 5 s, by when 20 kB/s and more have sent 8 bits."""
-    made = Kept(make(Setting(strategy_config(name=name, **config), (Layer("a", 0, 100_000),), seed=0)))
+    config = strategy_config(name=name, cap_bits=8, **config)
+    made = Kept(make(Setting(config, (Layer("a", 0, 100_000),), seed=0)))
     plans = made.plan(0, [Member(i, 10, 1.0, 1e4 * (i + 1)) for i in range(3)])
     vector = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     pieces = [p.segments(vector) if callable(p.segments) else p.segments for p in plans.values()]
