@@ -15,7 +15,7 @@ from fedlq_ray.config.load import load
 
 SETTINGS = (
     "data.name=fashion-mnist", "data.partition=iid", "clients.count=8", "clients.cohort=8", "clients.hosting=serial",
-    "train.max_samples=300", "rounds=3", "target_accuracy=null", "tracking.uri=null", "seed=7",
+    "clients.profiles=thin", "train.max_samples=300", "rounds=3", "target_accuracy=null", "tracking.uri=null", "seed=7",
 )  # fmt: skip
 SCHEMES = {"4 bits for all": ("strategy.name=uniform", "strategy.bits=4"), "FedLQ": ("strategy.name=fedlq",)}
 COMPUTE, UPLOAD = "#8fb8de", "#00796b"
@@ -39,12 +39,12 @@ def main() -> None:
         axis.barh(range(8), upload, left=compute, color=UPLOAD, label="uploads")
         ends = [c + u for c, u in zip(compute, upload, strict=True)]
         for row, (end, size) in enumerate(zip(ends, sent, strict=True)):
-            axis.text(end + 0.04, row, f"{size / 1e3:.0f} kB", va="center", backgroundcolor="white")
+            axis.text(end, row, f" {size / 1e3:.0f} kB", va="center", backgroundcolor="white")
         axis.axvline(max(ends), color="0.4", linestyle="--", linewidth=1)
         axis.set_title(f"{name}: {sum(sent) / 1e6:.2f} MB in {max(ends):.2f} s", loc="left", fontweight="bold")
         axis.set_yticks(range(8), ["fastest link", *[""] * 6, "slowest link"])
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.9)
+    axes[0].set_xlim(0, 1.12 * axes[0].get_xlim()[1])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     axes[1].set_xlabel("simulated seconds since the round began (dashed: the round is over)")
     plt.savefig(Path(__file__).with_name("round.png"), dpi=110)
