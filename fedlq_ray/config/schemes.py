@@ -81,8 +81,8 @@ class Budgeted(Rated):
         0.05, "floor_bits=null: how much a relative squared error of the averaged update adds to the rounds", ge=0
     )
     cap_bits: float | None = key(
-        None, "maximum rate of a client, since more bits do not help; null: 2 for updates (fedlq_rd: 1), 8 for models, "
-        "and at least floor_bits",
+        None, "maximum rate of a client, since more bits do not help; null: 2 for updates (fedlq_rd: 1), or the "
+        "highest level if all are above 2; 8 for models; at least floor_bits",
         unit=BITS, gt=0, le=32,
     )  # fmt: skip
     deadline_s: Positive | None = key(None, "budget=deadline: simulated length of a round", unit="s")
@@ -93,7 +93,9 @@ class Budgeted(Rated):
         """The maximum rate of a client, bits per parameter."""
         if self.cap_bits is not None:
             return self.cap_bits
-        return max(8.0 if self.payload == "model" else self.enough_bits, self.floor_bits or 0.0)
+        levels = getattr(self, "levels", ())
+        enough = max(levels) if min(levels, default=0) > self.enough_bits else self.enough_bits
+        return max(8.0 if self.payload == "model" else enough, self.floor_bits or 0.0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -136,7 +136,8 @@ def load_config(folder):
 
 def test_a_failed_run_is_told_and_the_others_go_on(tmp_path):
     told = []
-    text = "runs: {bad: [train.lr=1000, rounds=20], fedavg: [strategy.name=fedavg]}\nseeds: [0, 1]"
+    bad = "[strategy.floor_bits=2, train.lr=1000, rounds=20]"  # diverges after its first round
+    text = f"runs: {{bad: {bad}, fedavg: [strategy.name=fedavg]}}\nseeds: [0, 1]"
     found = sweep(tmp_path, text, told)
     assert found.failed == 2 and sum("training diverged" in line for line in told) == 2
     bad, good = compare.rows(found)
