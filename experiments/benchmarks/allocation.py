@@ -40,10 +40,12 @@ def timed(allocate: Callable[..., Allocation], *arguments: object) -> tuple[Allo
 
 def row(layers: int) -> str:
     rng = np.random.default_rng(layers)
-    gaps, found = [], {name: ([], []) for name in ("best", "greedy", "exact")}  # type: ignore[var-annotated]  # lists
+    gaps: list[float] = []
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("best", "greedy", "exact")}
     for number in range(TABLES):
         drops, sizes, budget, uniform = problem(rng, layers, number % 2 == 0)
-        gaps.append(bounded(drops, sizes, budget)[0].drop / bounded(drops, sizes, budget)[1] - 1)
+        allocation, bound = bounded(drops, sizes, budget)
+        gaps.append(allocation.drop / bound - 1)
         for name, allocate in (("best", best), ("greedy", greedy), ("exact", exact)):
             if name != "exact" or (layers <= 20 and number < 10):
                 allocation, ms = timed(allocate, drops, sizes, budget)

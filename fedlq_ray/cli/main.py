@@ -6,13 +6,11 @@ from fedlq_ray import startup  # noqa: F401  (before imports that a user's file 
 import atexit
 import contextlib
 import gc
-import importlib
 import io
 import json
 import logging
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +28,7 @@ from fedlq_ray.config import load as configuration
 from fedlq_ray.config.load import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.federation.record import Record
+from fedlq_ray.hosts.ray.session import anticipate
 from fedlq_ray.runs.output import Commands, Console, OutputClosed, say, silence
 from fedlq_ray.tracking import stores
 
@@ -56,28 +55,14 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
         fedlq run rounds=20 strategy.name=uniform strategy.bits=2
     """
     config = configuration.load(*split(arguments))  # before imports that take seconds
-    _begin(config)
+    if config.clients.hosting != "serial":
+        anticipate()
     from fedlq_ray.runs.progress import watch
     from fedlq_ray.runs.simulation import simulate
 
     with watch(config, Console(stderr=True), as_json) as report:
         result = simulate(config, watch=report)
     _tell(result, config, as_json)
-
-
-def _begin(config: Config) -> None:
-    """Starts Ray if a run needs it, which is mostly waiting; a thread imports what the run needs meanwhile."""
-    if config.clients.hosting == "serial":
-        return
-    from fedlq_ray.hosts.ray.session import anticipate, start_ray
-
-    anticipate()
-    thread = threading.Thread(target=importlib.import_module, args=("fedlq_ray.runs.simulation",))
-    thread.start()
-    try:
-        start_ray()
-    finally:
-        thread.join()
 
 
 @cli.command()

@@ -86,7 +86,7 @@ class Budgeted(Rated):
         unit=BITS, gt=0, le=32,
     )  # fmt: skip
     deadline_s: Positive | None = key(None, "budget=deadline: simulated length of a round", unit="s")
-    enough_bits: ClassVar[float] = 2.0  # for an update, by experiments/time_to_accuracy
+    enough_bits: ClassVar[float] = 2.0  # for an update: docs/decisions/0034
 
     @property
     def cap(self) -> float:
