@@ -37,7 +37,6 @@ class Fold:
         self.decode_s = 0.0  # wall seconds of decoding and summing
         self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
         self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
-        self.energy = 0.0  # sum of p_n^2 |x_n|^2 over the vectors sent
         self.square_error = 0.0  # sum of p_n^2 |Q(x_n) - x_n|^2
         self.waiting: dict[int, Reply | ClientError] = {}
         self.turn = 0  # index of the job whose payload is summed next
@@ -70,13 +69,6 @@ class Fold:
     def mean_error(self) -> float:
         """Root mean square error that quantization adds to the mean update, if clients' errors are independent."""
         return self._whole * math.sqrt(self.square_error)
-
-    @property
-    def spread(self) -> float | None:
-        """`News.spread` of these payloads."""
-        came = sum(s**2 for j, s in zip(self.jobs, self.shares, strict=True) if j.client in self.replies)
-        square = float(self.mean().square().sum()) * came
-        return self.energy / square if square else None
 
     def require_movement(self) -> None:
         """Requires that the round changed something.
@@ -140,7 +132,6 @@ class Fold:
             change = PAYLOADS[kind].change(value, self.offers[job.client].model)
             self.heard = self.heard or bool(change[: self.parameters].any())
             self.update += share * change
-            self.energy += share**2 * float(value.square().sum())
             self.square_error += share**2 * reply.square_error
             self.sent.append(payload.segments)
             self.replies[job.client] = reply

@@ -69,7 +69,7 @@ def plan(rules: Rules, state: ServerState) -> Planned:
     members = [cohorts.member(task, client, offers[client].num_bytes) for client in drawn]
     if task.config.train.adaptive_work > 1:
         known = state.payload_bytes and [state.payload_bytes] * len(members)
-        expected = rules.ask("expected_bytes", round, state.strategy, members) or known
+        expected = rules.ask("expected_bytes", round, state.strategy, round, members) or known
         members = cohorts.with_own_work(task, members, expected) if expected else members
     plans = rules.ask("plan", round, copy.deepcopy(state.strategy), round, members)
     answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]

@@ -175,7 +175,7 @@ def commit(
     norm = float(update[:parameters].double().norm())
     error = work * fold.mean_error if update is mean else None
     record = record_of(task, planned, fold, times, norm, error, sim_time_s)
-    news = News(measurement, update, record.train_loss, round_time_s, fold.spread)
+    news = News(measurement, update, record.train_loss, round_time_s)
     learned = rules.ask(
         "learn", round, copy.deepcopy(state.strategy), round, news
     )  # a user's strategy may change it in place

@@ -1,13 +1,16 @@
 """Rate control: finds the smallest step size whose payload fits a budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from fedlq_ray.quantization.ecsq import TOP, Ecsq, Floats, Magnitudes
+from fedlq_ray.quantization.base import Quantizer
+from fedlq_ray.quantization.coding.codes import TOP, Floats, Magnitudes
+from fedlq_ray.quantization.ecsq import Ecsq
 from fedlq_ray.quantization.scalar import Float32
 from fedlq_ray.quantization.wire import LAYER_HEADER, PAYLOAD_HEADER, Segment
 
@@ -15,6 +18,20 @@ _CLOSE = 0.993  # fraction of the budget that ends the search: more is not worth
 _PASSES = 30
 _NEAR = 1e-3  # relative interval of steps that ends the search: the number of bytes jumps there
 _POINTS = 96  # points of the curve
+
+
+class Stepped(Quantizer, Protocol):
+    """A quantizer with a step size, whose bytes are predicted from a layer's magnitudes."""
+
+    coarsest: ClassVar[float]  # the step, in peaks of a layer, that quantizes (almost) all of it to zero
+
+    def fitted(self, layer: Magnitudes) -> tuple[Quantizer, float]:
+        """The quantizer to encode this layer with, and the bytes that it takes (if it rounds at random: with a margin
+        for that)."""
+
+    @staticmethod
+    def rough(layer: Magnitudes, steps: Floats) -> Floats:
+        """Approximate bytes at each of the falling steps; they never fall."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +45,13 @@ class OneStep:
         pieces: the (start, stop) of each layer, in order.
         weights: sqrt(s_l) of each layer; 0 for a buffer, which is sent as float32.
         budget: bytes of the payload, headers included. If nothing fits, all layers are sent as zeros.
+        quantizer: made from a step.
     """
 
     pieces: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
     budget: float
+    quantizer: Callable[[float], Stepped] = Ecsq
 
     def __call__(self, vector: Tensor) -> tuple[Segment, ...]:
         """Returns the designed segments.
@@ -48,12 +67,12 @@ class OneStep:
             return self._segments(layers, 1.0)[0]
         peak = max(layer.peak * w for layer, w in scaled)
         least = min(layer.peak * w for layer, w in scaled) / TOP
-        # The curve's first step quantizes everything to zero; at its last, no code can be finer.
-        steps = np.geomspace(4 * peak, least, _POINTS)
+        # The curve's first step quantizes (almost) everything to zero; at its last, no code can be finer.
+        steps = np.geomspace(self.quantizer(1.0).coarsest * peak, least, _POINTS)
         best, size = self._segments(layers, float(steps[0]))
         if size >= self.budget:
             return best
-        curve = np.log(size + sum(_rough(layer, steps / w) for layer, w in scaled))
+        curve = np.log(size + sum(self.quantizer(1.0).rough(layer, steps / w) for layer, w in scaled))
         logs, goal = np.log(steps), math.log(self.budget * (1 + _CLOSE) / 2)
         high, low, shift = float(logs[0]), float(logs[-1]) - 1, 0.0
         for tried in range(_PASSES):
@@ -72,36 +91,15 @@ class OneStep:
             shift = math.log(size) - float(np.interp(-step, -logs, curve))
         return best
 
-    def _segments(self, layers: Sequence[Magnitudes | None], step: float) -> tuple[tuple[Segment, ...], int]:
+    def _segments(self, layers: Sequence[Magnitudes | None], step: float) -> tuple[tuple[Segment, ...], float]:
         """Returns the segments for a step, and the bytes of their payload."""
-        segments, size = [], PAYLOAD_HEADER
+        segments, size = [], float(PAYLOAD_HEADER)
         for layer, (start, stop), weight in zip(layers, self.pieces, self.weights, strict=True):
             if layer:
-                design = Ecsq(step / weight).design(layer)
-                segments.append(Segment(Ecsq(step / weight, designed=design), start, stop))
-                size += LAYER_HEADER + design.num_bytes
+                quantizer, taken = self.quantizer(step / weight).fitted(layer)
+                segments.append(Segment(quantizer, start, stop))
+                size += LAYER_HEADER + taken
             else:
                 segments.append(Segment(Float32(), start, stop))
                 size += LAYER_HEADER + 4 * (stop - start)
         return tuple(segments), size
-
-
-def _rough(layer: Magnitudes, steps: Floats) -> Floats:
-    """Approximate bytes of a layer at each step: positions of nonzero elements, their signs, and magnitudes with a
-    geometric distribution. They never fall as steps get smaller."""
-    steps = np.maximum(steps, layer.peak / TOP)
-    count = len(layer.values)
-    zone = np.full(len(steps), 0.5)  # values below this many steps become zero; it grows with the share of zeros
-    for _ in range(2):
-        zeros = np.searchsorted(layer.values, np.minimum(zone * steps, layer.peak).astype(np.float32), side="right")
-        nonzero = count - zeros
-        zone = 0.55 + 0.065 * np.log2((zeros + 1) / (nonzero + 1)).clip(0)
-    mean = np.maximum((layer.sums[-1] - layer.sums[zeros]) / steps / np.maximum(nonzero, 1), 1.0)
-    bits = count * _entropy(nonzero / count) + nonzero * (1 + mean * _entropy(1 / mean))
-    return np.maximum.accumulate(bits / 8)
-
-
-def _entropy(p: Floats) -> Floats:
-    """Entropy of a biased coin, in bits."""
-    q = 1 - p
-    return -p * np.log2(np.maximum(p, 1e-300)) - q * np.log2(np.maximum(q, 1e-300))

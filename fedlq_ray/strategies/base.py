@@ -145,15 +145,12 @@ class News:
         update: the cohort's mean update (d,) float32, as returned by `combine`; the server may take another step.
         train_loss: the mean of the clients' training losses; None if no client replied.
         round_time_s: simulated seconds that the round took.
-        spread: the mean of |x_n|^2 over the cohort (weighted by p_n^2), over the square of the mean update; x_n is what
-            client n sent. 1 if all sent the same update, more if they point apart; None if nothing arrived.
     """
 
     measurement: Measurement | None
     update: Tensor
     train_loss: float | None
     round_time_s: float
-    spread: float | None = None
 
 
 State = TypeVar("State", default=Any)
@@ -186,7 +183,7 @@ class Strategy(Generic[State]):
         """Each member's plan for a round, by client. Clients without a plan skip the round and do not delay it."""
         raise TypeError(f"{type(self).__name__} has no plan")
 
-    def expected_bytes(self, state: State, cohort: Sequence[Member]) -> Sequence[float] | None:
+    def expected_bytes(self, state: State, round: int, cohort: Sequence[Member]) -> Sequence[float] | None:
         """Bytes that each member reserves upload time for when it trains as long as it can (`train.adaptive_work`).
         None: the mean payload of the previous round."""
         return None

@@ -3,21 +3,25 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from fedlq_ray.config.schemes import Budgeted, Late
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq
-from fedlq_ray.quantization.rate import OneStep
+from fedlq_ray.quantization.coding.codes import Floats
+from fedlq_ray.quantization.rate import OneStep, Stepped
 from fedlq_ray.strategies.base import Member, Setting
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
-FLOORS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+RATES = np.array([0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0])
 Bytes = Callable[[float], float]  # of a payload, by bits per parameter
-Noise = Callable[[float], float]  # squared error of a payload by bits per parameter, over the mean update's square
+Noise = Callable[[Floats], Floats]  # squared error of a payload over its own square, by bits per parameter
 
 
 def budgets(
     config: Budgeted,
     cohort: Sequence[Member],
+    round: int,
     bytes_at: Bytes,
     noise: Noise | None = None,
     cheapest: float = 0.0,
@@ -26,10 +30,8 @@ def budgets(
 
     bits: `strategy.bits` for all. deadline, cohort: (tau - fixed_n) R_n, at most the cap. tau is `deadline_s`, or the
     time of the slowest member at the floor, but at no less than `cheapest` bytes, the smallest payload that can be
-    planned; so every member has time for at least as many bytes. The floor is `floor_bits`, or else the rate that
-    minimises tau x (1 + noise_cost x sum_n p_n^2 noise(b_n)): simulated seconds per round, times the growth of the
-    bound on convergence (docs/theory.md) with the levels, up to a factor. It is the cap if no lower rate can be sent.
-    Without `noise`, the noise is that of min-max on a Gaussian.
+    planned; so every member has time for at least as many bytes. The floor is `floor_bits`; if that is null, `thrifty`
+    chooses it, and the cap where `cap_bits` is null. Without `noise`, the noise is that of min-max on a Gaussian.
     """
     if config.budget == "bits":
         return [bytes_at(config.bits)] * len(cohort)
@@ -38,27 +40,43 @@ def budgets(
     cap = bytes_at(config.cap)
     if config.budget == "deadline" and config.deadline_s is not None:
         return [min(cap, in_time(m, config.deadline_s, cap)) for m in cohort]
+    floor = config.floor_bits and bytes_at(config.floor_bits)
+    if floor is None:
+        floor, cap = thrifty(config, cohort, round, bytes_at, noise or minmax_noise, cheapest)
+    least = max(cheapest, min(cap, floor))
+    tau = max(m.fixed_s + least / m.uplink_bytes_per_s for m in cohort)
+    # The slowest gets `least` by definition, but rounding may put (tau - fixed) R below it.
+    return [max(least, min(cap, in_time(m, tau, cap))) for m in cohort]
 
-    def at_floor(bits: float) -> tuple[float, list[float]]:
-        least = max(cheapest, min(cap, bytes_at(bits)))
-        tau = max(m.fixed_s + least / m.uplink_bytes_per_s for m in cohort)
-        # The slowest gets `least` by definition, but rounding may put (tau - fixed) R below it.
-        return tau, [float(max(least, min(cap, in_time(m, tau, cap)))) for m in cohort]
 
-    if config.floor_bits is not None:
-        return at_floor(config.floor_bits)[1]
-    noise = noise or minmax_noise
+def thrifty(
+    config: Budgeted, cohort: Sequence[Member], round: int, bytes_at: Bytes, noise: Noise, cheapest: float
+) -> tuple[float, float]:
+    """The floor and the cap, in bytes, that minimise tau G (G sum_n B_n)^thrift.
+
+    G = 1 + noise_cost x (round + 1) x sum_n p_n^2 noise(b_n) is the growth of the bound on convergence
+    (docs/theory.md) by the noise: after T rounds, the ratio of its quantization term to its first term is, up to a
+    factor, the sum over rounds of that sum. Noise therefore costs little at first, and later rounds need more bits.
+    tau G stands for the simulated time to an accuracy, G sum_n B_n for the bytes. Both are at most the cap's rate if no
+    lower rate can be sent.
+    """
+    rates = RATES[(RATES <= config.cap) & np.isfinite(noise(RATES))]
+    rates = rates if len(rates) else np.array([config.cap])
+    fixed, speed, samples = (np.array(v) for v in zip(*((m.fixed_s, m.uplink_bytes_per_s, m.samples) for m in cohort)))
+    shares = np.square(samples / samples.sum())
     zero, one = bytes_at(1e-9), bytes_at(1.0)
-    total = sum(m.samples for m in cohort)
-
-    def cost(bits: float) -> float:
-        tau, limits = at_floor(bits)
-        rates = [(limit - zero) / (one - zero) for limit in limits]
-        heard = sum((m.samples / total) ** 2 * noise(max(bits, rate)) for m, rate in zip(cohort, rates, strict=True))
-        return tau * (1 + config.noise_cost * heard)
-
-    possible = [b for b in FLOORS if b <= config.cap and math.isfinite(noise(b))]
-    return at_floor(min(possible, key=cost, default=config.cap))[1]
+    floors = np.maximum(cheapest, [bytes_at(rate) for rate in rates])[:, None]
+    tau = (fixed + floors / speed).max(1, keepdims=True)
+    room = np.where(np.isinf(speed), np.inf, (tau - fixed) * np.where(np.isinf(speed), 1.0, speed))  # (floors, members)
+    best, chosen = math.inf, (float(floors[-1, 0]), bytes_at(config.cap))
+    for cap in [chosen[1]] if config.cap_bits is not None else floors[:, 0].tolist():
+        sent = np.minimum(np.maximum(room, floors), cap)
+        heard = noise(np.maximum((sent - zero) / (one - zero), rates[0])) @ shares
+        growth = 1 + config.noise_cost * (round + 1) * heard
+        cost = np.where(floors <= cap, tau, np.inf)[:, 0] * growth * (growth * sent.sum(1)) ** config.thrift
+        if cost.min() < best:
+            best, chosen = float(cost.min()), (float(floors[cost.argmin(), 0]), cap)
+    return chosen
 
 
 def sent_in_equal_time(config: Budgeted, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:
@@ -76,9 +94,9 @@ def sent_in_equal_time(config: Budgeted, cohort: Sequence[Member], limits: Seque
     ]
 
 
-def minmax_noise(bits: float) -> float:
-    """Squared error of stochastic min-max on a Gaussian layer, as a share of the layer's square; no level below 1."""
-    return 20 / (2**bits - 1) ** 2 if bits >= 1 else math.inf
+def minmax_noise(bits: Floats) -> Floats:
+    """Squared error of stochastic min-max on a Gaussian layer, over the layer's square; no level below 1."""
+    return np.where(bits >= 1, 20 / (2 ** np.maximum(bits, 1.0) - 1) ** 2, np.inf)
 
 
 def in_time(member: Member, seconds: float, cap: float) -> float:
@@ -139,11 +157,14 @@ def require_rate(setting: Setting, bits: float, key: str) -> None:
         raise ConfigError(f"{key}: {bits:g} bits per parameter, but this model's headers alone take {least:.3g}")
 
 
-def one_step(setting: Setting, budget: float, weights: Sequence[float] | None = None) -> OneStep:
+def one_step(
+    setting: Setting, budget: float, weights: Sequence[float] | None = None, quantizer: Callable[[float], Stepped] = Ecsq
+) -> OneStep:
     """Chooses step sizes under a budget in bytes. `weights`: square root of each quantized layer's significance."""
     chosen = iter(weights if weights is not None else [1.0] * len(setting.quantized))
     return OneStep(
         tuple((layer.start, layer.stop) for layer in setting.layers),
         tuple(0.0 if layer.buffer else next(chosen) for layer in setting.layers),
         budget,
+        quantizer,
     )

@@ -43,7 +43,7 @@ class FedHQ(Strategy[Errors]):
     def plan(self, state: Errors, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         config = self.setting.config
         levels: tuple[int, ...] = config.levels
-        limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=float(self.sizes[0]))
+        limits = budgets(config, cohort, round, partial(bytes_at_levels, self.setting), cheapest=float(self.sizes[0]))
         fitting = [np.flatnonzero(self.sizes <= limit) for limit in limits]
         chosen = [levels[int(fits[-1]) if len(fits) else 0] for fits in fitting]
         plans = {bits: self.setting.at_levels([bits] * len(self.setting.quantized)) for bits in set(chosen)}

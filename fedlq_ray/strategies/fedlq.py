@@ -18,6 +18,7 @@ import numpy as np
 from fedlq_ray.config import schemes
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER
+from fedlq_ray.quantization.coding.codes import Floats
 from fedlq_ray.significance import Allocation, Drops, best, exact, greedy, memory_saving
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, sent_in_equal_time, taking_part
@@ -27,11 +28,10 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Seen:
-    """What the strategy learned: drops, and the square and `News.spread` of the last round's mean update."""
+    """What the strategy learned: drops, and the square of the last round's mean update."""
 
     drops: Drops
     square: float = 0.0
-    spread: float = 1.0
 
 
 class FedLQ(Strategy[Seen]):
@@ -59,17 +59,17 @@ class FedLQ(Strategy[Seen]):
     def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         bodies = self.sizes[:, 0] - LAYER_HEADER
         scrap = self.cheapest - int(bodies.sum() - bodies.min())  # the smallest layer, and the headers of all
-        limits = taking_part(self.setting.config, cohort, self.budgets(seen, cohort), self.cheapest, scrap)
+        limits = taking_part(self.setting.config, cohort, self.budgets(seen, round, cohort), self.cheapest, scrap)
         made = {limit: self.setting.at_levels(self.levels(seen, limit)) for limit in set(limits.values())}
         return {client: made[limit] for client, limit in limits.items()}
 
-    def budgets(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
+    def budgets(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload: (tau - fixed_n) R_n, at most those of the cap."""
         noise = partial(self.noise, seen)
-        return budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), noise, self.cheapest)
+        return budgets(self.setting.config, cohort, round, partial(bytes_at_levels, self.setting), noise, self.cheapest)
 
-    def expected_bytes(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
-        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, cohort))
+    def expected_bytes(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
+        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, round, cohort))
 
     def levels(self, seen: Seen, budget: float) -> list[int]:
         """A level for each layer within a payload's bytes.
@@ -90,17 +90,17 @@ class FedLQ(Strategy[Seen]):
                 room -= bodies[layer]
         return levels
 
-    def noise(self, seen: Seen, bits: float) -> float:
-        """Squared error of a payload, over the square of the mean update, by bits per parameter.
+    def noise(self, seen: Seen, bits: Floats) -> Floats:
+        """Squared error of a payload, over the square of an update, by bits per parameter.
 
         Its logarithm is interpolated between probed levels. Before the first probe, it is that of a Gaussian."""
         levels = [level for level in self.setting.config.levels if level < 16]
-        if not levels or bits < levels[0]:
-            return math.inf
+        if not levels:
+            return np.full(bits.shape, math.inf)
         if seen.drops.distortion is None or not seen.square:
-            return minmax_noise(bits)
+            return np.where(bits < levels[0], math.inf, minmax_noise(bits))
         errors = seen.drops.distortion.sum(0)[: len(levels)] / seen.square
-        return seen.spread * float(np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
+        return np.where(bits < levels[0], math.inf, np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
 
     def allocate(self, seen: Seen, budget: float) -> Allocation:
         """Levels within a payload's bytes."""
@@ -129,9 +129,7 @@ class FedLQ(Strategy[Seen]):
 
     def learn(self, seen: Seen, round: int, news: News) -> Seen:
         drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
-        # If clients send models, the probe quantizes a whole model: its error is that of each client, without a spread.
-        spread = news.spread if self.setting.config.payload == "update" else None
-        return Seen(drops, float(news.update.double().square().sum()), seen.spread if spread is None else spread)
+        return Seen(drops, float(news.update.double().square().sum()))
 
     def report(self, seen: Seen) -> dict[str, Any]:
         """Significance A/M of each layer at the lowest level, and the noise of A there."""

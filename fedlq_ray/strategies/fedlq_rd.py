@@ -15,6 +15,8 @@ import numpy as np
 
 from fedlq_ray.config import schemes
 from fedlq_ray.quantization import Ecsq
+from fedlq_ray.quantization.coding.codes import Floats
+from fedlq_ray.quantization.stochastic import StochasticStep
 from fedlq_ray.significance import Drops
 from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
 from fedlq_ray.strategies.budgets import (
@@ -28,31 +30,32 @@ from fedlq_ray.strategies.budgets import (
 )
 from fedlq_ray.training.local import Plan
 
-# Normalised squared error by bits per parameter, on clients' updates (docs/quantizers.md).
-RATES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
-ERRORS = (1.0, 0.427, 0.271, 0.153, 0.0608, 0.0124, 0.0028, 0.00065)
+# Bits per parameter, and squared error over the update's square, on clients' updates (docs/quantizers.md): of Ecsq, and
+# of StochasticStep.
+ERRORS = (0.001, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0), (0.999, 0.427, 0.271, 0.153, 0.0608, 0.0124, 0.0028, 0.00065)
+UNBIASED = (0.023, 0.041, 0.073, 0.129, 0.234, 0.402, 0.673, 1.09, 2.09), (78.0, 39, 19, 9, 3.9, 1.7, 0.64, 0.22, 0.055)
+DELAY = 50.0  # with error feedback: the round in which noise costs as much as without
 SCRAP = 0.02  # bits per parameter: smaller payloads are useless, as are those below twice their headers
 PROBED = (3.0, 8.0)  # step sizes of the probe, in root mean squares of the update: about 1 and 0.3 bits
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the strategy learned: drops, and `News.spread` and the root mean square of the last round's update."""
+    """What the strategy learned: drops, and the root mean square of the last round's update."""
 
     drops: Drops
-    spread: float = 1.0
     rms: float = 0.0
 
 
 class FedLQRD(Strategy[Seen]):
     """One step size for each client, from its budget."""
 
-    error_feedback = True
-
     def __init__(self, setting: Setting[schemes.FedLQRD]) -> None:
         self.setting = setting
+        self.quantizer = Ecsq if setting.error_feedback else StochasticStep
         self.counts = [layer.size for layer in setting.quantized]
-        self.scrap = max(SCRAP, 2 * headers_rate(setting))
+        self.headers = headers_rate(setting)
+        self.scrap = max(SCRAP, 2 * self.headers)
         for key in ("bits",) if setting.config.budget == "bits" else ("floor_bits", "cap_bits"):
             if (rate := getattr(setting.config, key)) is not None:
                 require_rate(setting, rate, f"strategy.{key}")
@@ -63,34 +66,34 @@ class FedLQRD(Strategy[Seen]):
     def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         setting, config = self.setting, self.setting.config
         least = bytes_at_rate(setting, config.floor_bits or self.scrap)
-        limits = taking_part(config, cohort, self.budgets(seen, cohort), least, bytes_at_rate(setting, self.scrap))
+        limits = taking_part(config, cohort, self.budgets(seen, round, cohort), least, bytes_at_rate(setting, self.scrap))
         weights = np.sqrt(seen.drops.curvature(self.counts)).tolist()
         return {
-            client: Plan(config.payload, one_step(setting, limit, weights), setting.error_feedback)
+            client: Plan(config.payload, one_step(setting, limit, weights, self.quantizer), setting.error_feedback)
             for client, limit in limits.items()
         }
 
-    def budgets(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
+    def budgets(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload."""
-        return budgets(self.setting.config, cohort, partial(bytes_at_rate, self.setting), partial(self.noise, seen))
+        return budgets(self.setting.config, cohort, round, partial(bytes_at_rate, self.setting), partial(self.noise, round))
 
-    def expected_bytes(self, seen: Seen, cohort: Sequence[Member]) -> list[float]:
-        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, cohort))
+    def expected_bytes(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
+        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, round, cohort))
 
-    def noise(self, seen: Seen, bits: float) -> float:
-        """Squared error at a rate. Error feedback repairs it later: its effect on the number of rounds then grows as
-        q / (1 - q)^2 (Karimireddy et al., ICML 2019, Theorem II). This is a heuristic, outside our theorem."""
-        if bits < self.scrap:
-            return math.inf
-        q = float(np.exp(np.interp(bits, RATES, np.log(ERRORS))))
-        return seen.spread * (q / (1 - q) ** 2 if self.setting.error_feedback else q)
+    def noise(self, round: int, bits: Floats) -> Floats:
+        """Squared error at a rate, over an update's square. Error feedback repairs it later: its effect on the number
+        of rounds then grows as q / (1 - q)^2 (Karimireddy et al., ICML 2019, Theorem II), in early rounds as in late
+        ones. That is a heuristic, outside our theorem."""
+        rates, errors = ERRORS if self.setting.error_feedback else UNBIASED
+        q = np.exp(np.interp(np.log(np.maximum(bits - self.headers, 1e-3)), np.log(rates), np.log(errors)))
+        return np.where(bits < self.scrap, math.inf, DELAY / (round + 1) * q / (1 - q) ** 2 if self.setting.error_feedback else q)
 
     def probe(self, seen: Seen, round: int) -> Probe | None:
         config = self.setting.config
         # Squared error weights all layers alike and needs no measurement.
         if config.metric in (None, "squared_error") or not seen.rms or (round - 1) % config.probe_every:
             return None
-        return Probe(tuple(Ecsq(step * seen.rms) for step in PROBED), config.probe_samples, config.metric)
+        return Probe(tuple(self.quantizer(step * seen.rms) for step in PROBED), config.probe_samples, config.metric)
 
     def report(self, seen: Seen) -> dict[str, Any]:
         """Significance of each layer, once measured: the drop per unit of squared error."""
@@ -101,8 +104,7 @@ class FedLQRD(Strategy[Seen]):
 
     def learn(self, seen: Seen, round: int, news: News) -> Seen:
         drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
-        spread = seen.spread if news.spread is None else news.spread
-        return Seen(drops, spread, float(news.update.double().square().mean().sqrt()))
+        return Seen(drops, float(news.update.double().square().mean().sqrt()))
 
 
 class EcsqFixed(FedLQRD):
@@ -110,6 +112,7 @@ class EcsqFixed(FedLQRD):
     every client, headers included. It is our strongest fixed-rate baseline, without significance or budgets. One step
     size is reverse water-filling over layers (Cover and Thomas, section 10.3)."""
 
+    error_feedback = True
     timeless = True
 
     def __init__(self, setting: Setting[schemes.Rated]) -> None:

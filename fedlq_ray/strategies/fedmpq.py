@@ -44,7 +44,7 @@ class FedMPQ(Strategy[Planes]):
 
     def plan(self, state: Planes, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         cheapest = self.setting.fixed_size + int(self.sizes[:, 0].sum())
-        limits = budgets(self.setting.config, cohort, partial(bytes_at_levels, self.setting), cheapest=cheapest)
+        limits = budgets(self.setting.config, cohort, round, partial(bytes_at_levels, self.setting), cheapest=cheapest)
         plans = {limit: self.setting.at_levels(self.fitted(state, limit)) for limit in set(limits)}
         return {member.client: plans[limit] for member, limit in zip(cohort, limits, strict=True)}
 

@@ -79,7 +79,7 @@ class Kimad(Strategy):
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         config = self.setting.config
         if self.round_s is None:
-            limits = budgets(config, cohort, partial(bytes_at_levels, self.setting), cheapest=self.cheapest)
+            limits = budgets(config, cohort, round, partial(bytes_at_levels, self.setting), cheapest=self.cheapest)
         else:
             top = bytes_at_levels(self.setting, config.levels[-1])
             limits = [min(top, in_time(member, self.round_s, top)) for member in cohort]

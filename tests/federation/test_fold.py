@@ -177,13 +177,6 @@ def four():
     return fold, [Reply(payload, 1.0, 1, 0.0, 0.0) for payload in payloads]
 
 
-def test_spread_is_of_who_came():
-    fold, replies = four()
-    for client, reply in enumerate(replies):
-        fold.take(client, ClientError("it fails", round=0, client=client) if client in (1, 2) else reply)
-    assert fold.lost == [1, 2] and abs(fold.spread - 1) < 1e-6  # they are all the same
-
-
 def test_what_comes_after_a_client_s_first_reply_does_not_count():
     fold, replies = four()
     late = Reply(b"of another round", 9.0, 1, 0.0, 0.0)

@@ -25,6 +25,7 @@ from fedlq_ray.quantization import (
     TopK,
 )
 from fedlq_ray.quantization.registry import DECODERS
+from fedlq_ray.quantization.stochastic import StochasticStep
 from fedlq_ray.quantization.wire import Segment, decode
 from fedlq_ray.training.local import Plan, client_round
 from fedlq_ray.training.sgd import LocalSGD
@@ -59,6 +60,7 @@ TABLE = [
     *[Row(Eden(b), Eden.HEADER.size, b, unbiased=True) for b in (0.25, 1, 1.5, 2, 4, 8)],
     *[Row(Eden(b, unbiased=False), Eden.HEADER.size, b) for b in (1, 2)],
     *[Row(Ecsq(step)) for step in (0.01, 0.5, 2.0, 100.0)],
+    *[Row(StochasticStep(step), unbiased=True) for step in (0.01, 0.5, 2.0, 100.0)],
     Row(FineGrained(4.0)),
 ]
 known = {type(row.quantizer) for row in TABLE}
@@ -77,7 +79,8 @@ def roundtrip(quantizer, x, seed=0):
 
 def test_the_wire_has_the_numbers_of_its_first_version():
     names = "Float32 Float16 MinMax Qsgd QsgdElias TernGrad Sign TopK Stc Eden Ecsq FineGrained Absent"
-    assert [type(DECODERS[number]).__name__ for number in range(13)] == names.split()
+    names += " StochasticStep"
+    assert [type(DECODERS[number]).__name__ for number in range(14)] == names.split()
     assert all(getattr(row.quantizer, "unbiased", False) == row.unbiased for row in TABLE)
 
 

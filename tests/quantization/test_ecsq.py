@@ -6,7 +6,7 @@ import torch
 
 from fedlq_ray.errors import PayloadError
 from fedlq_ray.quantization import Ecsq
-from fedlq_ray.quantization.ecsq import Magnitudes, Model, fit
+from fedlq_ray.quantization.coding.codes import Magnitudes, Model, fit
 
 from .test_contract import rng, roundtrip
 

@@ -31,6 +31,7 @@ from fedlq_ray.quantization import (
     encode,
     send,
 )
+from fedlq_ray.quantization.stochastic import StochasticStep
 
 CASES = int(os.environ.get("FEDLQ_FUZZ", "300"))
 fuzz = settings(max_examples=CASES, deadline=None)
@@ -57,6 +58,7 @@ QUANTIZERS = st.one_of(
     st.builds(MinMax, st.integers(1, 8)),
     st.builds(Qsgd, st.integers(1, 8)),
     st.builds(Ecsq, st.floats(0.01, 3)),
+    st.builds(StochasticStep, st.floats(0.01, 30)),
     st.builds(QsgdElias, st.integers(1, 8)),
     st.builds(Sign, st.booleans()),
     st.builds(TopK, st.floats(0.01, 1)),

@@ -21,7 +21,7 @@ from fedlq_ray.quantization.wire import encode
 from fedlq_ray.strategies import STRATEGIES, Member, News, Setting, make
 from fedlq_ray.strategies.adagq import AdaGQ, equalised, levels_of
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
-from fedlq_ray.strategies.budgets import FLOORS, budgets, bytes_at_levels, bytes_at_rate
+from fedlq_ray.strategies.budgets import RATES, budgets, bytes_at_levels, bytes_at_rate
 from fedlq_ray.strategies.costs import BITS, layer_sizes, squared_errors
 from fedlq_ray.strategies.dadaquant import DAdaQuant, client_levels
 from fedlq_ray.strategies.feddq import FedDQ, bits_for
@@ -106,27 +106,43 @@ def test_budgets_by_hand():
     assert bytes_at_rate(s, 4) == 1300 / 2 + 49
     # The slowest sends 2 bits, 446 bytes, in .892 s; the others have as long, 892 and 3568 bytes, to 8 bits at most.
     fixed = s.config.model_copy(update={"floor_bits": 2.0, "cap_bits": 8.0})
-    limits = budgets(fixed, cohort(), lambda b: bytes_at_levels(s, b))
+    limits = budgets(fixed, cohort(), 0, lambda b: bytes_at_levels(s, b))
     assert limits == pytest.approx([446, 892, bytes_at_levels(s, 8)])
     assert limits[0] == 446  # exactly: a rounding below would cost the slowest a level
-    free = budgets(fixed, cohort((math.inf,) * 3), lambda b: bytes_at_levels(s, b))
+    free = budgets(fixed, cohort((math.inf,) * 3), 0, lambda b: bytes_at_levels(s, b))
     assert free == [bytes_at_levels(s, 8)] * 3  # bytes take no time, so everyone sends up to the cap
 
 
-def test_the_floor_that_the_bound_finds_best():
+def test_the_floor_and_the_cap_that_cost_least_in_time_and_bytes():
     s, members = setting(), cohort((500.0, 5000.0, 5000.0), (10, 10, 10))
     at = partial(bytes_at_rate, s)
 
-    def floor(noise, cost=1.0, members=members):
-        config = s.config.model_copy(update={"cap_bits": 8.0, "noise_cost": cost})
-        return min(budgets(config, members, at, noise))
+    def limits(noise, cost=1.0, members=members, round=0, **changes):
+        config = s.config.model_copy(update={"cap_bits": 8.0, "noise_cost": cost, "thrift": 0.0, **changes})
+        return budgets(config, members, round, at, noise)
 
-    assert floor(lambda bits: 0.0) == pytest.approx(at(0.02))  # noise costs nothing
-    assert floor(lambda bits: 4.0**-bits, 1e9) == pytest.approx(at(8))  # noise is all that counts: the cap
+    def falling(bits):
+        return np.where(bits >= 1, 4.0**-bits, math.inf)
+
+    def none(bits):
+        return 0 * bits
+
+    assert min(limits(none)) == pytest.approx(at(0.02))  # noise costs nothing
+    assert min(limits(lambda bits: 4.0**-bits, 1e9)) == pytest.approx(at(8))  # noise is all that counts: the cap
     # By hand: tau (1 + cost sum p^2 4^-b) with tau = 1 + (162.5 b + 49) / 500, the others at the cap of 8 bits.
-    best = min((b for b in FLOORS if b >= 1), key=lambda b: (1.098 + 0.325 * b) * (1 + 100 * 4.0**-b / 9))
-    assert floor(lambda bits: 4.0**-bits if bits >= 1 else math.inf, 100.0) == pytest.approx(at(best)) and 1 < best < 8
-    assert floor(None) > 0.999 * at(1) and budgets(s.config, [], at) == []
+    best = min((b for b in RATES if b >= 1), key=lambda b: (1.098 + 0.325 * b) * (1 + 100 * 4.0**-b / 9))
+    assert min(limits(falling, 100.0)) == pytest.approx(at(best)) and 1 < best < 8
+    assert min(limits(falling, 10.0, round=9)) == pytest.approx(at(best))  # the bound's ratio grows with the rounds
+    assert min(limits(None)) > 0.999 * at(1) and limits(None, members=[]) == []
+    # Bytes that cost something: without noise all send the least, and a fast link does not fill its time.
+    assert limits(none, cap_bits=None, thrift=0.1) == pytest.approx([at(0.02)] * 3)
+    assert limits(none, thrift=0.1)[1] > at(0.3)  # cap_bits names the cap
+    free = cohort((math.inf,) * 3, (10, 10, 10))
+    assert limits(falling, 1e9, free, cap_bits=None, thrift=0.1) == pytest.approx([at(s.config.cap)] * 3)
+    # By hand, all links free: tau is 1 at any rate, so G^1.5 (3 B)^.5 is least.
+    best = min((b for b in RATES if 1 <= b <= s.config.cap), key=lambda b: (1 + 30 * 4.0**-b / 3) ** 1.5 * at(b) ** 0.5)
+    found = limits(falling, 30.0, free, cap_bits=None, thrift=0.5)
+    assert found == pytest.approx([at(best)] * 3) and 1 < best
 
 
 def test_adaquantfl_raises_levels_by_the_root_of_the_loss():
@@ -350,7 +366,7 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
             update = torch.randn(1310, generator=torch.Generator().manual_seed(round))
             strategy.combine(update)
             strategy.probe(round)
-            news = SimpleNamespace(measurement=None, update=update, train_loss=1 / (1 + round), spread=1.0)
+            news = SimpleNamespace(measurement=None, update=update, train_loss=1 / (1 + round))
             strategy.learn(round, news)
             strategy.report()
 
