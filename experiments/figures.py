@@ -45,7 +45,7 @@ def quantizers() -> None:
     """Normalised error at real bytes, Gaussian and updates, of the schemes that have several rates."""
     families = {
         "min-max": "MinMax,", "QSGD, Elias": "QsgdElias, max", "EDEN, unbiased": "Eden, unbiased",
-        "EDEN, least error": "Eden, least error", "ECSQ": "Ecsq,",
+        "EDEN, least error": "Eden, least error", "ECSQ": "Ecsq,", "stochastic step": "StochasticStep,",
     }  # fmt: skip
     rows = results("quantizers/results.json")["rows"]
     figure, axes = panels(2)

@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq, Float32, Segment
 from fedlq_ray.quantization.base import read_header
 from fedlq_ray.quantization.coding.cells import count_below
-from fedlq_ray.quantization.ecsq import TOP, Design, Magnitudes, _decoded
+from fedlq_ray.quantization.coding.codes import TOP, Magnitudes
+from fedlq_ray.quantization.ecsq import Design, _decoded
 from fedlq_ray.quantization.qsgd_elias import _Codes, _read, _write
 from fedlq_ray.quantization.rate import OneStep
 from fedlq_ray.strategies import Member
@@ -88,7 +89,9 @@ class EliasOneStep:
 
 
 class EliasRD(FedLQRD):
-    """FedLQ-RD with these codes."""
+    """FedLQ-RD with error feedback and these codes."""
+
+    error_feedback = True
 
     def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         plans = super().plan(seen, round, cohort)

@@ -34,7 +34,8 @@ from fedlq_ray.quantization import (
     TernGrad,
     TopK,
 )
-from fedlq_ray.quantization.ecsq import Magnitudes
+from fedlq_ray.quantization.coding.codes import Magnitudes
+from fedlq_ray.quantization.stochastic import StochasticStep
 
 QUANTIZERS = {
     "Float32": Float32(),
@@ -50,6 +51,7 @@ QUANTIZERS = {
     "STC, 10 %": Stc(0.1),
     **{f"EDEN, {bits:g} bits": Eden(bits, unbiased=False) for bits in (0.25, 0.5, 1, 2, 3, 4, 6, 8)},
     **{f"ECSQ, step {step:g}": Ecsq(step) for step in (3.0, 1.8, 1.1, 0.5, 0.25)},
+    **{f"StochasticStep, step {step:g}": StochasticStep(step) for step in (50.0, 12.0, 3.0, 0.5)},
     "FineGrained, 4 bits": FineGrained(4.0),
 }
 # Lloyd-Max's distortion on N(0, 1) (Max, IRE Trans. Inf. Theory 6(1), 1960, table I): EDEN's, with its best scale.

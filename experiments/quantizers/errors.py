@@ -11,6 +11,7 @@ elements and new rounding noise, or another client.
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.task import Job, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import (
+    Ecsq,
     Eden,
     FineGrained,
     MinMax,
@@ -38,8 +40,9 @@ from fedlq_ray.quantization import (
     decode,
     encode,
 )
-from fedlq_ray.quantization.ecsq import Magnitudes
-from fedlq_ray.quantization.rate import OneStep
+from fedlq_ray.quantization.coding.codes import Magnitudes
+from fedlq_ray.quantization.rate import OneStep, Stepped
+from fedlq_ray.quantization.stochastic import StochasticStep
 from fedlq_ray.runs import provenance
 from fedlq_ray.strategies import make
 
@@ -91,9 +94,16 @@ def updates(clients: int) -> list[Draw]:
     return found
 
 
-def quantizers() -> dict[str, Quantizer | float]:
-    """By name; a number is a rate, which one step of Ecsq for all layers is fitted to."""
-    rows: dict[str, Quantizer | float] = {f"MinMax, {b} bit": MinMax(b) for b in (1, 2, 3, 4, 8)}
+class Rate(NamedTuple):
+    """A rate, in bits per parameter, to which one step for all layers is fitted."""
+
+    bits: float
+    quantizer: Callable[[float], Stepped]
+
+
+def quantizers() -> dict[str, Quantizer | Rate]:
+    """By name."""
+    rows: dict[str, Quantizer | Rate] = {f"MinMax, {b} bit": MinMax(b) for b in (1, 2, 3, 4, 8)}
     rows |= {f"Qsgd, {b} bit": Qsgd(b) for b in (1, 2, 3, 4, 8)}
     rows |= {f"QsgdElias, l2, no buckets, s={s}": QsgdElias(s, None, "l2") for s in (1, 16, 128, 1024)}
     rows |= {f"QsgdElias, l2, buckets of 512, s={s}": QsgdElias(s, 512, "l2") for s in (1, 4, 16, 128)}
@@ -103,14 +113,16 @@ def quantizers() -> dict[str, Quantizer | float]:
     rates = (0.1, 0.25, 0.5, 1, 2, 3, 4, 8)
     rows |= {f"Eden, unbiased, {b:g} bit": Eden(b) for b in rates}
     rows |= {f"Eden, least error, {b:g} bit": Eden(b, unbiased=False) for b in rates}
-    return rows | {f"Ecsq, {b:g} bit": float(b) for b in (0.1, 0.25, 0.5, 1, 2, 3, 4)}
+    rows |= {f"Ecsq, {b:g} bit": Rate(b, Ecsq) for b in (0.1, 0.25, 0.5, 1, 2, 3, 4)}
+    rates = (0.03, 0.05, 0.08, 0.12, 0.16, 0.25, 0.5, 1, 2, 4)
+    return rows | {f"StochasticStep, {b:g} bit": Rate(b, StochasticStep) for b in rates}
 
 
-def measure(chosen: Quantizer | float, draw: Draw, seed: int) -> tuple[float, float]:
+def measure(chosen: Quantizer | Rate, draw: Draw, seed: int) -> tuple[float, float]:
     """Bits a parameter of the payload, and the error of what it decodes to."""
     vector, pieces = draw
-    if isinstance(chosen, float):
-        segments = OneStep(pieces, (1.0,) * len(pieces), chosen * len(vector) / 8)(vector)
+    if isinstance(chosen, Rate):
+        segments = OneStep(pieces, (1.0,) * len(pieces), chosen.bits * len(vector) / 8, chosen.quantizer)(vector)
     else:
         segments = tuple(Segment(chosen, start, stop) for start, stop in pieces)
     payload = encode(vector, segments, rng=torch.Generator().manual_seed(seed), **WHERE)

@@ -78,12 +78,16 @@ class Budgeted(Rated):
         unit=BITS, gt=0, le=32,
     )  # fmt: skip
     noise_cost: float = key(
-        0.004, "floor_bits=null: how much a squared error of the average, over an update's square, adds to the time "
-        "and bytes that training takes, for each round so far", ge=0
+        0.004,
+        "floor_bits=null: how much a squared error of the average, over an update's square, adds to the time "
+        "and bytes that training takes, for each round so far",
+        ge=0,
     )
     thrift: float = key(
-        0.25, "floor_bits=null: bytes are worth as much as this power of time: twice the bytes must shorten the time "
-        "by a factor of 2^thrift", ge=0
+        0.25,
+        "floor_bits=null: bytes are worth as much as this power of time: twice the bytes must shorten the time "
+        "by a factor of 2^thrift",
+        ge=0,
     )
     cap_bits: float | None = key(
         None, "maximum rate of a client, since more bits do not help; null: 2 for updates (fedlq_rd: 1), or the "

@@ -60,10 +60,10 @@ def thrifty(
     tau G stands for the simulated time to an accuracy, G sum_n B_n for the bytes. Both are at most the cap's rate if no
     lower rate can be sent.
     """
-    rates = RATES[(RATES <= config.cap) & np.isfinite(noise(RATES))]
+    rates = RATES[(config.cap >= RATES) & np.isfinite(noise(RATES))]
     rates = rates if len(rates) else np.array([config.cap])
-    fixed, speed, samples = (np.array(v) for v in zip(*((m.fixed_s, m.uplink_bytes_per_s, m.samples) for m in cohort)))
-    shares = np.square(samples / samples.sum())
+    fixed, speed = np.array([m.fixed_s for m in cohort]), np.array([m.uplink_bytes_per_s for m in cohort])
+    shares = np.square([m.samples / sum(m.samples for m in cohort) for m in cohort])
     zero, one = bytes_at(1e-9), bytes_at(1.0)
     floors = np.maximum(cheapest, [bytes_at(rate) for rate in rates])[:, None]
     tau = (fixed + floors / speed).max(1, keepdims=True)
@@ -158,7 +158,10 @@ def require_rate(setting: Setting, bits: float, key: str) -> None:
 
 
 def one_step(
-    setting: Setting, budget: float, weights: Sequence[float] | None = None, quantizer: Callable[[float], Stepped] = Ecsq
+    setting: Setting,
+    budget: float,
+    weights: Sequence[float] | None = None,
+    quantizer: Callable[[float], Stepped] = Ecsq,
 ) -> OneStep:
     """Chooses step sizes under a budget in bytes. `weights`: square root of each quantized layer's significance."""
     chosen = iter(weights if weights is not None else [1.0] * len(setting.quantized))

@@ -66,19 +66,20 @@ class FedLQRD(Strategy[Seen]):
     def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         setting, config = self.setting, self.setting.config
         least = bytes_at_rate(setting, config.floor_bits or self.scrap)
-        limits = taking_part(config, cohort, self.budgets(seen, round, cohort), least, bytes_at_rate(setting, self.scrap))
+        limits = taking_part(config, cohort, self.budgets(round, cohort), least, bytes_at_rate(setting, self.scrap))
         weights = np.sqrt(seen.drops.curvature(self.counts)).tolist()
         return {
             client: Plan(config.payload, one_step(setting, limit, weights, self.quantizer), setting.error_feedback)
             for client, limit in limits.items()
         }
 
-    def budgets(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
+    def budgets(self, round: int, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload."""
-        return budgets(self.setting.config, cohort, round, partial(bytes_at_rate, self.setting), partial(self.noise, round))
+        config, noise = self.setting.config, partial(self.noise, round)
+        return budgets(config, cohort, round, partial(bytes_at_rate, self.setting), noise)
 
     def expected_bytes(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
-        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, round, cohort))
+        return sent_in_equal_time(self.setting.config, cohort, self.budgets(round, cohort))
 
     def noise(self, round: int, bits: Floats) -> Floats:
         """Squared error at a rate, over an update's square. Error feedback repairs it later: its effect on the number
@@ -86,7 +87,9 @@ class FedLQRD(Strategy[Seen]):
         ones. That is a heuristic, outside our theorem."""
         rates, errors = ERRORS if self.setting.error_feedback else UNBIASED
         q = np.exp(np.interp(np.log(np.maximum(bits - self.headers, 1e-3)), np.log(rates), np.log(errors)))
-        return np.where(bits < self.scrap, math.inf, DELAY / (round + 1) * q / (1 - q) ** 2 if self.setting.error_feedback else q)
+        if self.setting.error_feedback:
+            q = DELAY / (round + 1) * q / (1 - q) ** 2
+        return np.where(bits < self.scrap, math.inf, q)
 
     def probe(self, seen: Seen, round: int) -> Probe | None:
         config = self.setting.config

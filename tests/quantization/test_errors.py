@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedlq_ray.quantization import Eden, MinMax, Qsgd, QsgdElias, Segment, Sign, Stc, TernGrad, TopK, encode
-from fedlq_ray.quantization.ecsq import Magnitudes
+from fedlq_ray.quantization.coding.codes import Magnitudes
 from fedlq_ray.quantization.rate import OneStep
 
 from .test_contract import rng, roundtrip

@@ -1,6 +1,7 @@
 """Bodies of version 1 of the wire format, as hashes that were kept when its encoders were first written.
 
-Those of Ecsq and StochasticStep are left out: their model's probabilities are float64 logarithms, whose last bit may depend on the processor.
+Those of Ecsq and StochasticStep are left out: their model's probabilities are float64 logarithms, whose last bit may
+depend on the processor.
 """
 
 import hashlib
