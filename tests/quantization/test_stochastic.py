@@ -35,6 +35,19 @@ def test_the_error_is_that_of_the_formula(step):
         assert expected == pytest.approx(coarse / float(x.double().square().sum()) - 1, rel=0.01)
 
 
+@pytest.mark.parametrize("roots", [0.1, 1.0, 2.0, 8.0, 100.0])
+def test_the_bound_of_the_theory_holds_and_is_reached(roots):
+    """q = min(r^2 / 4, r), with a step of r root mean squares of the vector."""
+    bound = min(roots**2 / 4, roots)
+    for kind in ("laplace", "heavy", "spike", "uniform"):
+        x = torch.from_numpy(ODD[kind](np.random.default_rng(3), 2000).astype(np.float32))
+        step = roots * float(x.square().mean().sqrt())
+        seen = np.mean([error(x, roundtrip(StochasticStep(step), x, seed)) for seed in range(10)])
+        assert seen < bound * 1.15 + 0.01
+    halves = torch.full((20_000,), 3.0)  # a step of two root mean squares
+    assert error(halves, roundtrip(StochasticStep(6.0), halves)) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("step", [0.02, 0.3, 2.0, 10.0, 60.0, 1e3])
 @pytest.mark.parametrize("kind", sorted(ODD))
 def test_bytes_are_those_predicted_less_a_margin_for_chance(kind, step):
