@@ -45,7 +45,11 @@ class StrategyConfig(Section):
 class Quantized(StrategyConfig):
     """The settings name the quantizer that sends levels."""
 
-    quantizer: Text = key("minmax", "minmax, qsgd, or your own as module:attribute")
+    quantizer: Text = key(
+        "minmax",
+        "minmax, qsgd, eden (rotated), clipped (to nearest over a clipped range, for error feedback), or your own as "
+        "module:attribute",
+    )
 
 
 class Scoped(StrategyConfig):

@@ -46,6 +46,7 @@ class Eden:
     """
 
     number: ClassVar[int] = 9
+    family: ClassVar[str] = "eden"
 
     bits: float = 1.0
     unbiased: bool = True

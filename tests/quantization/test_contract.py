@@ -24,6 +24,7 @@ from fedlq_ray.quantization import (
     TernGrad,
     TopK,
 )
+from fedlq_ray.quantization.clipped import Clipped
 from fedlq_ray.quantization.registry import DECODERS
 from fedlq_ray.quantization.stochastic import StochasticStep
 from fedlq_ray.quantization.wire import Segment, decode
@@ -62,6 +63,7 @@ TABLE = [
     *[Row(Ecsq(step)) for step in (0.01, 0.5, 2.0, 100.0)],
     *[Row(StochasticStep(step), unbiased=True) for step in (0.01, 0.5, 2.0, 100.0)],
     Row(FineGrained(4.0)),
+    *[Row(Clipped(b), 9, b) for b in (1, 2, 3, 8)],
 ]
 known = {type(row.quantizer) for row in TABLE}
 TABLE += [Row(one, unbiased=getattr(one, "unbiased", False)) for one in DECODERS.values() if type(one) not in known]
@@ -79,8 +81,8 @@ def roundtrip(quantizer, x, seed=0):
 
 def test_the_wire_has_the_numbers_of_its_first_version():
     names = "Float32 Float16 MinMax Qsgd QsgdElias TernGrad Sign TopK Stc Eden Ecsq FineGrained Absent"
-    names += " StochasticStep"
-    assert [type(DECODERS[number]).__name__ for number in range(14)] == names.split()
+    names += " StochasticStep Clipped"
+    assert [type(DECODERS[number]).__name__ for number in range(15)] == names.split()
     assert all(getattr(row.quantizer, "unbiased", False) == row.unbiased for row in TABLE)
 
 
@@ -158,6 +160,7 @@ def test_with_error_feedback_or_ef21_what_is_remembered_is_what_the_server_lacks
 
 contracting = [
     Float16(), MinMax(4), Qsgd(8), Sign(), TopK(0.1), Stc(0.1), Eden(1, unbiased=False), Ecsq(0.5), FineGrained(4.0),
+    *(Clipped(b) for b in (1, 2, 4)),
 ]  # fmt: skip
 
 

@@ -380,7 +380,10 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
 def test_a_function_that_makes_a_strategy_has_its_class_error_feedback_unless_one_is_set():
     from fedlq_ray.strategies.fedlq_rd import FedLQRD
 
-    for given in (FedLQRD, lambda setting: FedLQRD(setting)):
+    class Feeding(FedLQRD):
+        error_feedback = True
+
+    for given in (Feeding, lambda setting: Feeding(setting)):
         for asked, due in ((None, True), (False, False), ("ef21", "ef21")):
             made = make(setting(error_feedback=asked), given)
             plan = made.plan(made.init(), 0, cohort())[0]
