@@ -14,6 +14,10 @@ from fedlq_ray.plots import COLOURS, MUTED, name_ends, save
 
 HERE = Path(__file__).parent
 MARKS = "os^Dvx"
+NAMED = (  # schemes that the picture of the front names; the others overlap
+    "fedavg", "float16", "uniform-2", "uniform-4", "eden-1", "ef-signsgd", "fedpaq", "adaquantfl", "dadaquant",
+    "ecsq-0.25", "fedlq", "fedlq-rd",
+)  # fmt: skip
 
 
 def results(file: str) -> Any:
@@ -172,7 +176,51 @@ def time_to_accuracy() -> None:
     save(figure, HERE / "time_to_accuracy/fashion_mnist.png")
 
 
-DRAWN = {draw.__name__: draw for draw in (quantizers, significance, low_bits, ablation, time_to_accuracy)}
+def front() -> None:
+    """Seconds against megabytes to two targets in each population; a line joins the schemes that no other one beats in
+    both."""
+    figure, axes = plt.subplots(2, 3, figsize=(13.5, 8.4), layout="constrained", sharex=True)
+    files = [results(f"time_to_accuracy/{name}.json")["rows"] for name in ("others", "fashion_mnist")]
+    for line, target in zip(axes, ("0.833", "0.86"), strict=True):
+        for axis, where in zip(line, ("mixed", "thin", "mobile"), strict=True):
+            found = {
+                row["run"].split("@")[0]: (row["targets"][target]["mb"], row["targets"][target]["mean"])
+                for rows in files
+                for row in rows
+                if row["run"].endswith(f"@{where}") and row["targets"][target]["mean"]
+            }
+            free = found.pop("limit")[1]
+            for name, (megabytes, seconds) in found.items():
+                ours = name in ("fedlq", "fedlq-rd")
+                axis.plot(megabytes, seconds, "o", markersize=6 if ours else 4, color=COLOURS[2 if ours else 0])
+                if name in NAMED:
+                    axis.annotate(name, (megabytes, seconds), (4, 3), textcoords="offset points", fontsize=7)
+            best = [
+                p for p in sorted(found.values()) if all(q == p or q[0] > p[0] or q[1] > p[1] for q in found.values())
+            ]
+            axis.plot(*zip(*best, strict=True), color=MUTED, linewidth=0.8, zorder=0)
+            axis.axhline(free, color=MUTED, linestyle=":", linewidth=1)
+            axis.text(
+                0.99,
+                free,
+                "limit",
+                color=MUTED,
+                fontsize=7,
+                va="bottom",
+                ha="right",
+                transform=axis.get_yaxis_transform(),
+            )
+            axis.set(xscale="log", yscale="log", title=f"{where}, to {float(target):.1%}")
+            axis.grid(alpha=0.2, which="both")
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[1]:
+        axis.set_xlabel("MB of uploads")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("simulated s")
+    save(figure, HERE / "time_to_accuracy/front.png")
+
+
+DRAWN = {draw.__name__: draw for draw in (quantizers, significance, low_bits, ablation, time_to_accuracy, front)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or DRAWN:
