@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlq_ray.config import schemes
+from fedlq_ray.config import stored
 from fedlq_ray.config.sections import affects, is_optional, is_text, keys
 from fedlq_ray.config.settings import Config
 from fedlq_ray.errors import ConfigError
@@ -54,7 +54,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Like `load`, for the config.yaml of a run's folder, which an earlier version may have written."""
     base = _read(path)
     if isinstance(base.get("strategy"), dict):
-        base["strategy"] = schemes.migrated(base["strategy"])
+        base["strategy"] = stored.migrated(base["strategy"])
     return merge(base, overrides, source=str(path))
 
 
@@ -95,7 +95,7 @@ def merge(base: Mapping[str, Any], overrides: Iterable[str], *, source: str | No
     before, after = base.get("strategy"), settings.get("strategy")
     if isinstance(before, Mapping) and isinstance(after, dict) and before.get("name", "fedlq") != after.get("name"):
         kept = changes.get("strategy")
-        settings["strategy"] = schemes.fitted(after, kept if isinstance(kept, Mapping) else {})
+        settings["strategy"] = stored.fitted(after, kept if isinstance(kept, Mapping) else {})
     return parse(settings, source=source)
 
 
@@ -247,7 +247,7 @@ def differences(before: Config, after: Config) -> list[str]:
 
 def digest(config: Config, *, without: Iterable[str] = ()) -> str:
     """SHA-256 (hex) of the settings that can change a result, except those in `without`."""
-    settings = config.model_dump(mode="json") | {"strategy": schemes.whole(config.strategy)}
+    settings = config.model_dump(mode="json") | {"strategy": stored.whole(config.strategy)}
     for path in (*WITHOUT_EFFECT, *without):
         section, dot, name = path.rpartition(".")
         tree = settings[section] if dot else settings
