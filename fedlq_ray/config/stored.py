@@ -1,4 +1,4 @@
-"""A strategy's settings as files and digests have them: with those of all schemes, and in the form of earlier versions."""
+"""A strategy's settings in files and digests: those of all schemes, and the form of earlier versions."""
 
 from collections.abc import Mapping
 from typing import Any
