@@ -57,8 +57,8 @@ def thrifty(
     G = 1 + noise_cost x (round + 1) x sum_n p_n^2 noise(b_n) is the growth of the bound on convergence
     (docs/theory.md) by the noise: after T rounds, the ratio of its quantization term to its first term is, up to a
     factor, the sum over rounds of that sum. Noise therefore costs little at first, and later rounds need more bits.
-    tau G stands for the simulated time to an accuracy, G sum_n B_n for the bytes. Both are at most the cap's rate if no
-    lower rate can be sent.
+    tau G stands for the simulated time to an accuracy, G sum_n B_n for the bytes. If no rate up to the cap can be sent,
+    both are the cap's.
     """
     rates = RATES[(config.cap >= RATES) & np.isfinite(noise(RATES))]
     rates = rates if len(rates) else np.array([config.cap])
