@@ -97,6 +97,11 @@ class TrainConfig(Section):
     device: Literal["cpu", "cuda"] = key(
         "cpu", "where clients train, and evaluations and probes run; a GPU's results are not a CPU's"
     )
+    precision: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "arithmetic of a training step; bfloat16 (autocast) is faster on GPUs and on processors with "
+        "instructions for it, and slower on others; weights, updates and evaluations are float32 in any case",
+    )
     lr: Positive = key(0.1, "learning rate of the clients' SGD", le=1e3)
     momentum: float = key(0.0, "momentum of the clients' SGD, fresh each round", ge=0, lt=1)
     weight_decay: float = key(0.0, "L2 penalty of the clients' SGD", ge=0, le=1)

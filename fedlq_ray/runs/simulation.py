@@ -29,7 +29,7 @@ from fedlq_ray.strategies import GivenStrategy, make
 from fedlq_ray.strategies.budgets import require_rate
 from fedlq_ray.tracking import log as tracking
 from fedlq_ray.tracking import stores
-from fedlq_ray.training.device import reproducible, require_gpu
+from fedlq_ray.training.device import emulates_bfloat16, reproducible, require_gpu
 
 
 class Outcome(NamedTuple):
@@ -137,6 +137,12 @@ def _told(folder: Path) -> Iterator[None]:
         ) from exc
 
 
+def _warn_if_slow(config: Config) -> None:
+    if config.train.precision == "bfloat16" and config.train.device == "cpu" and emulates_bfloat16():
+        message = "train.precision=bfloat16: this processor has no instructions for it; float32 is faster here"
+        warnings.warn(message, stacklevel=4)
+
+
 def _carry_out(
     task: Task,
     strategy: GivenStrategy | None,
@@ -154,6 +160,7 @@ def _carry_out(
     if watch:
         with interrupts.showing():
             watch(Prepared([task.data.description, *stores.heard(config.tracking)]))
+    _warn_if_slow(config)
     host = _serial if config.clients.hosting == "serial" else supervise.events
     try:
         for event in host(task, strategy, track, interrupts, folder.resolve()):

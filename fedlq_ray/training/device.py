@@ -40,6 +40,13 @@ def reproducible(device: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
+def emulates_bfloat16() -> bool:
+    """Whether this processor lacks instructions for bfloat16, so that PyTorch converts to float32 and back."""
+    known: Any = torch.cpu
+    tests = (getattr(known, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return not any(test() for test in tests if test)
+
+
 def require_gpu() -> None:
     """Raises ConfigError if PyTorch finds no GPU."""
     if not torch.cuda.is_available():

@@ -1,6 +1,8 @@
 """The clients' SGD: passes over a shard that update a flat model in place."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +67,9 @@ class LocalSGD:
         self.velocity = torch.zeros_like(model.grad) if settings.momentum else None
         self.anchor = torch.zeros_like(model.grad) if settings.prox_mu else None  # the weights that FedProx pulls to
         self.loss = torch.zeros((), dtype=torch.float64, device=model.device)  # sum over the samples seen
+        self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if settings.precision == "bfloat16":  # without a cache, which a recorded step must not use
+            self.arithmetic = partial(torch.autocast, model.device.type, torch.bfloat16, cache_enabled=False)
         self.record = record and model.device.type == "cuda"
         self.recorded: dict[int, _Recorded | None] = {}  # by batch size; None: seen once
 
@@ -103,7 +108,9 @@ class LocalSGD:
     def _step(self, x: Tensor, y: Tensor) -> None:
         model, settings = self.model, self.settings
         model.grad.zero_()
-        loss = cross_entropy(model.module(x), y)
+        with self.arithmetic():
+            outputs = model.module(x)
+        loss = cross_entropy(outputs.float(), y)
         loss.backward()
         if self.anchor is not None:  # the gradient of mu / 2 |w - anchor|^2
             model.grad.add_(model.storage[: len(self.anchor)] - self.anchor, alpha=settings.prox_mu)

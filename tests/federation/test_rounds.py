@@ -1,6 +1,7 @@
 """Whole runs without Ray: what a record holds, what seeds decide, and that bytes and clock are right."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from fedlq_ray.federation import rounds, server
 from fedlq_ray.federation.server import Moments
 from fedlq_ray.federation.task import Workplace, prepare
 from fedlq_ray.hosts.serial import SerialHost
+from fedlq_ray.runs import simulation
 from fedlq_ray.strategies import STRATEGIES, Strategy, make
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -353,3 +355,13 @@ def test_a_model_that_raises_is_tried_again_and_in_evaluation_told():
         moody(True, True, True)
     with pytest.raises(FedLQError, match=r"^evaluate failed: RuntimeError: not today$"):
         moody(False)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_warns_where_the_processor_has_no_instructions_for_it(emulated, monkeypatch):
+    monkeypatch.setattr(simulation, "emulates_bfloat16", lambda: emulated)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        result = run("train.precision=bfloat16", "rounds=2")
+    assert any("no instructions for it" in str(warning.message) for warning in told) == emulated
+    assert result.summary["weights_sha256"] != run("rounds=2").summary["weights_sha256"]

@@ -35,6 +35,15 @@ def test_hosting_changes_no_byte():
         assert contents(run(*overrides)) == expected, hosting
 
 
+@pytest.mark.filterwarnings("ignore:train.precision")
+def test_hosting_changes_no_byte_in_bfloat16():
+    serial, packed, plain = (
+        contents(run(f"clients.hosting={hosting}", f"train.precision={precision}", "tracking.uri=null"))
+        for hosting, precision in (("serial", "bfloat16"), ("packed", "bfloat16"), ("serial", "float32"))
+    )
+    assert serial == packed != plain
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -88,3 +88,12 @@ def test_a_last_sample_alone_is_joined_by_another_for_batch_norm():
     flat = FlatModel(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)))
     sgd = LocalSGD(flat, TrainConfig(batch_size=8))
     sgd.train(X, Y, normalise=torch.from_numpy, samples=41, rng=np.random.default_rng(1))
+
+
+def test_bfloat16_rounds_the_step_and_keeps_the_weights_float32():
+    plain, rough = (trained(module(), lr=0.1, precision=kind).storage for kind in ("float32", "bfloat16"))
+    start = FlatModel(module()).storage
+    assert rough.dtype == torch.float32 and not torch.equal(plain, rough)
+    # Eight bits of mantissa: the way that the weights went is the same to a few per cent.
+    assert float((plain - rough).norm() / (plain - start).norm()) < 0.05
+    assert torch.equal(rough, trained(module(), lr=0.1, precision="bfloat16").storage)
