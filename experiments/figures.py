@@ -62,7 +62,7 @@ def quantizers() -> None:
             ]
             for name, start in families.items()
         }
-        axis.set(xscale="log", yscale="log", xlabel="bits a parameter, all of the payload", title=source)
+        axis.set(xscale="log", yscale="log", xlabel="bits per parameter, all of the payload", title=source)
         if source == "Gaussian":
             rates = np.geomspace(0.09, 4.2)
             axis.plot(rates, 4**-rates, color=MUTED, linestyle=":", linewidth=1)
@@ -90,7 +90,7 @@ def significance() -> None:
 
 
 def low_bits() -> None:
-    """Final accuracy against bits a parameter: schemes by the name before their rate."""
+    """Final accuracy against bits per parameter: schemes by the name before their rate."""
     figure, axes = panels(2)
     for axis, payload in zip(axes, ("model", "update"), strict=True):
         lines: dict[str, list[tuple[float, float, float]]] = {}
@@ -105,7 +105,7 @@ def low_bits() -> None:
             else:
                 axis.axhline(100 * row["final_accuracy"], color=MUTED, linestyle=":", linewidth=1)
                 axis.text(0.1, 100 * row["final_accuracy"], "fp32", color=MUTED, va="bottom")
-        axis.set(xlabel="bits a parameter", title=f"payload {payload}")
+        axis.set(xlabel="bits per parameter", title=f"payload {payload}")
         if payload == "update":
             axis.set_xscale("log")
         name_ends(axis, series(axis, lines))
