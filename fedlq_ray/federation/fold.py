@@ -38,6 +38,7 @@ class Fold:
         self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
         self.update = torch.zeros(len(next(iter(offers.values())).model), dtype=torch.float64)
         self.square_error = 0.0  # sum of p_n^2 |Q(x_n) - x_n|^2
+        self.square = 0.0  # sum of p_n^2 |update_n|^2
         self.waiting: dict[int, Reply | ClientError] = {}
         self.turn = 0  # index of the job whose payload is summed next
         self.replies: dict[int, Reply] = {}
@@ -69,6 +70,11 @@ class Fold:
     def mean_error(self) -> float:
         """Root mean square error that quantization adds to the mean update, if clients' errors are independent."""
         return self._whole * math.sqrt(self.square_error)
+
+    @property
+    def noise(self) -> float | None:
+        """`News.noise` of these payloads."""
+        return self.square_error / self.square if self.square else None
 
     def require_movement(self) -> None:
         """Requires that the round changed something.
@@ -133,5 +139,6 @@ class Fold:
             self.heard = self.heard or bool(change[: self.parameters].any())
             self.update += share * change
             self.square_error += share**2 * reply.square_error
+            self.square += share**2 * reply.square
             self.sent.append(payload.segments)
             self.replies[job.client] = reply

@@ -175,7 +175,8 @@ def commit(
     norm = float(update[:parameters].double().norm())
     error = work * fold.mean_error if update is mean else None
     record = record_of(task, planned, fold, times, norm, error, sim_time_s)
-    news = News(measurement, update, record.train_loss, round_time_s)
+    payload_bytes = sent / answered if answered else None
+    news = News(measurement, update, record.train_loss, round_time_s, fold.noise, payload_bytes)
     learned = rules.ask(
         "learn", round, copy.deepcopy(state.strategy), round, news
     )  # a user's strategy may change it in place
@@ -185,7 +186,7 @@ def commit(
         weights=weights,
         update=update,
         sim_time_s=sim_time_s,
-        payload_bytes=sent / answered if answered else state.payload_bytes,
+        payload_bytes=state.payload_bytes if payload_bytes is None else payload_bytes,
         server=moments,
         held={**state.held, **fetched} if rules.downlink.bits is not None else state.held,
         tracked=fold.tracked,

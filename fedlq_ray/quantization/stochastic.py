@@ -37,9 +37,9 @@ class StochasticStep:
     """Round each x / step at random to one of the two nearest integers, so that the expected value is x.
 
     E|Q(x) - x|^2 = step^2 sum f (1 - f), where f is the fraction of |x| / step: about step x |x|_1 if the step is above
-    most values, and step^2 / 6 per element if it is below most. At equal bytes, up to 0.3 bits per parameter, its error on
-    a client's update is 1.5 times smaller than that of QSGD with Elias's codes (docs/quantizers.md), because one step
-    serves all layers, and because of the coder.
+    most values, and step^2 / 6 per element if it is below most. At equal bytes, up to 0.3 bits per parameter, its error
+    on a client's update is 1.5 times smaller than that of QSGD with Elias codes (docs/quantizers.md), by one step for
+    all layers, and by the coder.
     Body: step (float32), highest code (2 bytes), length of the model (1 byte), hazards, then the range coder's words:
     magnitudes, and the signs of nonzero codes. The body of an all-zero layer ends after the length.
 

@@ -145,12 +145,17 @@ class News:
         update: the cohort's mean update (d,) float32, as returned by `combine`; the server may take another step.
         train_loss: the mean of the clients' training losses; None if no client replied.
         round_time_s: simulated seconds that the round took.
+        noise: the squared errors of the clients' payloads, over the squares of their updates, both weighted by p_n^2;
+            None if no client replied. A client knows both, and would send 8 more bytes, which are not billed.
+        payload_bytes: mean size of the clients' payloads; None if no client replied.
     """
 
     measurement: Measurement | None
     update: Tensor
     train_loss: float | None
     round_time_s: float
+    noise: float | None = None
+    payload_bytes: float | None = None
 
 
 State = TypeVar("State", default=Any)

@@ -28,10 +28,10 @@ from fedlq_ray.training.local import Plan
 
 @dataclass(frozen=True)
 class Seen:
-    """What the strategy learned: drops, and the square of the last round's mean update."""
+    """What the strategy learned: drops, and how many times the noise of a Gaussian's payloads the clients' have."""
 
     drops: Drops
-    square: float = 0.0
+    noisier: float = 1.0
 
 
 class FedLQ(Strategy[Seen]):
@@ -93,14 +93,10 @@ class FedLQ(Strategy[Seen]):
     def noise(self, seen: Seen, bits: Floats) -> Floats:
         """Squared error of a payload, over the square of an update, by bits per parameter.
 
-        Its logarithm is interpolated between probed levels. Before the first probe, it is that of a Gaussian."""
-        levels = [level for level in self.setting.config.levels if level < 16]
-        if not levels:
-            return np.full(bits.shape, math.inf)
-        if seen.drops.distortion is None or not seen.square:
-            return np.where(bits < levels[0], math.inf, minmax_noise(bits))
-        errors = seen.drops.distortion.sum(0)[: len(levels)] / seen.square
-        return np.where(bits < levels[0], math.inf, np.exp(np.interp(bits, levels, np.log(np.maximum(errors, 1e-30)))))
+        It is that of min-max on a Gaussian, scaled to what clients reported in the last round. The mean update, which
+        probes see, would understate it: its own noise is Gaussian, and makes its square greater."""
+        levels = self.setting.config.levels
+        return np.where((bits < levels[0]) | (levels[0] >= 16), math.inf, seen.noisier * minmax_noise(bits))
 
     def allocate(self, seen: Seen, budget: float) -> Allocation:
         """Levels within a payload's bytes."""
@@ -129,7 +125,15 @@ class FedLQ(Strategy[Seen]):
 
     def learn(self, seen: Seen, round: int, news: News) -> Seen:
         drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
-        return Seen(drops, float(news.update.double().square().sum()))
+        return Seen(drops, self.noisier(news) or seen.noisier)
+
+    def noisier(self, news: News) -> float | None:
+        """The noise that clients reported, over that of a Gaussian at their mean rate; None if there is none."""
+        if not news.noise or news.payload_bytes is None:
+            return None
+        zero, one = (bytes_at_levels(self.setting, bits) for bits in (1e-9, 1.0))
+        rate = min(8.0, max(1.0, (news.payload_bytes - zero) / (one - zero)))
+        return news.noise / float(minmax_noise(np.array(rate)))
 
     def report(self, seen: Seen) -> dict[str, Any]:
         """Significance A/M of each layer at the lowest level, and the noise of A there."""

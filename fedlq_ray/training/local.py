@@ -52,6 +52,7 @@ class Reply:
         square_error: |Q(x) - x|^2 of the vector x that the payload encodes.
         encode_s: wall seconds of quantizing, which are written only to timing.json.
         moved: whether training changed a parameter.
+        square: |update|^2.
     """
 
     payload: bytes
@@ -60,6 +61,7 @@ class Reply:
     square_error: float
     encode_s: float
     moved: bool = True
+    square: float = 0.0
 
 
 def client_round(
@@ -120,7 +122,8 @@ def client_round(
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, samples, float(lost.double().square().sum()), encode_s, moved)
+    square_error, square = (float(vector.double().square().sum()) for vector in (lost, update))
+    reply = Reply(payload, loss, samples, square_error, encode_s, moved, square)
     return reply, memory
 
 

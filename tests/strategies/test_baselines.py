@@ -366,7 +366,9 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
             update = torch.randn(1310, generator=torch.Generator().manual_seed(round))
             strategy.combine(update)
             strategy.probe(round)
-            news = SimpleNamespace(measurement=None, update=update, train_loss=1 / (1 + round))
+            news = SimpleNamespace(
+                measurement=None, update=update, train_loss=1 / (1 + round), noise=1.0, payload_bytes=9e9
+            )
             strategy.learn(round, news)
             strategy.report()
 

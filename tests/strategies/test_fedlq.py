@@ -1,6 +1,7 @@
 """FedLQ's plans at the edges: few levels, low caps, late clients, models for payloads; FedLQ-RD's baseline."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import Absent, decode, encode
 from fedlq_ray.significance import Measurement
 from fedlq_ray.strategies import Member, News, Setting, make
+from fedlq_ray.strategies.budgets import bytes_at_levels
 
 LAYERS = (Layer("a", 0, 1000), Layer("b", 1000, 1300), Layer("c", 1300, 1310, buffer=True))
 COHORT = [Member(0, 10, 1.0, 500.0), Member(1, 10, 1.0, 4000.0)]
@@ -94,11 +96,14 @@ def test_what_can_send_nothing_or_choose_nothing_is_refused():
     assert received[:1300].norm() > 0  # more than headers
 
 
-def test_noise_is_the_error_over_the_mean_updates_square():
-    update, model = strategy(levels=(1, 8)), strategy(levels=(1, 8), payload="model")
-    for made in (update, model):
-        made.learn(0, news(2, error=0.5))
-        assert made.noise(np.array([1.0, 4.5])) == pytest.approx([2 * 0.5 / 13.1, 2**0.5 * 0.5 / 13.1])
+def test_noise_is_that_of_a_gaussian_times_what_clients_reported():
+    made = strategy(levels=(1, 2, 8))
+    bits = np.array([0.5, 1.0, 2.0])
+    assert made.noise(bits) == pytest.approx([math.inf, 20, 20 / 9])
+    sent = bytes_at_levels(made.setting, 2)
+    for noise, bytes_sent, ratio in ((9.0, sent, 9 * 9 / 20), (None, None, 9 * 9 / 20), (0.0, sent, 9 * 9 / 20)):
+        made.learn(0, replace(news(3), noise=noise, payload_bytes=bytes_sent))
+        assert made.noise(bits) == pytest.approx([math.inf, 20 * ratio, 20 / 9 * ratio], rel=0.02)  # headers
 
 
 def test_significance_as_a_weighted_sum_by_hand():
