@@ -122,9 +122,12 @@ def client_round(
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    square_error, square = (float(vector.double().square().sum()) for vector in (lost, update))
-    reply = Reply(payload, loss, samples, square_error, encode_s, moved, square)
+    reply = Reply(payload, loss, samples, _square(lost), encode_s, moved, _square(update))
     return reply, memory
+
+
+def _square(vector: Tensor) -> float:
+    return float(vector.double().square().sum())
 
 
 def _update(sgd: LocalSGD, update: Tensor, shard: int, samples: int) -> tuple[Tensor, bool]:
