@@ -52,6 +52,8 @@ class FedLQRD(Strategy[Seen]):
 
     def __init__(self, setting: Setting[schemes.FedLQRD]) -> None:
         self.setting = setting
+        # Noise without bias would be of the size of the weights.
+        self.error_feedback = type(self).error_feedback or setting.config.payload == "model"
         self.quantizer = Ecsq if setting.error_feedback else StochasticStep
         self.counts = [layer.size for layer in setting.quantized]
         self.headers = headers_rate(setting)

@@ -379,6 +379,12 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
             train()
 
 
+def test_fedlq_rd_feeds_errors_back_where_models_are_sent():
+    for payload, asked, due in (("update", None, False), ("model", None, True), ("model", False, False)):
+        made = make(setting(name="fedlq_rd", payload=payload, error_feedback=asked))
+        assert made.plan(made.init(), 0, cohort())[0].error_feedback == due
+
+
 def test_a_function_that_makes_a_strategy_has_its_class_error_feedback_unless_one_is_set():
     from fedlq_ray.strategies.fedlq_rd import FedLQRD
 
