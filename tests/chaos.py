@@ -20,7 +20,8 @@ from pathlib import Path
 from faults import evidence, workers
 
 RUN = (
-    "rounds=40", "clients.count=12", "clients.cohort=6", "clients.actors=2", "strategy.name=fedlq_rd", "strategy.error_feedback=true",
+    "rounds=40", "clients.count=12", "clients.cohort=6", "clients.actors=2", "strategy.name=fedlq_rd",
+    "strategy.error_feedback=true",
     "strategy.metric=fisher", "strategy.probe_every=2", "network.downlink_bits=1", "evaluate_every=3",
     "tracking.uri=null", "checkpoint.every_rounds=3", "clients.timeout_s=60",
 )  # fmt: skip

@@ -28,7 +28,12 @@ SMALL = (
 # Between them, all that a run remembers: strategy state, error memory, EF21, coded downlink, server moments, work.
 KINDS = {
     "fedlq": ["strategy.name=fedlq", "strategy.probe_every=2", "strategy.probe_samples=16"],
-    "rd": ["strategy.name=fedlq_rd", "strategy.error_feedback=true", "network.downlink_bits=1", "train.adaptive_work=4"],
+    "rd": [
+        "strategy.name=fedlq_rd",
+        "strategy.error_feedback=true",
+        "network.downlink_bits=1",
+        "train.adaptive_work=4",
+    ],
     "ef21": ["strategy.name=ecsq", "strategy.error_feedback=ef21", "strategy.bits=1", "server.optimizer=adam"],
 }
 

@@ -19,7 +19,8 @@ from fedlq_ray.config.load import load
 from fedlq_ray.federation.events import Event, RoundDone
 
 SETTINGS = (
-    "clients.count=40", "clients.cohort=10", "clients.hosting=packed", "strategy.name=fedlq_rd", "strategy.error_feedback=true",
+    "clients.count=40", "clients.cohort=10", "clients.hosting=packed", "strategy.name=fedlq_rd",
+    "strategy.error_feedback=true",
     "strategy.metric=fisher", "strategy.probe_every=5", "network.downlink_bits=1", "tracking.uri=null",
     "train.local_epochs=1", "checkpoint.every_rounds=10",
 )  # fmt: skip
