@@ -5,7 +5,6 @@ the rate-distortion function R(D) = log2(sigma^2 / D) / 2, and closer if most co
 Inf. Theory 42(5), 1996, on Laplacian sources).
 """
 
-import struct
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.base import as_float32, read_header
+from fedlq_ray.quantization.base import as_float32
 from fedlq_ray.quantization.coding.cells import count_below
 from fedlq_ray.quantization.coding.codes import (
-    DEPTHS,
+    HEADER,
     LOSS,
     TOP,
     Codes,
@@ -29,8 +27,8 @@ from fedlq_ray.quantization.coding.codes import (
     fit,
     float32,
     geometric_bytes,
-    read,
-    write,
+    pack,
+    unpack,
 )
 
 _SHIFTED = 4  # codes whose values are sent: 1, 2, 3, and one value for all codes from 4
@@ -87,7 +85,7 @@ class Ecsq:
     step: float = 1.0
     trade: float = 0.13
     designed: Design | None = field(default=None, compare=False, repr=False)
-    HEADER = struct.Struct("<fHB")
+    HEADER = HEADER
 
     def __post_init__(self) -> None:
         if not self.step > 0 or not self.trade >= 0:
@@ -138,36 +136,19 @@ class Ecsq:
     def roundtrip(self, x: Tensor, rng: Generator) -> tuple[bytes, Tensor]:
         step, edges, model, shifts, _ = self.designed or self.design(Magnitudes.of(x))
         if not model.top:
-            return self.HEADER.pack(step, 0, 0), torch.zeros(len(x))
+            return pack(step, model, np.zeros(0, np.int32), np.zeros(0, np.int32)), torch.zeros(len(x))
         values = x.numpy()
         magnitudes = np.abs(values)
         above = np.flatnonzero(magnitudes > edges[0])
         codes = np.zeros(len(values), np.int32)
         codes[above] = count_below(edges[1:], magnitudes[above]) + 1
         signs = np.signbit(values[above]).astype(np.int32)
-        words = write(codes, signs, model)
-        body = self.HEADER.pack(step, model.top, len(model.hazards)) + model.hazards + shifts.tobytes() + words
-        return body, _decoded(codes, above, signs, step, model.top, shifts)
+        return pack(step, model, codes, signs, shifts.tobytes()), _decoded(codes, above, signs, step, model.top, shifts)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
-        step, top, depth = read_header(body, self.HEADER)
-        if step <= 0:
-            raise PayloadError(f"a step of {step:g}")
-        rest = body[self.HEADER.size :]
-        top, depth = int(top), int(depth)
-        if top == 0:
-            if len(rest) or depth:
-                raise PayloadError(f"{len(rest)} bytes follow a layer of zeros")
-            return torch.zeros(count)
-        shifts = min(top, _SHIFTED)
-        if top > TOP or not 1 <= depth <= min(top, DEPTHS[-1]):
-            raise PayloadError(f"a model of {depth} codes of {top}")
-        if len(rest) < depth + shifts or (len(rest) - depth - shifts) % 4:
-            raise PayloadError(f"{len(rest)} bytes, but a model takes {depth + shifts} and 4-byte words follow")
-        model = Model(top, bytes(rest[:depth]))
-        words = rest[depth + shifts :]
-        codes, nonzero, signs = read(words, model, count)
-        return _decoded(codes, nonzero, signs, step, top, np.frombuffer(rest[depth : depth + shifts], np.int8))
+        found = unpack(body, count, _SHIFTED)
+        shifts = np.frombuffer(found.own, np.int8)
+        return _decoded(found.codes, found.nonzero, found.signs, found.step, found.top, shifts)
 
     def size(self, count: int) -> None:
         return None

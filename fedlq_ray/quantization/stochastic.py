@@ -4,7 +4,6 @@ Where only some clients send in a round, error feedback returns what a client lo
 withholds small values until then. Unbiased noise is averaged over the cohort instead.
 """
 
-import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from fedlq_ray.errors import PayloadError
-from fedlq_ray.quantization.base import as_float32, read_header
+from fedlq_ray.quantization.base import as_float32
 from fedlq_ray.quantization.coding.codes import (
-    DEPTHS,
+    HEADER,
     LOSS,
     TOP,
     Codes,
@@ -25,8 +23,8 @@ from fedlq_ray.quantization.coding.codes import (
     fit,
     float32,
     geometric_bytes,
-    read,
-    write,
+    pack,
+    unpack,
 )
 
 _SIGMAS = 2.0  # margin of the predicted bytes, in standard deviations
@@ -51,7 +49,6 @@ class StochasticStep:
     coarsest: ClassVar[float] = 1e4
 
     step: float = 1.0
-    HEADER = struct.Struct("<fHB")
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -62,13 +59,13 @@ class StochasticStep:
         step, count = _allowed(self.step, layer.peak), len(layer.values)
         counts = _expected(layer, step)
         if len(counts) < 2:
-            return self, self.HEADER.size
+            return self, HEADER.size
         model = fit(counts)
         p = model.coded()
         bits = counts @ -np.log2(p) + (count - counts[0]) * (1 + LOSS) + LOSS * count
         nonzero = count - counts[0]
         spread = _SIGMAS * np.sqrt(nonzero) * (1 - np.log2(max(1 - p[0], 1e-12)))
-        return self, self.HEADER.size + len(model.hazards) + (bits + spread) / 8 + 2
+        return self, HEADER.size + len(model.hazards) + (bits + spread) / 8 + 2
 
     @staticmethod
     def rough(layer: Magnitudes, steps: Floats) -> Floats:
@@ -87,29 +84,13 @@ class StochasticStep:
         noise = torch.rand(x.shape, generator=rng, dtype=torch.float64).numpy()
         codes = np.floor(magnitudes / np.float64(step) + noise).clip(max=TOP).astype(np.int32)
         nonzero = np.flatnonzero(codes)
-        if not len(nonzero):
-            return self.HEADER.pack(step, 0, 0), torch.zeros(len(x))
-        model = fit(np.bincount(codes))
+        model = fit(np.bincount(codes)) if len(nonzero) else Model(0, b"")
         signs = np.signbit(x.numpy()[nonzero]).astype(np.int32)
-        body = self.HEADER.pack(step, model.top, len(model.hazards)) + model.hazards + write(codes, signs, model)
-        return body, _decoded(codes, nonzero[signs == 1], step)
+        return pack(step, model, codes, signs), _decoded(codes, nonzero[signs == 1], step)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
-        step, top, depth = read_header(body, self.HEADER)
-        rest = body[self.HEADER.size :]
-        top, depth = int(top), int(depth)
-        if step <= 0:
-            raise PayloadError(f"a step of {step:g}")
-        if top == 0:
-            if len(rest) or depth:
-                raise PayloadError(f"{len(rest)} bytes follow a layer of zeros")
-            return torch.zeros(count)
-        if top > TOP or not 1 <= depth <= min(top, DEPTHS[-1]):
-            raise PayloadError(f"a model of {depth} codes of {top}")
-        if len(rest) < depth or (len(rest) - depth) % 4:
-            raise PayloadError(f"{len(rest)} bytes, but a model takes {depth} and 4-byte words follow")
-        codes, nonzero, signs = read(rest[depth:], Model(top, bytes(rest[:depth])), count)
-        return _decoded(codes, nonzero[signs == 1], step)
+        found = unpack(body, count)
+        return _decoded(found.codes, found.nonzero[found.signs == 1], found.step)
 
     def size(self, count: int) -> None:
         """Always None: the number of bytes depends on the elements."""

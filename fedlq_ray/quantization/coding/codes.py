@@ -1,5 +1,6 @@
 """Codes of a layer, magnitudes and signs, as bytes: a range coder with a parametric model of a few bytes."""
 
+import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlq_ray.errors import PayloadError
+from fedlq_ray.quantization.base import read_header
 
+HEADER = struct.Struct("<fHB")
 TOP = 4095  # the highest code
 LOSS = 1.5e-4  # bits per symbol that the range coder's rounding costs at most (tested: 0.5e-4 to 1.3e-4)
-DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])  # numbers of codes that a model may describe separately
+_DEPTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])  # numbers of codes that a model may describe separately
 _LAZY = 2.0  # a lazy decoder is used if it skips at most this many codes on average
 _LOGIT = 16.0  # a hazard is sent as one byte in units of 1/16 logit, so from 0.0003 to 0.9997
 # Bits by hazard byte: of stopping at a code, and of continuing past it.
@@ -76,7 +79,7 @@ def fit(counts: Counts) -> Model:
     stop, go = counts[:-1], counts[:0:-1].cumsum()[::-1]
     each = _hazards(stop, go)
     before = np.concatenate([[0.0], (stop * _STOP[each] + go * _GO[each]).cumsum()])
-    depths = np.minimum(DEPTHS[: int(DEPTHS.searchsorted(top)) + 1], top)
+    depths = np.minimum(_DEPTHS[: int(_DEPTHS.searchsorted(top)) + 1], top)
     rest_stop, rest_go = (part[::-1].cumsum()[::-1][depths - 1] for part in (stop, go))
     rest = _hazards(rest_stop, rest_go)
     bits = 8 * depths + before[depths - 1] + rest_stop * _STOP[rest] + rest_go * _GO[rest]
@@ -109,21 +112,46 @@ def _entropy(p: Floats) -> Floats:
     return -p * np.log2(np.maximum(p, 1e-300)) - q * np.log2(np.maximum(q, 1e-300))
 
 
-def write(codes: Codes, signs: Codes, model: Model) -> bytes:
-    """Returns the range coder's bytes: the codes, then the signs of those above 0, 1 for minus."""
-    coder = constriction.stream.queue.RangeEncoder()
-    coder.encode(codes, _categorical(model))
-    coder.encode(signs, constriction.stream.model.Uniform(2))
-    words: bytes = coder.get_compressed().astype("<u4").tobytes()
-    return words
+class Coded(NamedTuple):
+    """A decoded body: codes (count,) from 0 to `top`, the positions of those above 0, their signs (1 for minus), and
+    the own bytes of the quantizer."""
+
+    step: float
+    top: int
+    own: memoryview
+    codes: Codes
+    nonzero: NDArray[np.int64]
+    signs: Codes
 
 
-def read(words: memoryview, model: Model, count: int) -> tuple[Codes, NDArray[np.int64], Codes]:
-    """Inverts `write`: the codes (count,), the positions of those above 0, and their signs.
+def pack(step: float, model: Model, codes: Codes, signs: Codes, own: bytes = b"") -> bytes:
+    """A body: step (float32), highest code (2 bytes), length of the model (1 byte), hazards, the quantizer's own bytes,
+    then the range coder's words: codes, and the signs of those above 0. If all are 0, it ends after the length."""
+    if not model.top:
+        return HEADER.pack(step, 0, 0)
+    return HEADER.pack(step, model.top, len(model.hazards)) + model.hazards + own + _words(codes, signs, model)
+
+
+def unpack(body: memoryview, count: int, own: int = 0) -> Coded:
+    """Inverts `pack`; the quantizer's own bytes are one per code above 0, at most `own`.
 
     Raises:
-        PayloadError: `write` cannot have made these words.
+        PayloadError: `pack` cannot have made these bytes.
     """
+    step, top, depth = read_header(body, HEADER)
+    if step <= 0:
+        raise PayloadError(f"a step of {step:g}")
+    rest, top, depth = body[HEADER.size :], int(top), int(depth)
+    if top == 0:
+        if len(rest) or depth:
+            raise PayloadError(f"{len(rest)} bytes follow a layer of zeros")
+        return Coded(step, 0, rest, np.zeros(count, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32))
+    start = depth + min(top, own)
+    if top > TOP or not 1 <= depth <= min(top, _DEPTHS[-1]):
+        raise PayloadError(f"a model of {depth} codes of {top}")
+    if len(rest) < start or (len(rest) - start) % 4:
+        raise PayloadError(f"{len(rest)} bytes, but a model takes {start} and 4-byte words follow")
+    model, words = Model(top, bytes(rest[:depth])), rest[start:]
     coder = constriction.stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
     try:
         codes = coder.decode(_categorical(model, decode=True), count)
@@ -131,9 +159,17 @@ def read(words: memoryview, model: Model, count: int) -> tuple[Codes, NDArray[np
         signs = coder.decode(constriction.stream.model.Uniform(2), len(nonzero)) if len(nonzero) else codes[:0]
     except (AssertionError, ValueError) as exc:
         raise PayloadError(f"the range coder's words are damaged: {exc}") from exc
-    if write(codes, signs, model) != words:
+    if _words(codes, signs, model) != words:
         raise PayloadError("the range coder's words differ from the encoding of the codes that they decode to")
-    return codes, nonzero, signs
+    return Coded(step, top, rest[depth:start], codes, nonzero, signs)
+
+
+def _words(codes: Codes, signs: Codes, model: Model) -> bytes:
+    coder = constriction.stream.queue.RangeEncoder()
+    coder.encode(codes, _categorical(model))
+    coder.encode(signs, constriction.stream.model.Uniform(2))
+    words: bytes = coder.get_compressed().astype("<u4").tobytes()
+    return words
 
 
 def _categorical(model: Model, decode: bool = False) -> Any:
