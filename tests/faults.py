@@ -118,7 +118,7 @@ def workers(name: str, program: int) -> list[int]:
         raylet = next((v.partition("=")[2] for v in environment if v.startswith("RAY_RAYLET_PID=")), None)
         if raylet is not None:  # it imported Ray itself, or its server serves a raylet
             return parent(raylet) == program
-        return parent(parent(parent(folder.name))) == program  # between them, the two servers of a session
+        return parent(parent(folder.name)) == program  # between them, the server of a session
 
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

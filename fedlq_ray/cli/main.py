@@ -6,6 +6,7 @@ from fedlq_ray import startup  # noqa: F401  (before imports that a user's file 
 import atexit
 import contextlib
 import gc
+import importlib
 import io
 import json
 import logging
@@ -28,6 +29,7 @@ from fedlq_ray.config import load as configuration
 from fedlq_ray.config.load import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.federation.record import Record
+from fedlq_ray.hosts.ray import starter
 from fedlq_ray.hosts.ray.session import anticipate
 from fedlq_ray.runs.output import Commands, Console, OutputClosed, say, silence
 from fedlq_ray.tracking import stores
@@ -55,8 +57,7 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
         fedlq run rounds=20 strategy.name=uniform strategy.bits=2
     """
     config = configuration.load(*split(arguments))  # before imports that take seconds
-    if config.clients.hosting != "serial":
-        anticipate()
+    _import_for(config)
     from fedlq_ray.runs.progress import watch
     from fedlq_ray.runs.simulation import simulate
 
@@ -76,12 +77,23 @@ def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
     may differ, such as clients.hosting.
     """
     from fedlq_ray.runs import rundir, simulation
-    from fedlq_ray.runs.progress import watch
 
     config = configuration.load(rundir.settings(folder), overrides)
+    _import_for(config)
+    from fedlq_ray.runs.progress import watch
+
     with watch(config, Console(stderr=True), as_json) as report:
         result = simulation.resume(folder, overrides, watch=report)
     _tell(result, config, as_json)
+
+
+def _import_for(config: Config | None) -> None:
+    """Imports what a run needs while the servers for Ray start (None: it may need Ray), and lets them share it."""
+    if config and config.clients.hosting == "serial":
+        return
+    anticipate(workers=False)
+    importlib.import_module("fedlq_ray.runs.simulation")
+    starter.fork()
 
 
 def _tell(result: Any, config: Config, as_json: bool) -> None:
@@ -147,11 +159,13 @@ def demo(overrides: tuple[str, ...], out: str | None) -> None:
 
 
 def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, ...] = ()) -> None:
-    from fedlq_ray.analysis.conclude import conclude
-    from fedlq_ray.sweeps import many
     from fedlq_ray.sweeps import sweep as sweeps
 
     comparison = sweeps.load(file, overrides, only)
+    _import_for(None)
+    from fedlq_ray.analysis.conclude import conclude
+    from fedlq_ray.sweeps import many
+
     console = Console(stderr=True)
 
     def tell(line: str) -> None:

@@ -16,14 +16,14 @@ from fedlq_ray.federation.task import Task
 from fedlq_ray.hosts.ray.choose import ORDINARY_BYTES, actor_bytes, choose
 from fedlq_ray.hosts.ray.hosting import RayHost
 from fedlq_ray.hosts.ray.pool import Pool
-from fedlq_ray.runs.driver import drive
+from fedlq_ray.runs.driver import attach, drive
 from fedlq_ray.strategies import GivenStrategy
 from fedlq_ray.tracking.log import Tracking
 
 
 @ray.remote(num_cpus=0)
 class Driver:
-    """Handles two calls at once: the rounds, and a request to stop or to confirm that it is alive."""
+    """Handles two calls at once: the rounds or what follows, and a request to stop or to confirm that it is alive."""
 
     def __init__(self, folder: str) -> None:
         make_importable(folder)
@@ -39,6 +39,9 @@ class Driver:
             why += f"; {pool.not_forked} are processes of {ORDINARY_BYTES / 1e6:.0f} MB: the fork server did not start"
         yield Hosting(kind, why, len(pool.slots), time.perf_counter() - started)
         yield from drive(task, given, host, tracking, lambda: self.stopping, folder)
+
+    def attach(self, task: Task, tracking: Tracking, folder: Path) -> Iterator[Event]:
+        yield from attach(task, tracking, folder)
 
     def alive(self) -> int:
         return os.getpid()

@@ -1,5 +1,6 @@
 """Drives a run: the rounds on a host, the journal, the checkpoints, and MLflow."""
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedlq_ray.runs import rundir
 from fedlq_ray.runs.identity import identity
 from fedlq_ray.runs.storage import Saver, checkpoints, latest
 from fedlq_ray.strategies import GivenStrategy, make
+from fedlq_ray.tracking import log
 from fedlq_ray.tracking.log import Tracker, Tracking
 
 
@@ -89,3 +91,16 @@ def drive_serially(
     """Drives a run without Ray, in this process."""
     yield Hosting("serial", "as configured", 0, 0.0)
     yield from drive(task, given, SerialHost(task), tracking, stopped, folder)
+
+
+def attach(task: Task, tracking: Tracking, folder: Path) -> Iterator[Event]:
+    """Logs a finished run's files to MLflow, and its model if the settings ask for it.
+
+    Yields:
+        Warned if MLflow fails: the run itself is finished and stored.
+    """
+    try:
+        module = copy.deepcopy(task.module) if task.config.tracking.log_model else None
+        log.attach(tracking, task.config, rundir.journal(folder), folder, module)
+    except Exception as exc:
+        yield Warned(log.lacking(folder, exc))

@@ -1,7 +1,6 @@
 """From a Config to an Outcome: connects the parts and has no logic of its own."""
 
 import contextlib
-import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedlq_ray.config.load import Config, digest, load_run, parse, to_yaml
 from fedlq_ray.config.parts import require_picklable
@@ -153,7 +151,7 @@ def _carry_out(
     """Runs in a prepared folder, from its last checkpoint if it has one."""
     config = task.config
     records: list[Record] = []
-    last: Ended | None = None
+    outcome: Outcome | None = None
     timing: dict[str, Any] = {"made_by": provenance.made_by()}
     status, hurry = "FAILED", False
     interrupts = Interrupts()
@@ -175,62 +173,58 @@ def _carry_out(
                     records.clear()
                 case Warned(message):
                     warnings.warn(message, stacklevel=3)
-                case Ended():
-                    last = event
+                case Ended(tracked=fault):
+                    outcome = _finish(task, folder, records, event, timing)
+                    if track and fault:
+                        late = f"MLflow at {track.uri} failed ({fault}); log it later: fedlq sync {folder}"
+                        warnings.warn(late, stacklevel=3)
                 case Hosting(kind, why, actors, startup_s):
                     timing |= {"hosting": kind, "why": why, "actors": actors, "startup_s": startup_s}
             if watch:
                 with interrupts.showing():
                     watch(event)
-        status = "FINISHED" if last and last.completed else "KILLED"
     except KeyboardInterrupt:
         status, hurry = "KILLED", True
         raise
     finally:
-        if last is None and track and (fault := tracking.mark(track, config, records, status, hurry)):
-            warnings.warn(f"MLflow has no status of this run ({fault}); fedlq sync {folder} sets it", stacklevel=3)
-        timing |= (last.timing if last else {}) | {"status": status}
-        with contextlib.suppress(OSError):  # the original error is reported
-            write_durably(folder / "timing.json", json.dumps(timing, indent=1))
-    assert last is not None  # a host that does not finish raises
-    weights = np.array(last.weights)
+        if outcome is None:
+            if track and (fault := tracking.mark(track, config, records, status, hurry)):
+                warnings.warn(f"MLflow has no status of this run ({fault}); fedlq sync {folder} sets it", stacklevel=3)
+            with contextlib.suppress(OSError):  # the original error is reported
+                _time(folder, timing, status)
+    assert outcome is not None  # a host that does not finish raises
+    if not outcome.summary:
+        interrupts.pass_on()
+    return outcome
+
+
+def _finish(task: Task, folder: Path, records: list[Record], ended: Ended, timing: dict[str, Any]) -> Outcome:
+    """Writes the files of a run whose rounds are over; if it is completed, removes its checkpoints."""
+    _time(folder, timing | ended.timing, "FINISHED" if ended.completed else "KILLED")
+    weights = np.array(ended.weights)
     flat = task.flat_model()
     flat.load(torch.from_numpy(weights))
     rundir.save_model(folder, flat)
-    if track and last.tracked:
-        warnings.warn(f"MLflow at {track.uri} failed ({last.tracked}); log it later: fedlq sync {folder}", stacklevel=3)
-    if status == "KILLED":
-        interrupts.pass_on()
-    return _finish(task, folder, track if track and not last.tracked else None, records, weights)
-
-
-def _finish(
-    task: Task, folder: Path, track: tracking.Tracking | None, records: list[Record], weights: NDArray[np.float32]
-) -> Outcome:
-    """Writes a finished run's summary, removes its checkpoints, and logs its files."""
-    summary = rundir.summarise(task.config, records, rundir.sha256(weights))
-    write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    storage.clear(folder, task.config)
-    if track:
-        module = copy.deepcopy(task.module) if task.config.tracking.log_model else None
-        _attach(folder, track, task.config, records, module)
+    summary: dict[str, Any] = {}
+    if ended.completed:
+        summary = rundir.summarise(task.config, records, rundir.sha256(weights))
+        write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        storage.clear(folder, task.config)
     return Outcome(records, summary, weights, folder)
 
 
-def _attach(
-    folder: Path, track: tracking.Tracking, config: Config, records: list[Record], module: nn.Module | None
-) -> None:
-    """Logs the run's files and model to MLflow."""
-    try:
-        tracking.attach(track, config, records, folder, module)
-    except Exception as exc:  # telemetry only: the run itself is finished and saved
-        warnings.warn(f"MLflow lacks this run's files ({exc}); fedlq sync {folder} adds them", stacklevel=3)
+def _time(folder: Path, timing: Mapping[str, Any], status: str) -> None:
+    write_durably(folder / "timing.json", json.dumps({**timing, "status": status}, indent=1))
 
 
 def _serial(
     task: Task, strategy: GivenStrategy | None, track: tracking.Tracking | None, interrupts: Interrupts, folder: Path
 ) -> Iterator[Event]:
-    from fedlq_ray.runs.driver import drive_serially
+    from fedlq_ray.runs.driver import attach, drive_serially
 
+    ended: Event | None = None
     with reproducible(task.config.train.device), interrupts:
-        yield from drive_serially(task, strategy, track, lambda: interrupts.received is not None, folder)
+        for ended in drive_serially(task, strategy, track, lambda: interrupts.received is not None, folder):
+            yield ended
+    if track and isinstance(ended, Ended) and ended.completed and not ended.tracked:
+        yield from attach(task, track, folder)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedlq_ray.errors import FedLQError, first_line
-from fedlq_ray.federation.events import Event, Restarted, RoundDone, Stopping
+from fedlq_ray.federation.events import Ended, Event, Restarted, RoundDone, Stopping, Warned
 from fedlq_ray.federation.task import Task
 from fedlq_ray.hosts.ray import stub
 from fedlq_ray.hosts.ray.session import start_ray
 from fedlq_ray.runs.interrupts import Interrupts
 from fedlq_ray.strategies import GivenStrategy
-from fedlq_ray.tracking.log import Tracking
+from fedlq_ray.tracking.log import Tracking, lacking
 
 _RESTARTS = 3  # of a driver that dies without progress: no further round than before
 
@@ -23,7 +23,10 @@ _RESTARTS = 3  # of a driver that dies without progress: no further round than b
 def events(
     task: Task, strategy: GivenStrategy | None, track: Tracking | None, interrupts: Interrupts, folder: Path
 ) -> Iterator[Event]:
-    """Yields the driver actor's events. A driver that dies or loses objects restarts from the checkpoint."""
+    """Yields the driver actor's events. A driver that dies or loses objects restarts from the checkpoint.
+
+    After Ended, the caller writes the run's other files; the next event that it asks for lets the driver log them.
+    """
     import ray
     from ray.exceptions import (
         ObjectStoreFullError,
@@ -84,37 +87,54 @@ def _driven(
 ) -> Iterator[Event]:
     """Yields one driver actor's events. The actor is forked, like clients' actors, and runs on this node, which has the
     run's folder.
-
-    If it does not answer for `timeout_s`, it is killed: if it woke up later, it would write to the folder.
     """
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayError
 
     from fedlq_ray.hosts.ray.placement import options
     from fedlq_ray.runs.actor import Driver
 
     here = options(ray.get_runtime_context().get_node_id(), stub.command())
     driver = Driver.options(max_concurrency=2, **here).remote(os.getcwd())  # type: ignore[attr-defined]  # of ray.remote
-    stream = driver.run.options(num_returns="streaming").remote(task, strategy, track, folder)
-    told, pid, asked = False, None, time.monotonic()
-    alive = driver.alive.remote()
+    run, attach = (method.options(num_returns="streaming") for method in (driver.run, driver.attach))
+    ended: Event | None = None
     try:
-        while True:
-            if interrupts.received is not None and not told:
-                told = True
-                driver.stop.remote()
-                yield Stopping()
-            if ray.wait([stream], timeout=0.2)[0]:
-                try:
-                    yield ray.get(next(stream))
-                except StopIteration:
-                    return
-            elif ray.wait([alive], timeout=0)[0]:
-                if time.monotonic() - asked > timeout_s / 4 or pid is None:
-                    pid, asked, alive = ray.get(alive), time.monotonic(), driver.alive.remote()
-            elif pid and time.monotonic() - asked > timeout_s:
-                with contextlib.suppress(OSError):  # it has already ended
-                    os.kill(pid, signal.SIGKILL)
-                raise RayActorError(error_msg=f"it was silent for {timeout_s:g} s")
+        for ended in _heard(driver, run.remote(task, strategy, track, folder), interrupts, timeout_s):
+            yield ended
+        if track and isinstance(ended, Ended) and ended.completed and not ended.tracked:
+            try:
+                yield from _heard(driver, attach.remote(task, track, folder), interrupts, timeout_s)
+            except RayError as exc:  # the rounds are over: a new driver would have nothing to do
+                yield Warned(lacking(folder, exc))
     finally:
         ray.kill(driver)
+
+
+def _heard(driver: Any, stream: Any, interrupts: Interrupts, timeout_s: float) -> Iterator[Event]:
+    """Yields the events of one call of the driver actor, and passes an interrupt on to it.
+
+    If the actor does not answer for `timeout_s`, it is killed: if it woke up later, it would write to the folder.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+
+    told, pid, asked = False, None, time.monotonic()
+    alive = driver.alive.remote()
+    while True:
+        if interrupts.received is not None and not told:
+            told = True
+            driver.stop.remote()
+            yield Stopping()
+        if ray.wait([stream], timeout=0.2)[0]:
+            try:
+                event = next(stream)
+            except StopIteration:
+                return
+            yield ray.get(event)
+        elif ray.wait([alive], timeout=0)[0]:
+            if time.monotonic() - asked > timeout_s / 4 or pid is None:
+                pid, asked, alive = ray.get(alive), time.monotonic(), driver.alive.remote()
+        elif pid and time.monotonic() - asked > timeout_s:
+            with contextlib.suppress(OSError):  # it has already ended
+                os.kill(pid, signal.SIGKILL)
+            raise RayActorError(error_msg=f"it was silent for {timeout_s:g} s")

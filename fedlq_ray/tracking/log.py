@@ -247,6 +247,11 @@ def attach(tracking: Tracking, config: Config, records: Sequence[Record], folder
     client.set_terminated(run_id, "FINISHED")
 
 
+def lacking(folder: Path, why: Exception) -> str:
+    """The warning if `attach` fails: the run itself is finished and stored."""
+    return f"MLflow lacks this run's files ({first_line(why)}); fedlq sync {folder} adds them"
+
+
 def _log_files(
     client: Any,
     run_id: str,

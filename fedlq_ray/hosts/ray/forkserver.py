@@ -4,8 +4,8 @@ A worker that imports torch itself uses about 150 MB of its own; forked workers 
 of Python; the stub has the server fork the process. There are two kinds of servers:
 
 - of a raylet, started by its first stub: it forks workers. A cluster that others have started has these.
-- of a session, started before Ray itself (`starter.py`): a pair of which one has imported Ray alone and forks Ray's own
-  processes, and the other PyTorch and this package too, and forks workers.
+- of a session, started before Ray itself (`starter.py`): one that has imported Ray alone and forks Ray's own processes,
+  and one that has imported PyTorch and this package, and forks workers.
 
 The socket is in a folder that only the user can read. A server ends when its owner (the raylet, or the process that
 started Ray) ends, or after a while without work. It imports Ray before it forks. It defines no actor: `ray.remote`
@@ -181,9 +181,7 @@ def _reap(waiting: selectors.BaseSelector, workers: dict[int, Worker]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        worker = workers.pop(pid, None)
-        if worker is None:  # the session's other server
-            continue
+        worker = workers.pop(pid)
         code = os.waitstatus_to_exitcode(status)
         with contextlib.suppress(OSError):
             worker.link.sendall(f"{code if code >= 0 else 128 - code}\n".encode())
@@ -230,20 +228,31 @@ def _become(request: dict[str, Any], streams: list[int], link: socket.socket, fi
         os._exit(code)
 
 
-def main(kind: str, address: str, owner: int, listeners: list[int]) -> None:
-    """Runs a server of a raylet (`workers`), or the pair of a session (`session`)."""
+def main(address: str, owner: int, listener: int) -> None:
+    """Runs a server for Ray's own processes, if the address says so, or for workers."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     os.environ.update(threads)  # no threads before a fork
-    sockets = [socket.socket(fileno=number) for number in listeners]
-    if kind == "session":
-        if os.fork():
-            sockets[0].close()
-            os.environ[PIPE] = "1"
-            load(_RAY)
-            return serve(sockets[1], Path(address + RAY), owner)
-        sockets[1].close()
-    load(_OURS)
-    import torch
+    if address.endswith(RAY):
+        os.environ[PIPE] = "1"
+        load(_RAY)
+    else:
+        load(_OURS)
+        importlib.import_module("torch").set_num_threads(1)
+    serve(socket.socket(fileno=listener), Path(address), owner)
 
-    torch.set_num_threads(1)
-    serve(sockets[0], Path(address), owner)
+
+def become(address: str, owner: int, listener: socket.socket) -> NoReturn:
+    """Turns this process, a fork of one that has imported what workers need, into their server."""
+    try:
+        os.setsid()
+        for target, (file, flags) in enumerate(
+            [(os.devnull, os.O_RDONLY), *[(f"{address}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)] * 2]
+        ):
+            opened = os.open(file, flags, 0o600)
+            os.dup2(opened, target)
+            os.close(opened)
+        load(())
+        importlib.import_module("torch").set_num_threads(1)
+        serve(listener, Path(address), owner)
+    finally:
+        os._exit(0)

@@ -60,9 +60,11 @@ def _cluster() -> str | None:
     return None if address in ("", "local") else address
 
 
-def anticipate() -> None:
+def anticipate(workers: bool = True) -> None:
     """Lets the servers that Ray's processes fork from start now, if this program will start Ray.
 
+    Args:
+        workers: False if `starter.fork` follows.
     Raises:
         ConfigError: RAY_TMPDIR is wrong.
     """
@@ -70,7 +72,7 @@ def anticipate() -> None:
     if _cluster() is None and not (ray and ray.is_initialized()):
         _provide_folder()
         _provide_token()
-        starter.start()
+        starter.start(workers)
 
 
 def start_ray() -> None:

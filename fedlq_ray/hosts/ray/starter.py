@@ -10,30 +10,68 @@ import itertools
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from fedlq_ray.hosts.ray import stub
+from fedlq_ray.hosts.ray import forkserver, stub
 
 _VARIABLES = {stub.PIPE: "1", "RAY_prestart_worker_first_driver": "0"}  # no workers that nobody asked for
 _count = itertools.count()
-_started: tuple[str, int] | None = None  # the address of the servers for the next Ray, and their process
 
 
-def start() -> str | None:
+@dataclass
+class _Servers:
+    """The servers for the next Ray: their address, and the processes of the one for Ray and the one for workers."""
+
+    path: str
+    ray: int
+    workers: int | None = None
+
+    def run(self) -> bool:
+        return not any(os.waitpid(pid, os.WNOHANG)[0] for pid in (self.ray, self.workers) if pid)
+
+
+_started: _Servers | None = None
+
+
+def start(workers: bool = True) -> str | None:
     """Starts the servers of this process, unless they run; returns their address, None if they cannot run here.
 
-    It returns at once: the servers import Ray while this process does other things.
+    It returns at once: the servers import Ray and PyTorch while this process does other things.
+
+    Args:
+        workers: False to start only the server for Ray's own processes, because `fork` follows.
     """
     if sys.platform != "linux":
         return None
     global _started
     try:
-        if _started is None or os.waitpid(_started[1], os.WNOHANG)[0]:
+        if _started is None or not _started.run():
             path = f"{stub.address(os.getpid())}-{next(_count)}"
-            _started = path, stub.launch(path, os.getpid(), "session")
+            _started = _Servers(path, stub.launch(path + stub.RAY, os.getpid()))
+        if workers and _started.workers is None:
+            _started.workers = stub.launch(_started.path, os.getpid())
     except (OSError, NotImplementedError):
         return None
-    return _started[0]
+    return _started.path
+
+
+def fork() -> None:
+    """Forks the workers' server from this process, which saves importing PyTorch twice.
+
+    For a program of this package, after its imports and before its work. It does nothing if the server runs, or if this
+    process has threads or has imported Ray (see `forkserver.py`): then `start` starts the server.
+    """
+    if _started is None or _started.workers or threading.active_count() > 1 or "ray" in sys.modules:
+        return
+    owner, path = os.getpid(), _started.path
+    with contextlib.suppress(OSError), stub.listen(path) as listener:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _started.workers = os.fork()
+        if _started.workers == 0:
+            forkserver.become(path, owner, listener)
 
 
 @contextlib.contextmanager

@@ -70,37 +70,31 @@ def connect(path: str) -> socket.socket | None:
         return None
 
 
-def launch(path: str, owner: int | str, kind: str, python: str = sys.executable) -> int:
-    """Starts a server (see `forkserver.py`) and returns its process number.
+def listen(path: str) -> socket.socket:
+    """Returns a server's socket. Stubs can connect at once; they wait until the server has imported what it needs."""
+    if os.path.exists(path):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(1024)
+    return listener
 
-    Stubs can connect at once. They wait until the server has imported what it needs.
-    """
-    listeners = []
-    for name in [path, path + RAY] if kind == "session" else [path]:
-        if os.path.exists(name):
-            os.unlink(name)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(name)
-        listener.listen(1024)
-        listener.set_inheritable(True)
-        listeners.append(listener)
+
+def launch(path: str, owner: int | str, python: str = sys.executable) -> int:
+    """Starts a server (see `forkserver.py`) and returns its process number."""
     root = os.path.abspath(f"{__file__}/../../../..")
-    numbers = [listener.fileno() for listener in listeners]
-    run = f"import sys; sys.path.insert(0, {root!r}); from fedlq_ray.hosts.ray import forkserver; "
-    run += f"forkserver.main({kind!r}, {path!r}, {int(owner)}, {numbers})"
-    log = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    streams = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, f"{path}.log", log, 0o600),
-    ]
-    try:
+    with listen(path) as listener:
+        listener.set_inheritable(True)
+        run = f"import sys; sys.path.insert(0, {root!r}); from fedlq_ray.hosts.ray import forkserver; "
+        run += f"forkserver.main({path!r}, {int(owner)}, {listener.fileno()})"
+        streams = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        ]
         return os.posix_spawn(
             python, [python, "-u", "-P", "-c", run], os.environ,
             file_actions=streams, setsid=True,
         )  # fmt: skip
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 def raylet(arguments: list[str]) -> NoReturn:
@@ -200,7 +194,7 @@ def _start(path: str, owner: str) -> socket.socket | None:
         link = connect(path)
         if link is not None:
             return link
-        launch(path, owner, "workers")
+        launch(path, owner)
         return connect(path)
 
 
