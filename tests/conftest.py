@@ -2,16 +2,19 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from faults import KINDS, evidence, start
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
+subprocess.Popen = warm.Popen
 # A shell's background job ignores SIGINT, and so do the programs that it starts: tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -75,6 +78,12 @@ def whole(tmp_path_factory):
         start(out, *settings)
         found[kind] = evidence(out)
     return found
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Programs start as always, not forked from one that has imported what they need (tests/warm.py)."""
+    monkeypatch.setenv(warm.COLD, "1")
 
 
 @pytest.fixture

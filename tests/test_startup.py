@@ -9,6 +9,7 @@ import pytest
 
 from fedlq_ray import shadows
 
+pytestmark = pytest.mark.usefixtures("cold")
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
 SCRIPT = [str(Path(sys.executable).with_name("fedlq"))]
 SMALL = ["rounds=1", "clients.count=4", "clients.cohort=2", "tracking.uri=null"]
