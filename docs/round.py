@@ -15,7 +15,7 @@ from fedlq_ray.config.load import load
 
 SETTINGS = (
     "data.name=fashion-mnist", "data.partition=iid", "clients.count=8", "clients.cohort=8", "clients.hosting=serial",
-    "clients.profiles=thin", "train.max_samples=300", "rounds=30", "evaluate_every=30", "target_accuracy=null",
+    "clients.profiles=thin", "train.max_samples=300", "rounds=30", "evaluate_every=30", "target=null",
     "tracking.uri=null", "seed=7",
 )  # fmt: skip
 SCHEMES = {"4 bits for all": ("strategy.name=uniform", "strategy.bits=4"), "FedLQ": ("strategy.name=fedlq",)}

@@ -20,6 +20,7 @@ from fedlq_ray.federation.events import Event
 from fedlq_ray.federation.task import Parts
 from fedlq_ray.files import expand
 from fedlq_ray.models import GivenModel
+from fedlq_ray.problems import GivenProblem
 from fedlq_ray.quantization import GivenQuantizer
 from fedlq_ray.runs import simulation
 from fedlq_ray.strategies import GivenStrategy
@@ -72,6 +73,7 @@ def simulate(
     data: GivenData | None = None,
     strategy: GivenStrategy | None = None,
     quantizer: GivenQuantizer | None = None,
+    problem: GivenProblem | None = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
@@ -84,13 +86,14 @@ def simulate(
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
+        problem: a Problem, its class, or a name; it replaces `problem`.
         watch: called with each event (fedlq_ray.federation.events).
         parent: a comparison that this run belongs to, for MLflow: any text; the part after the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
     """
-    parts = Parts(model, data, strategy, quantizer)
+    parts = Parts(model, data, strategy, quantizer, problem)
     return Result.of(simulation.simulate(config, parts, watch=watch, parent=parent))
 
 
@@ -102,6 +105,7 @@ def resume(
     data: GivenData | None = None,
     strategy: GivenStrategy | None = None,
     quantizer: GivenQuantizer | None = None,
+    problem: GivenProblem | None = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
@@ -110,7 +114,7 @@ def resume(
     Args:
         folder: the run's folder.
         overrides: key=value settings: more `rounds`, or settings that cannot change a result, such as clients.hosting.
-        model, data, strategy, quantizer: as given to `simulate`.
+        model, data, strategy, quantizer, problem: as given to `simulate`.
         watch: as for `simulate`.
         parent: as given to `simulate`, for a run that was killed before it stored its parent.
     Raises:
@@ -118,7 +122,7 @@ def resume(
         CheckpointError: there are checkpoints, but none can be used.
         FedLQError: the run failed again.
     """
-    parts = Parts(model, data, strategy, quantizer)
+    parts = Parts(model, data, strategy, quantizer, problem)
     return Result.of(simulation.resume(folder, overrides, parts, watch=watch, parent=parent))
 
 

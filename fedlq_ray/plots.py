@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.record import Record
+from fedlq_ray.problems import Goal
 
 Records = Sequence[Record]
 # Okabe and Ito's order, darkened to a contrast of 4.5 on white; a run also has its own dash and a name.
@@ -32,23 +33,32 @@ AXES = {
 
 
 def accuracy(
-    runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: Sequence[str] = ("time", "bytes")
+    runs: Mapping[str, Sequence[Records]],
+    target: float | None,
+    bill: str,
+    against: Sequence[str] = ("time", "bytes"),
+    goal: Goal = Goal(),
 ) -> Figure:
-    """Plots accuracy against keys of `AXES`, one panel each: the mean of a run's seeds, and a band over its seeds."""
+    """Plots the main metric against keys of `AXES`, one panel each: the mean of a run's seeds, and a band over them."""
     figure, axes = plt.subplots(
         1, len(against), figsize=(5 * len(against), 4), sharey=True, layout="constrained", squeeze=False
     )
     for axis, key in zip(axes[0], against, strict=True):
-        draw_accuracy(axis, runs, target, bill, key)
-    axes[0, 0].set_ylabel("test accuracy, %")
+        draw_accuracy(axis, runs, target, bill, key, goal)
+    axes[0, 0].set_ylabel(f"test {goal.label}")
     return figure
 
 
 def draw_accuracy(
-    axis: Any, runs: Mapping[str, Sequence[Records]], target: float | None, bill: str, against: str
+    axis: Any,
+    runs: Mapping[str, Sequence[Records]],
+    target: float | None,
+    bill: str,
+    against: str,
+    goal: Goal = Goal(),
 ) -> None:
     """Draws one panel of `accuracy`."""
-    ends = []
+    ends, scale = [], goal.scale
     for index, (name, seeds) in enumerate(runs.items()):
         # From the seventh run on, colours repeat with another dash.
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[(index + index // len(COLOURS)) % len(DASHES)]
@@ -60,7 +70,7 @@ def draw_accuracy(
         grid = grid[(grid >= first) & (grid <= last)]
         if not len(grid):  # the seeds' ranges do not overlap
             grid = series[0][0]
-        found = 100 * np.array([np.interp(grid, xs, ys) for xs, ys in series])
+        found = scale * np.array([np.interp(grid, xs, ys) for xs, ys in series])
         if len(series) > 1:
             axis.fill_between(grid, found.min(0), found.max(0), color=colour, alpha=0.18, linewidth=0)
         axis.plot(grid, found.mean(0), color=colour, linestyle=dash, linewidth=1.8)
@@ -72,20 +82,21 @@ def draw_accuracy(
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if target is not None:
-        axis.axhline(100 * target, color=MUTED, linestyle=":", linewidth=1)
+        axis.axhline(scale * target, color=MUTED, linestyle=":", linewidth=1)
         transform = axis.get_yaxis_transform()
-        axis.text(0.01, 100 * target, f"target {100 * target:g} %", color=MUTED, va="bottom", transform=transform)
+        named = f"target {scale * target:g}{' %' if goal.percent else ''}"
+        axis.text(0.01, scale * target, named, color=MUTED, va="bottom", transform=transform)
     axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
     name_ends(axis, ends)
 
 
 def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Returns the positions on an axis at which a run was evaluated, and its accuracies there, as fractions."""
+    """Returns the positions on an axis at which a run was evaluated, and the main metric there."""
     sent = np.cumsum([r.uplink_bytes for r in records]) / 1e6
     at = {"time": [r.sim_time_s for r in records], "bytes": sent, "round": [r.round + 1 for r in records]}
-    evaluated = [i for i, r in enumerate(records) if r.accuracy is not None]
-    return np.asarray(at[against], float)[evaluated], np.array([records[i].accuracy for i in evaluated], float)
+    evaluated = [i for i, r in enumerate(records) if r.main is not None]
+    return np.asarray(at[against], float)[evaluated], np.array([records[i].main for i in evaluated], float)
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:

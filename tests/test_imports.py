@@ -7,8 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "fedlq_ray"
 # What stands before imports everything else, or is imported before everything else.
 GROUND = ("errors", "files", "seeding", "shadows", "startup", "__init__")
 ORDER = (
-    "config", "models", "quantization", "data", "training", "significance", "strategies", "federation", "plots",
-    "tracking", "hosts", "runs", "sweeps", "analysis", "api", "cli",
+    "config", "problems", "models", "quantization", "data", "training", "significance", "strategies", "federation",
+    "plots", "tracking", "hosts", "runs", "sweeps", "analysis", "api", "cli",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from fedlq_ray import Config
 
 def config(out: Path | None = None, **sections) -> Config:
     clients = {"count": 10, "cohort": 4, "hosting": "serial"} | sections.pop("clients", {})
-    base = {"rounds": 3, "target_accuracy": None, "tracking": {"uri": None}, "out": out}
+    base = {"rounds": 3, "target": None, "tracking": {"uri": None}, "out": out}
     return Config(**{**base, "clients": clients, **sections})
 
 

@@ -146,10 +146,9 @@ def _program(request, files):
     for file in files[1:]:
         if file > 2:
             os.close(file)
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(open(1, "wb", closefd=False), sys.stdout.encoding)
-    sys.stderr = sys.__stderr__ = io.TextIOWrapper(
-        open(2, "wb", closefd=False), sys.stderr.encoding, "backslashreplace", line_buffering=True
-    )
+    out, err = (io.BufferedWriter(io.FileIO(number, "w", closefd=False)) for number in (1, 2))
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(out, sys.stdout.encoding)
+    sys.stderr = sys.__stderr__ = io.TextIOWrapper(err, sys.stderr.encoding, "backslashreplace", line_buffering=True)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -11,7 +11,7 @@ from fedlq_ray.federation.task import prepare
 
 _FEDERATION = ["clients.count=100", "clients.cohort=20", "data.partition=iid", "data.holdout=0"]
 _TRAINING = ["train.lr=0.05", "train.batch_size=32", "train.local_epochs=1"]
-_QUIET = ["tracking.uri=null", "target_accuracy=null", "checkpoint.keep=0"]
+_QUIET = ["tracking.uri=null", "target=null", "checkpoint.keep=0"]
 _COMMON = [*_FEDERATION, *_TRAINING, *_QUIET]
 WORKLOADS = {
     "w1": [*_COMMON, "data.name=fashion-mnist", "model.name=cnn"],

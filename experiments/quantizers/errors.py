@@ -51,7 +51,7 @@ WHERE = {"kind": "update", "round": 0, "client": 0}
 TRAINED = [
     *("data.name=fashion-mnist", "model.name=cnn", "clients.count=50", "clients.cohort=10", "clients.hosting=serial"),
     *("train.lr=0.2", "train.batch_size=32", "train.local_epochs=1", "train.max_samples=600", "strategy.name=fedavg"),
-    *("rounds=5", "evaluate_every=5", "target_accuracy=null", "tracking.uri=null"),
+    *("rounds=5", "evaluate_every=5", "target=null", "tracking.uri=null"),
 ]
 Pieces = tuple[tuple[int, int], ...]
 

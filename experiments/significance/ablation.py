@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 SETTINGS = [
     "data.name=fashion-mnist", "model.name=cnn", "clients.hosting=serial", "clients.count=50", "clients.cohort=10",
     "data.partition=dirichlet", "data.alpha=0.3", "train.lr=0.2", "train.batch_size=32", "train.local_epochs=1",
-    "train.max_samples=300", "strategy.name=fedavg", "tracking.uri=null", "target_accuracy=null",
+    "train.max_samples=300", "strategy.name=fedavg", "tracking.uri=null", "target=null",
 ]  # fmt: skip
 LEVELS = (1, 2, 3, 4, 6, 8)
 SAMPLES = 512

@@ -15,6 +15,7 @@ from fedlq_ray.analysis.runs import by_population, parameters, population
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.metrics import METRICS
 from fedlq_ray.federation.record import Record
+from fedlq_ray.problems import Goal, goal_of
 from fedlq_ray.runs import provenance
 from fedlq_ray.sweeps.sweep import Finished, Outcome
 
@@ -78,6 +79,7 @@ class Row:
         reference: its name; it is in the table only if the population has it.
         accuracy_gain, speed_up: over the reference; None if the reference or a value is missing.
         to_limit: time to the target in multiples of that of the run named limit.
+        goal: the main metric.
         front: no run of the population has more accuracy and fewer bytes, or is better in one and equal in the other.
     """
 
@@ -94,6 +96,12 @@ class Row:
     speed_up: Interval | None = None
     to_limit: float | None = None
     front: bool = False
+    goal: Goal = Goal()
+
+    @property
+    def final(self) -> str:
+        """The name of the main metric's last value."""
+        return f"final_{self.goal.metric}"
 
     @property
     def population(self) -> str:
@@ -120,12 +128,12 @@ class Row:
         return own | {"to_limit": self.to_limit, "front": self.front}
 
 
-def time_to(records: Iterable[Record], target: float) -> tuple[float, float, float] | None:
-    """Simulated seconds, uplink and downlink MB until a run first reaches an accuracy; None if it never does."""
+def time_to(records: Iterable[Record], target: float, goal: Goal = Goal()) -> tuple[float, float, float] | None:
+    """Simulated seconds, uplink and downlink MB until a run first reaches a target; None if it never does."""
     sent = received = 0
     for record in records:
         sent, received = sent + record.uplink_bytes, received + record.downlink_bytes
-        if record.accuracy is not None and record.accuracy >= target:
+        if goal.reaches(record.main, target):
             return record.sim_time_s, sent / 1e6, received / 1e6
     return None
 
@@ -173,7 +181,7 @@ def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
         raise ConfigError(f"--reference: there is no run {reference}; the runs are {', '.join(names)}")
     reference = reference or ("fedavg" if "fedavg" in names else names[0])
     times = {label: _by_seed(outcome.runs[label], "time_to_target_s") for label in labels}
-    accuracies = {label: _by_seed(outcome.runs[label], "final_accuracy") for label in labels}
+    finals = {row.run: _by_seed(outcome.runs[row.run], row.final) for row in table}
 
     def compared(row: Row) -> Row:
         where = row.population
@@ -184,7 +192,7 @@ def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
         return replace(
             row,
             reference=base,
-            accuracy_gain=gain(accuracies[row.run], accuracies[base]) if base in labels else None,
+            accuracy_gain=gain(finals[row.run], finals[base]) if base in labels else None,
             speed_up=speed_up(times[row.run], times[base]) if base in labels else None,
             to_limit=own / least if own and least else None,
             front=_undominated(row, [other for other in table if other.population == where]),
@@ -195,12 +203,15 @@ def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
 
 def _row(label: str, runs: Sequence[Finished], outcome: Outcome) -> Row:
     done = [run.summary for run in runs if run.summary is not None]
+    goal = next((_goal(run) for run in runs if run.summary is not None), _goal(runs[0]))
     values = {}
     for metric in METRICS:
         if metric.of_run:
             found = done if len(done) == len(runs) or not metric.of_all else []
             known = [None if (value := metric.of_run(summary)) is None else value / metric.per for summary in found]
             values[metric.name] = Spread.of(known)
+    if goal != Goal():
+        values[f"final_{goal.metric}"] = Spread.of([summary.get(f"final_{goal.metric}") for summary in done])
     return Row(
         run=label,
         tuned=outcome.tuned.get(label),
@@ -209,9 +220,10 @@ def _row(label: str, runs: Sequence[Finished], outcome: Outcome) -> Row:
         values=values,
         targets={f"{target:g}": _reached(runs, target) for target in outcome.targets},
         bits_per_parameter=_bits(runs),
+        goal=goal,
         by_seed=[
             {"seed": run.config.seed}
-            | {k: (run.summary or {}).get(k) for k in ("final_accuracy", "time_to_target_s", "uplink_bytes")}
+            | {k: (run.summary or {}).get(k) for k in (f"final_{goal.metric}", "time_to_target_s", "uplink_bytes")}
             for run in runs
         ],
     )
@@ -221,8 +233,12 @@ def _by_seed(runs: Sequence[Finished], key: str) -> dict[int, float | None]:
     return {run.config.seed: run.summary[key] if run.summary else None for run in runs}
 
 
+def _goal(run: Finished) -> Goal:
+    return goal_of(run.config.problem, run.summary)
+
+
 def _reached(runs: Sequence[Finished], target: float) -> Reached:
-    found = [time_to(run.records, target) if run.summary else None for run in runs]
+    found = [time_to(run.records, target, _goal(run)) if run.summary else None for run in runs]
     seconds, sent, received = (Spread.of([one and one[i] for one in found]) for i in range(3))
     return Reached(seconds, sent.mean, received.mean, sum(one is not None for one in found))
 
@@ -236,8 +252,8 @@ def _bits(runs: Sequence[Finished]) -> float | None:
 
 def _undominated(row: Row, among: Sequence[Row]) -> bool:
     def figures(one: Row) -> tuple[float, float] | None:
-        accuracy, mb = one.mean("final_accuracy"), one.mean("uplink_mb")
-        return None if accuracy is None or mb is None else (accuracy, -mb)
+        final, mb = one.mean(one.final), one.mean("uplink_mb")
+        return None if final is None or mb is None else (one.goal.merit(final), -mb)
 
     own = figures(row)
     others = [other for other in map(figures, among) if other is not None]
@@ -248,10 +264,10 @@ def plot(outcome: Outcome, file: Path) -> list[Path]:
     """Plots accuracy against time and bytes; one picture per population, such as accuracy@thin.png."""
     made = []
     for where, labels in by_population(outcome.runs).items():
-        config = outcome.runs[labels[0]][0].config
+        config, goal = outcome.runs[labels[0]][0].config, _goal(outcome.runs[labels[0]][0])
         lines = {label.removesuffix(f"@{where}"): [run.records for run in outcome.runs[label]] for label in labels}
         made.append(file.with_stem(f"{file.stem}@{where}") if where else file)
-        plots.save(plots.accuracy(lines, config.target_accuracy, config.network.bill), made[-1])
+        plots.save(plots.accuracy(lines, config.target, config.network.bill, goal=goal), made[-1])
     return made
 
 

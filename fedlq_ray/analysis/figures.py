@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedlq_ray import plots
 from fedlq_ray.analysis.runs import parameters
 from fedlq_ray.federation.record import Record
+from fedlq_ray.problems import Goal, goal_of
 from fedlq_ray.sweeps.sweep import Finished
 
 Runs = Mapping[str, Sequence[Finished]]
@@ -46,46 +47,50 @@ def canvas(height: float) -> tuple[Figure, Any]:
 
 
 def accuracy(runs: Runs, against: str) -> Shown:
-    """Plots accuracy against one of plots.AXES."""
-    config = next(iter(runs.values()))[0].config
+    """Plots the main metric against one of plots.AXES."""
+    first = next(iter(runs.values()))[0]
+    config, goal = first.config, goal_of(first.config.problem, first.summary)
     with plt.rc_context(STYLE):
         figure, axis = canvas(4.0)
         records = {label: [run.records for run in seeds] for label, seeds in runs.items()}
-        plots.draw_accuracy(axis, records, config.target_accuracy, config.network.bill, against)
-        axis.set_ylabel("test accuracy, %")
+        plots.draw_accuracy(axis, records, config.target, config.network.bill, against, goal)
+        axis.set_ylabel(f"test {goal.label}")
+    name = goal.metric.replace("_", " ").capitalize()
     over = {"time": "simulated time", "bytes": "uplink traffic", "round": "rounds"}[against]
     seeds = max(map(len, runs.values()))
     band = f"Line: mean of {seeds} seeds; band: from the minimum to the maximum." if seeds > 1 else "One seed."
-    ends = "; ".join(f"{label} ends at {_final(seeds)}" for label, seeds in runs.items())
-    title = _arrivals(runs, config.target_accuracy, against) or f"Accuracy against {over}: {ends}"
-    return Shown(title, band, f"Accuracy against {over}, one line per run: {ends}.", figure)
+    ends = "; ".join(f"{label} ends at {_final(seeds, goal)}" for label, seeds in runs.items())
+    title = _arrivals(runs, config.target, against, goal) or f"{name} against {over}: {ends}"
+    return Shown(title, band, f"{name} against {over}, one line per run: {ends}.", figure)
 
 
-def _arrivals(runs: Runs, target: float | None, against: str) -> str | None:
+def _arrivals(runs: Runs, target: float | None, against: str, goal: Goal) -> str | None:
     """The first and the last run to reach the target, of the runs whose seeds all reached it; None if there is none."""
     arrived: dict[str, float] = {}
     for label, seeds in runs.items():
-        found = [one for run in seeds if (one := _first(run, target, against)) is not None]
+        found = [one for run in seeds if (one := _first(run, target, against, goal)) is not None]
         if found and len(found) == len(seeds):
             arrived[label] = float(np.mean(found))
     if target is None or not arrived:
         return None
     unit = {"time": "s", "bytes": "MB", "round": "rounds"}[against]
     soonest, latest = min(arrived, key=lambda n: arrived[n]), max(arrived, key=lambda n: arrived[n])
-    title = f"{soonest} reaches {100 * target:g} % after {arrived[soonest]:.3g} {unit}"
+    title = f"{soonest} reaches {goal.named(target).removesuffix(' accuracy')} after {arrived[soonest]:.3g} {unit}"
     return title if soonest == latest else f"{title}, {latest} after {arrived[latest]:.3g}"
 
 
-def _first(run: Finished, target: float | None, against: str) -> float | None:
-    """Position on an axis of plots.AXES at which a run first reaches an accuracy."""
-    xs, accuracies = plots.seen(run.records, against)
-    reached = xs[accuracies >= target] if target is not None else xs[:0]
-    return float(reached[0]) if len(reached) else None
+def _first(run: Finished, target: float | None, against: str, goal: Goal) -> float | None:
+    """Position on an axis of plots.AXES at which a run first reaches a target."""
+    xs, values = plots.seen(run.records, against)
+    return next((float(x) for x, value in zip(xs, values, strict=True) if goal.reaches(float(value), target)), None)
 
 
-def _final(seeds: Sequence[Finished]) -> str:
-    known = [run.summary["final_accuracy"] for run in seeds if run.summary]
-    return f"{100 * sum(known) / len(known):.1f} %" if known else "no result"
+def _final(seeds: Sequence[Finished], goal: Goal) -> str:
+    known = [run.summary[f"final_{goal.metric}"] for run in seeds if run.summary]
+    if not known:
+        return "no result"
+    mean = sum(known) / len(known)
+    return f"{100 * mean:.1f} %" if goal.percent else f"{mean:.4g}"
 
 
 def clients_of(run: Finished) -> list[dict[str, float]]:
@@ -95,6 +100,11 @@ def clients_of(run: Finished) -> list[dict[str, float]]:
         return []
     with file.open(newline="", encoding="utf-8") as table:
         return [{key: float(value) for key, value in row.items() if _number(value)} for row in csv.DictReader(table)]
+
+
+def _count(run: Finished) -> int:
+    """The number of clients: that of the settings, or fewer if the data has fewer."""
+    return len(clients_of(run)) or run.config.clients.count
 
 
 def _number(text: str) -> bool:
@@ -186,7 +196,7 @@ def _layer_bits(run: Finished) -> tuple[list[str], NDArray[np.float64]]:
 def _client_bits(run: Finished) -> NDArray[np.float64]:
     """Bits per parameter of each client's payload: (clients, rounds); NaN if it sent none."""
     size = parameters([run]) or 1
-    found = np.full((run.config.clients.count, len(run.records)), np.nan)
+    found = np.full((_count(run), len(run.records)), np.nan)
     for column, record in enumerate(run.records):
         for client, sent in zip(record.cohort, record.client_uplink_bytes, strict=True):
             found[client, column] = 8 * sent / size if sent else np.nan
@@ -196,7 +206,7 @@ def _client_bits(run: Finished) -> NDArray[np.float64]:
 def _layer_client_bits(run: Finished, layers: Sequence[str]) -> NDArray[np.float64] | None:
     """Bits per parameter by layer and client, mean of its rounds: (layers, clients), NaN if it sent none. None if the
     journal lacks them, as in earlier versions."""
-    total = np.zeros((len(layers), run.config.clients.count))
+    total = np.zeros((len(layers), _count(run)))
     times = np.zeros_like(total)
     for record in run.records:
         if not record.client_bits_per_parameter:

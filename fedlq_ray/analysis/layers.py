@@ -22,7 +22,7 @@ from fedlq_ray.seeding import seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure, memory_saving
 from fedlq_ray.strategies import make
 from fedlq_ray.training.device import reproducible
-from fedlq_ray.training.local import Evaluation, sample_losses
+from fedlq_ray.training.local import Evaluation, evaluate
 from fedlq_ray.training.payloads import PAYLOADS
 
 __all__ = ["LayerAnalysis", "analyse", "analyses"]
@@ -35,8 +35,9 @@ class LayerAnalysis:
     Args:
         rounds: rounds of training before the measurement.
         samples: number of held-out samples used for all measurements.
-        before: loss and accuracy without quantization, on the same samples.
-        loss, accuracy: measured; the noise is the standard error over blocks, which covers samples and rounding.
+        before: loss and metrics without quantization, on the same samples.
+        loss, accuracy: measured, where accuracy stands for the main metric; the noise is the standard error over
+            blocks, which covers samples and rounding.
         predicted: the requested metrics, by name.
     """
 
@@ -67,7 +68,7 @@ class _Unwatched(SerialHost):
     """Skips evaluation, because its result is not used here."""
 
     def evaluate(self, weights: Tensor) -> Done:
-        return Done(Timed(Evaluation(0.0, 0.0), 0.0))
+        return Done(Timed(Evaluation({}, 0.0), 0.0))
 
 
 def _unheard(record: Record) -> None:
@@ -100,7 +101,7 @@ def analyses(
             "strategy": StrategyConfig(name="fedavg"),
             "rounds": last,
             "evaluate_every": last,
-            "target_accuracy": None,
+            "target": None,
             "stop_at_target": False,
         }
     )
@@ -129,10 +130,9 @@ def _analysis(
     quantizers = [setting.quantizer_at(level) for level in levels]
 
     what = (place.model, state.weights - sent, sent, layers, quantizers)
-    take = partial(gather, *what, seed=setting.seed, round=state.round)
+    take = partial(gather, *what, seed=setting.seed, round=state.round, problem=place.task.problem)
     found = measure(in_blocks(take, x, y), "loss", "accuracy", *metrics)
-    losses, right = sample_losses(place.model, state.weights, x, y)
-    before = Evaluation(float(right.double().mean()), float(losses.double().mean()))
+    before = evaluate(place.model, state.weights, x, y, place.task.problem)
     saving = memory_saving(sizes, levels)
     names = tuple(layer.name for layer in layers)
     loss, accuracy, predicted = found["loss"], found["accuracy"], {name: found[name] for name in metrics}

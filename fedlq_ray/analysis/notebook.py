@@ -8,15 +8,16 @@ from matplotlib.figure import Figure
 
 from fedlq_ray import plots  # chooses the backend
 from fedlq_ray.analysis import svg
+from fedlq_ray.problems import goal_of
 from fedlq_ray.runs import rundir
 
 
 def plot(folder: Path) -> Figure:
     """Plots accuracy against simulated time and traffic; the figure is closed in pyplot, so that it is shown once."""
     run = rundir.read(folder)
-    figure = plots.accuracy(
-        {run.config.strategy.name: [run.records]}, run.config.target_accuracy, run.config.network.bill
-    )
+    config = run.config
+    goal = goal_of(config.problem, run.summary)
+    figure = plots.accuracy({config.strategy.name: [run.records]}, config.target, config.network.bill, goal=goal)
     pyplot.close(figure)
     return figure
 
@@ -25,12 +26,13 @@ def html(folder: Path) -> str:
     """Returns a run's main results as an HTML table, and its plot."""
     run = rundir.read(folder)
     config, summary = run.config, run.summary or {}
+    goal = goal_of(config.problem, summary)
     shown = {"strategy": config.strategy.name, "rounds": str(len(run.records))}
     if summary:
-        shown["final accuracy"] = f"{summary['final_accuracy']:.2%}"
-        if config.target_accuracy is not None:
+        shown[f"final {goal.metric.replace('_', ' ')}"] = goal.shown(summary[f"final_{goal.metric}"])
+        if config.target is not None:
             reached = summary["time_to_target_s"]
-            key = f"simulated time to {config.target_accuracy:.4g}"
+            key = f"simulated time to {config.target:.4g}"
             shown[key] = "not reached" if reached is None else f"{reached:.3g} s"
         shown["simulated time"] = f"{summary['sim_time_s']:.3g} s"
         shown["sent by clients"] = f"{summary['uplink_bytes'] / 1e6:.3g} MB"

@@ -57,8 +57,8 @@ def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[s
 def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str]]) -> list[str]:
     """Results: sentences, the table, and accuracy against time, bytes and rounds."""
     config = next(iter(runs.values()))[0].config
-    told = "".join(f"<li>{escape(one)}</li>" for one in findings(block, config.target_accuracy))
-    made = tables.columns(block, config.target_accuracy)
+    told = "".join(f"<li>{escape(one)}</li>" for one in findings(block, config.target))
+    made = tables.columns(block, config.target)
     names = list(made)
     head = "".join(f"<th scope='col'>{escape(heading)}</th>" for heading in made)
     body = []
@@ -83,27 +83,30 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
 
 def findings(block: Sequence[Row], target: float | None) -> list[str]:
     """Returns the table's main points as sentences."""
-    told = []
+    told, goal = [], block[0].goal
+    points = " points" if goal.percent else ""
     base = block[0].reference.removesuffix(f"@{block[0].population}")
     arrived = [(seconds, row) for row in block if (seconds := row.mean("time_to_target_s")) is not None]
     if target is not None and arrived:
         seconds, first = min(arrived, key=lambda one: one[0])
-        line = f"{first.name} is the first to reach {100 * target:g} % accuracy, after {seconds:.3g} s"
+        line = f"{first.name} is the first to reach {goal.named(target)}, after {seconds:.3g} s"
         if first.speed_up is not None and first.name != base:
             line += f": {tables.between(first.speed_up)} times as fast as {base}"
         told.append(line + ".")
     elif target is not None:
-        told.append(f"No run reached {100 * target:g} % accuracy with every seed.")
+        told.append(f"No run reached {goal.named(target)} with every seed.")
     sure = [(row, gain) for row in block if row.name != base and (gain := row.accuracy_gain) and gain.low is not None]
     beyond = [(row, gain) for row, gain in sure if gain.excludes_zero]
     for row, gain in beyond:
-        told.append(f"{row.name} differs from {base} by {tables.between(gain, 100, 1)} points at the end.")
+        difference = tables.between(gain, goal.scale, 1 if points else 3)
+        told.append(f"{row.name} differs from {base} by {difference}{points} at the end.")
     if len(beyond) < len(sure):
         rest = ", ".join(row.name for row, gain in sure if (row, gain) not in beyond)
-        told.append(f"Final accuracy: {block[0].seeds} seeds do not distinguish {rest} from {base} ({CONFIDENCE:.0%}).")
+        seeds = f"{block[0].seeds} seeds do not distinguish {rest} from {base} ({CONFIDENCE:.0%})."
+        told.append(f"Final {goal.metric}: {seeds}")
     if len(block) > 1:
         front = ", ".join(row.name for row in block if row.front)
-        told.append(f"On the front of accuracy against traffic: {front}.")
+        told.append(f"On the front of {goal.metric} against traffic: {front}.")
     return told
 
 

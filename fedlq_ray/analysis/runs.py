@@ -13,7 +13,7 @@ from fedlq_ray.sweeps.sweep import Finished, Outcome
 from fedlq_ray.tracking import log as tracking
 
 # If runs differ in one of these, a table compares more than their schemes.
-_COMMON = ("data.", "model.", "clients.", "network.bill", "rounds", "evaluate_on", "target_accuracy")
+_COMMON = ("data.", "model.", "clients.", "network.bill", "rounds", "evaluate_on", "target")
 
 
 def find(sources: Sequence[str], uri: str | None, scratch: Path) -> Outcome:

@@ -47,11 +47,12 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
         return [figure(*row.values[key], missing=missing) for row in table]
 
     made: Columns = {"run": [row.name for row in table]}
-    accuracies = [row.values["final_accuracy"] for row in table]
-    percent = [[None if value is None else 100 * value for value in one] for one in accuracies]
-    made["accuracy, %"] = [figure(*one, least=2) for one in percent]
+    goal = table[0].goal
+    finals = [[None if value is None else goal.scale * value for value in row.values[row.final]] for row in table]
+    made[goal.label] = [figure(*one, least=2) for one in finals]
     if len(table) > 1 and any(row.accuracy_gain is not None for row in table):
-        made["gain, points"] = _own(table, [between(row.accuracy_gain, 100, places=1) for row in table])
+        gains = [between(row.accuracy_gain, goal.scale, places=1 if goal.percent else 3) for row in table]
+        made["gain, points" if goal.percent else "difference"] = _own(table, gains)
     for metric in METRICS:
         if metric.column:
             made[metric.column] = figures(metric.name)
@@ -104,8 +105,10 @@ def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[st
     if len(table) > 1:
         paired = f", with {CONFIDENCE:.0%} intervals (Student's t, paired by seed)" if seeds > 1 else ""
         base = table[0].reference.removesuffix(f"@{table[0].population}")
+        goal = table[0].goal
+        more = f"{'more' if goal.higher_is_better else 'less'} {goal.metric.replace('_', ' ')}"
         told.append(f"Gain and speed-up are over {base}{paired}.")
-        told.append("* front: no run has more accuracy for as few MB.")
+        told.append(f"* front: no run has {more} for as few MB.")
     return told + [f"The runs differ in {path} as well: {', '.join(values)}." for path, values in unlike.items()]
 
 
@@ -183,7 +186,7 @@ def written(
     for where, labels in by_population(row.run for row in table).items():
         block = [row for row in table if row.run in labels]
         config = configs[labels[0]]
-        made, told = columns(block, config.target_accuracy), notes(block, config, unlike)
+        made, told = columns(block, config.target), notes(block, config, unlike)
         if form == "markdown":
             parts.append("\n".join([f"**{where}**\n"] * bool(where) + [markdown(made), " ".join(told)]))
         else:

@@ -101,15 +101,18 @@ def _tell(result: Any, config: Config, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"summary": result.summary, "path": str(result.path)}))
         return
+    from fedlq_ray.problems import goal_of  # it imports PyTorch
+
     summary = result.summary
+    metric = goal_of(config.problem, summary).metric
     click.echo(
-        f"final accuracy {summary['final_accuracy']:.4f} after {summary['rounds']} rounds, "
+        f"final {metric.replace('_', ' ')} {summary[f'final_{metric}']:.4f} after {summary['rounds']} rounds, "
         f"{summary['sim_time_s']:.1f} simulated s, {summary['uplink_bytes'] / 1e6:.2f} MB sent by clients"
     )
-    if config.target_accuracy is not None:
+    if config.target is not None:
         reached = summary["time_to_target_s"]
         told = "not reached" if reached is None else f"after {reached:.1f} simulated s"
-        click.echo(f"target {config.target_accuracy:g}: {told}")
+        click.echo(f"target {config.target:g}: {told}")
     click.echo(f"results in {result.path}" + ("; fedlq ui opens MLflow" if config.tracking.uri else ""))
 
 
@@ -197,6 +200,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
 
     from fedlq_ray import plots
     from fedlq_ray.analysis.layers import analyse
+    from fedlq_ray.problems import goal_of
 
     config = configuration.load(*split(arguments))
     plots.require_file(Path(out))
@@ -208,9 +212,11 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
             click.echo("quantizing each layer at each level", err=True)
 
     found = analyse(config, watch)
-    before = f"loss {found.before.loss:.4f}, accuracy {found.before.accuracy:.2%}"
+    goal = goal_of(config.problem)
+    before = f"loss {found.before.loss:.4f}, {goal.metric} {goal.shown(found.before.metrics[goal.metric])}"
     table = Table(title=f"payload {found.payload}; {found.samples} held-out samples: {before}")
-    for heading in ("layer", "parameters", "bits", "saved", "loss rise", "± noise", "acc. drop", "significance"):
+    worse = "acc. drop" if goal.metric == "accuracy" else "worse by"
+    for heading in ("layer", "parameters", "bits", "saved", "loss rise", "± noise", worse, "significance"):
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
     for row, name in enumerate(found.names):
         for column, bits in enumerate(found.levels):
@@ -222,7 +228,7 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
                 f"{found.saving[row, column]:.2%}",
                 f"{found.loss.drop[row, column]:.2e}",
                 f"{found.loss.noise[row, column]:.1e}",
-                f"{found.accuracy.drop[row, column]:+.2%}",
+                f"{found.accuracy.drop[row, column]:{'+.2%' if goal.percent else '+.3g'}}",
                 f"{significance} " if found.seen[row, column] else f"({significance})",
                 end_section=column + 1 == len(found.levels),
             )
@@ -296,7 +302,10 @@ def sync(folder: str, uri: str | None, experiment: str | None) -> None:
     if found.summary and where.dataset and found.config.tracking.log_model:
         profile, model = json.loads(where.dataset["profile"]), found.config.model
         try:
-            module = build(model.name, tuple(profile["input_shape"]), profile["num_classes"], dict(model.args))
+            module = build(
+                model.name, tuple(profile["input_shape"]), profile["num_classes"], dict(model.args),
+                vocabulary=profile.get("vocabulary", 0), output_shape=tuple(profile.get("output_shape", ())) or None,
+            )  # fmt: skip
         except ConfigError as exc:
             click.echo(f"the model is not logged: {exc}", err=True)
     try:

@@ -53,6 +53,8 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Like `load`, for the config.yaml of a run's folder, which an earlier version may have written."""
     base = _read(path)
+    if "target_accuracy" in base:
+        base["target"] = base.pop("target_accuracy")
     if isinstance(base.get("strategy"), dict):
         base["strategy"] = stored.migrated(base["strategy"])
     return merge(base, overrides, source=str(path))

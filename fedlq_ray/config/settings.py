@@ -1,10 +1,12 @@
 """Every setting, typed, with its unit, bounds and meaning."""
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fedlq_ray.config import presets
 from fedlq_ray.config.schemes import Chosen, FedLQ
 from fedlq_ray.config.sections import Args, Section, Text, key
 from fedlq_ray.errors import ConfigError
@@ -12,24 +14,33 @@ from fedlq_ray.errors import ConfigError
 VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}  # defaults of TrackingConfig
 
 
+FRACTIONS = ("classification", "tokens", "multilabel")  # problems whose main metric is a fraction
 Positive = Annotated[float, Field(gt=0)]
 
 
 class DataConfig(Section):
-    name: Text = key("digits", "digits, fashion-mnist, mnist, cifar10, npz, or your own as module:function")
+    name: Text = key(
+        "digits",
+        "digits, shakespeare, diabetes, fashion-mnist, mnist, cifar10, cifar100, npz, leaf, table, or your own as "
+        "module:function",
+    )
     path: Text | None = key(None, "file or folder of the data; required for npz, else searched in the usual places")
-    layout: Literal["auto", "features", "images", "series", "channels_first"] = key(
+    layout: Literal["auto", "features", "images", "series", "channels_first", "tokens"] = key(
         "auto",
         "the layout of samples: features (n, ...), which are flattened; images (n, height, width[, channels]); "
-        "series (n, length, channels); channels_first, PyTorch's layout of images and series; auto: read from the "
-        "shape; an ambiguous shape is an error",
+        "series (n, length, channels); channels_first, PyTorch's layout of images and series; tokens (n, length); "
+        "auto: read from the shape; an ambiguous shape is an error",
     )
-    partition: Literal["iid", "dirichlet", "shards", "quantity"] = key(
-        "dirichlet", "how samples are distributed over clients"
+    partition: Literal["natural", "iid", "dirichlet", "shards", "quantity", "skew", "missing"] = key(
+        "dirichlet", "how samples are distributed over clients; natural: as the data says"
     )
     alpha: Positive = key(0.3, "concentration of dirichlet (by label) and quantity (by size); small is uneven", le=1e6)
     classes_per_client: int = key(2, "partition=shards: label-sorted shards per client", ge=1)
-    min_samples: int = key(8, "minimum number of samples per client", unit="samples", ge=1)
+    level: float = key(0.8, "partition=skew: the share of a class that one client has", gt=0, lt=1)
+    missing: int = key(2, "partition=missing: classes that each client lacks", ge=1)
+    min_samples: int = key(
+        8, "minimum number of samples per client; partition=natural leaves out clients with fewer", unit="samples", ge=1
+    )
     holdout: float = key(0.1, "share of each client's shard that is held out of training, for probes", ge=0, lt=1)
     args: Args = key({}, "arguments of your own data function")
 
@@ -40,7 +51,9 @@ class ModelConfig(Section):
 
 
 class ClientsConfig(Section):
-    count: int = key(50, "clients in the federation", ge=1, le=1_000_000)
+    count: int = key(
+        50, "clients in the federation; with data.partition=natural, the largest number", ge=1, le=1_000_000
+    )
     cohort: int = key(10, "clients that take part in a round", ge=1)
     hosting: Literal["auto", "dedicated", "packed", "serial"] = key(
         "auto",
@@ -183,8 +196,16 @@ class Config(Section):
 
     name: Text = key("demo", "the run's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", affects="nothing")
     seed: int = key(0, "the seed of all randomness", ge=0, lt=2**63)
+    problem: Text = key(
+        "classification",
+        "what clients train for: classification, tokens, regression, multilabel, or your own as module:attribute",
+    )
     rounds: int = key(60, "rounds of training", ge=1)
-    target_accuracy: float | None = key(0.93, "test accuracy to reach, as a fraction", gt=0, le=1)
+    target: float | None = key(
+        0.93,
+        "value of the problem's main metric to reach: an accuracy or F1 score as a fraction, an absolute error; null: "
+        "none",
+    )
     evaluate_every: int = key(1, "rounds between evaluations; the last is always evaluated", ge=1)
     evaluate_on: Literal["test", "holdout"] = key(
         "test", "which samples accuracy is of: the test set, or those of data.holdout, to choose settings"
@@ -201,6 +222,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_dataset(cls, settings: Any) -> Any:
+        return presets.fill(settings) if isinstance(settings, Mapping) else settings
+
     @model_validator(mode="after")
     def _fits(self) -> "Config":
         if self.clients.cohort > self.clients.count:
@@ -211,8 +237,10 @@ class Config(Section):
             raise ValueError(
                 "train.device=cuda needs clients.num_gpus, an actor's share of a GPU, such as 0.25 (or hosting=serial)"
             )
-        if self.stop_at_target and self.target_accuracy is None:
-            raise ValueError("stop_at_target needs a target_accuracy")
+        if self.stop_at_target and self.target is None:
+            raise ValueError("stop_at_target needs a target")
+        if self.target is not None and self.problem in FRACTIONS and not 0 < self.target <= 1:
+            raise ValueError(f"target: {self.target:g} must be above 0 and at most 1: it is a fraction, such as 0.93")
         if self.evaluate_on == "holdout" and not self.data.holdout:
             raise ValueError("evaluate_on=holdout needs a data.holdout above 0")
         return self

@@ -12,34 +12,44 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.problems import Classification, Problem, Tokens
+from fedlq_ray.problems.base import whole_numbers
 
 Array = NDArray[Any]
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+CLIENTS = ("clients_train", "clients_test")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Arrays of a classification task.
+    """The arrays of a learning problem.
 
     Attributes:
-        x_train, x_test: images (n, height, width, channels), series (n, length, channels) or flat features (n, f);
-            uint8 or float32.
-        y_train, y_test: labels (n,) int64, from 0.
-        mean, std: float32, of the training set, per channel or feature.
+        x_train, x_test: images (n, height, width, channels), series (n, length, channels) or flat features (n, f),
+            uint8 or float32; or tokens (n, length) int32.
+        y_train, y_test: targets (n, ...), as the problem converts them: labels (n,) int64 for classification.
+        num_classes: the size of a model's last dimension: classes, tokens, or numbers to predict.
+        mean, std: float32, of the training set, per channel or feature; empty for tokens.
+        clients_train, clients_test: whose sample each is, (n,) text; None if samples belong to nobody.
+        vocabulary: the number of tokens; 0 if samples are not tokens.
     """
 
     name: str
     x_train: Array
-    y_train: NDArray[np.int64]
+    y_train: Array
     x_test: Array
-    y_test: NDArray[np.int64]
+    y_test: Array
     num_classes: int
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    clients_train: NDArray[np.str_] | None = None
+    clients_test: NDArray[np.str_] | None = None
+    vocabulary: int = 0
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of a model's input without the batch: (channels, height, width), (channels, length) or (f,)."""
+        """Shape of a model's input without the batch: (channels, height, width), (channels, length) or (f,); (length,)
+        for tokens."""
         *places, channels = self.x_train.shape[1:]
         return (channels, *places)
 
@@ -47,7 +57,9 @@ class Dataset:
     def description(self) -> str:
         """One line that describes how the arrays were interpreted."""
         *places, channels = self.x_train.shape[1:]
-        if not places:
+        if self.vocabulary:
+            kind = f"texts of {channels} tokens, {self.vocabulary} different ones"
+        elif not places:
             kind = f"{channels} features"
         elif len(places) == 1:
             kind = f"series of {places[0]} steps, {channels} channel{'s' * (channels > 1)}"
@@ -55,7 +67,11 @@ class Dataset:
             what = "grey images" if channels == 1 else "images"
             kind = f"{what} of {places[0]}x{places[1]}" + (f", {channels} channels" if channels > 1 else "")
         samples = f"{len(self.y_train)} training and {len(self.y_test)} test samples"
-        return f"{self.name}: {samples} of {self.num_classes} classes; {kind}"
+        if self.y_train.dtype.kind == "f":
+            samples += f", {self.num_classes} number{'s' * (self.num_classes > 1)} each to predict"
+        elif not self.vocabulary:
+            samples += f" of {self.num_classes} classes"
+        return f"{self.name}: {samples}; {kind}"
 
     def digest(self) -> str:
         """Returns 32 hex digits that change if any of the arrays changes."""
@@ -63,15 +79,20 @@ class Dataset:
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             whole.update(f"{array.dtype} {array.shape}".encode())
             whole.update(np.ascontiguousarray(array).data)
+        for ids in (self.clients_train, self.clients_test):
+            if ids is not None:
+                whole.update("\n".join(ids.tolist()).encode())
         return whole.hexdigest()[:32]
 
 
 def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32], device: torch.device | str = "cpu") -> Tensor:
-    """Converts stored samples to a model's inputs: float32, normalised, channels first.
+    """Converts stored samples to a model's inputs: float32, normalised, channels first; tokens int64, as they are.
 
     Features are (n, f), series (n, channels, length), images (n, channels, height, width), channels_last in memory.
     """
     stored = torch.from_numpy(x if x.flags.writeable else x.copy()).to(device)
+    if x.dtype == np.int32:
+        return stored.long()
     rows = stored.reshape(len(x), math.prod(x.shape[1:])).float()
     # Per element, not per channel: a loop over whole rows is many times faster than one over three channels.
     by_element = [torch.from_numpy(np.broadcast_to(v, x.shape[1:]).reshape(-1).copy()).to(device) for v in (mean, std)]
@@ -82,36 +103,99 @@ def inputs(x: Array, mean: NDArray[np.float32], std: NDArray[np.float32], device
 
 
 def make_dataset(
-    x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, name: str, source: str | None = None, layout: str = "auto"
+    x_train: Any,
+    y_train: Any,
+    x_test: Any,
+    y_test: Any,
+    *,
+    name: str,
+    source: str | None = None,
+    layout: str = "auto",
+    problem: Problem = Classification(),
+    clients_train: Any = None,
+    clients_test: Any = None,
 ) -> Dataset:
     """Checks and converts arrays; images (n, height, width) get a channel axis.
 
     Args:
+        problem: what the samples are for; it checks the targets.
+        clients_train, clients_test: whose sample each is, (n,); None if they belong to nobody.
         layout: layout of the samples (`data.layout`); "auto" derives it from their shape.
         source: where the arrays came from, for messages, such as `data.path: my.npz`; by default `name`.
     Raises:
         ConfigError: an array is wrong; the message names it.
     """
     where = source or name
+    if isinstance(problem, Tokens) and layout == "auto":
+        layout = "tokens"
     x = {key: _samples(where, key, value, layout) for key, value in (("x_train", x_train), ("x_test", x_test))}
-    y = {"y_train": _labels(where, "y_train", y_train), "y_test": _labels(where, "y_test", y_test)}
+    y = {
+        key: problem.targets(f"{where}: {key}", _array(where, key, value))
+        for key, value in (("y_train", y_train), ("y_test", y_test))
+    }
     for part in ("train", "test"):
         if len(x[f"x_{part}"]) != len(y[f"y_{part}"]):
             raise ConfigError(f"{where}: {len(x[f'x_{part}'])} samples in x_{part}, {len(y[f'y_{part}'])} in y_{part}")
     if x["x_train"].shape[1:] != x["x_test"].shape[1:]:
         shapes = x["x_train"].shape[1:], x["x_test"].shape[1:]
         raise ConfigError(f"{where}: samples of x_train are {shapes[0]}, of x_test {shapes[1]}; they must be the same")
-    classes = int(y["y_train"].max()) + 1
-    if y["y_train"].min() == classes - 1:
-        raise ConfigError(f"{where}: y_train has only one class, {classes - 1}; it must have two or more")
-    beyond = np.flatnonzero(y["y_test"] >= classes)
+    outputs, vocabulary = problem.outputs(y["y_train"]), 0
+    if layout == "tokens":
+        vocabulary = max(int(x["x_train"].max()) + 1, outputs if isinstance(problem, Tokens) else 0)
+        outputs = vocabulary if isinstance(problem, Tokens) else outputs
+        _require_known(where, x["x_test"], vocabulary)
+    _require_outputs(where, y["y_train"], y["y_test"], outputs)
+    empty = np.zeros(0, np.float32)
+    mean, std = (empty, empty) if vocabulary else _moments(x["x_train"])
+    ids = [
+        _ids(where, key, given, len(x[of]))
+        for key, given, of in (("clients_train", clients_train, "x_train"), ("clients_test", clients_test, "x_test"))
+    ]
+    return Dataset(
+        name, x["x_train"], y["y_train"], x["x_test"], y["y_test"], outputs, mean, std, ids[0], ids[1], vocabulary
+    )
+
+
+def _require_known(where: str, x_test: Array, vocabulary: int) -> None:
+    """Requires that every token of the test samples is in the vocabulary, which the training samples have."""
+    beyond = np.argwhere(x_test >= vocabulary)
     if len(beyond):
-        row = beyond[0]
+        place = tuple(beyond[0].tolist())
         raise ConfigError(
-            f"{where}: y_test[{row}] is {y['y_test'][row]}, but the largest label of y_train is {classes - 1}"
+            f"{where}: x_test{list(place)} is token {x_test[place]}, but the largest of the training samples is "
+            f"{vocabulary - 1}"
         )
-    mean, std = _moments(x["x_train"])
-    return Dataset(name, x["x_train"], y["y_train"], x["x_test"], y["y_test"], classes, mean, std)
+
+
+def _require_outputs(where: str, y_train: Array, y_test: Array, outputs: int) -> None:
+    """Requires that a model with these outputs can predict the targets of both sets, and has something to learn."""
+    if y_train.shape[1:] != y_test.shape[1:]:
+        raise ConfigError(
+            f"{where}: targets of y_train are {y_train.shape[1:]}, of y_test {y_test.shape[1:]}; they must be the same"
+        )
+    if y_train.dtype.kind == "f":
+        return
+    if y_train.min() == y_train.max():
+        raise ConfigError(f"{where}: y_train has only one class, {y_train.max()}; it must have two or more")
+    beyond = np.argwhere(y_test >= outputs)
+    if len(beyond):
+        place = tuple(beyond[0].tolist())
+        raise ConfigError(
+            f"{where}: y_test{list(place)} is {y_test[place]}, but the largest label of y_train is {outputs - 1}"
+        )
+
+
+def _ids(where: str, key: str, given: Any, samples: int) -> NDArray[np.str_] | None:
+    """Clients' ids as text, one per sample."""
+    if given is None:
+        return None
+    ids = _array(where, key, given)
+    if ids.shape != (samples,) or ids.dtype.kind not in "iuUSO":
+        raise ConfigError(
+            f"{where}: {key} must be one number or text per sample, {samples} in all, got {ids.dtype} of shape "
+            f"{ids.shape}"
+        )
+    return ids.astype(str)
 
 
 def _array(where: str, key: str, value: Any) -> Array:
@@ -151,6 +235,7 @@ def _layout(where: str, key: str, shape: tuple[int, ...]) -> str:
 
 
 _DIMENSIONS = {
+    "tokens": ((2,), "(n, length)"),
     "features": ((2, 3, 4, 5, 6), "(n, ...)"),
     "images": ((3, 4), "(n, height, width[, channels])"),
     "series": ((3,), "(n, length, channels)"),
@@ -181,26 +266,17 @@ def _samples(where: str, key: str, value: Any, layout: str) -> Array:
     if x.dtype.kind not in "fui":
         raise ConfigError(f"{where}: {key} holds {x.dtype}, not numbers")
     x = _arranged(where, key, x, layout)
+    if layout == "tokens":
+        found = whole_numbers(x)
+        if found is None or (found < 0).any() or (found >= 1_000_000).any():
+            raise ConfigError(f"{where}: {key} must hold tokens, whole numbers from 0 to 999999, got {x.dtype}")
+        return found.astype(np.int32)
     with np.errstate(over="ignore"):  # values beyond float32's range become infinite and are rejected below
         x = np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
     if x.dtype != np.uint8 and not np.isfinite(x).all():
         row = np.argwhere(~np.isfinite(x))[0][0]
         raise ConfigError(f"{where}: {key}[{row}] holds a NaN, an infinity or a value beyond float32's range")
     return x
-
-
-def _labels(where: str, key: str, value: Any) -> NDArray[np.int64]:
-    y = _array(where, key, value)
-    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    if y.ndim == 1 and y.dtype.kind == "f" and bool((y == np.floor(y)).all()) and bool((abs(y) < 2**53).all()):
-        y = y.astype(np.int64)
-    y = y.astype(np.int64) if y.dtype.kind == "b" else y
-    if y.ndim != 1 or y.dtype.kind not in "ui":
-        raise ConfigError(f"{where}: {key} must be one whole number per sample, got {y.dtype} of shape {y.shape}")
-    wrong = np.flatnonzero((y.astype(np.int64) < 0) | (y.astype(np.int64) >= 100_000))
-    if len(wrong):
-        raise ConfigError(f"{where}: {key}[{wrong[0]}] is {y[wrong[0]]}, out of range; labels are 0 to 99999")
-    return y.astype(np.int64)
 
 
 def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -220,9 +296,17 @@ def _moments(x: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 GivenData = Dataset | Sequence[ArrayLike] | Mapping[str, ArrayLike]
 
 
-def as_dataset(data: GivenData, name: str = "data", *, source: str | None = None, layout: str = "auto") -> Dataset:
-    """Converts a Dataset, four arrays, or a mapping of them to a Dataset; `source` and `layout` are as in
-    `make_dataset`.
+def as_dataset(
+    data: GivenData,
+    name: str = "data",
+    *,
+    source: str | None = None,
+    layout: str = "auto",
+    problem: Problem = Classification(),
+) -> Dataset:
+    """Converts a Dataset, four arrays, or a mapping of them to a Dataset; the rest is as in `make_dataset`.
+
+    A mapping may also have `clients_train` and `clients_test`.
 
     Raises:
         ConfigError: `data` is none of these, or its arrays are wrong.
@@ -231,13 +315,15 @@ def as_dataset(data: GivenData, name: str = "data", *, source: str | None = None
         if layout != "auto":
             raise ConfigError(f"data.layout: {layout} is for arrays, but the data is a Dataset, which has a layout")
         return data
+    ids: dict[str, Any] = {}
     if isinstance(data, Mapping):
         missing = [key for key in ARRAYS if key not in data]
         if missing:
             raise ConfigError(f"data.name: {name} returned no {', '.join(missing)}")
+        ids = {key: data[key] for key in CLIENTS if key in data}
         data = tuple(data[key] for key in ARRAYS)
     if not isinstance(data, tuple | list) or len(data) != 4:
         raise ConfigError(
             f"data.name: {name} returned a {type(data).__name__}, not the four arrays {', '.join(ARRAYS)}"
         )
-    return make_dataset(*data, name=name, source=source, layout=layout)
+    return make_dataset(*data, name=name, source=source, layout=layout, problem=problem, **ids)

@@ -11,23 +11,32 @@ from typing import Any
 import numpy as np
 
 from fedlq_ray.config import parts
-from fedlq_ray.data.arrays import ARRAYS, Array, Dataset, as_dataset
+from fedlq_ray.data.arrays import ARRAYS, CLIENTS, Array, Dataset, as_dataset
+from fedlq_ray.data.readers import leaf, table
+from fedlq_ray.data.text import shakespeare
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.files import expand
+from fedlq_ray.problems import Classification, Problem
 
 CACHE = "~/.cache/fedlq"
 
 
-def _digits(path: str | None) -> tuple[Any, ...]:
-    """The handwritten digits of scikit-learn (Alpaydin and Kaynak, UCI, CC BY 4.0), with a stratified fifth to test on.
+def _shipped(name: str) -> Callable[[str | None], tuple[Any, ...]]:
+    """A dataset that is a file of this package, made from scikit-learn, whose import takes 2 s, by
+    `tests/data/test_datasets.py`.
 
-    They are a file of this package: `tests/data/test_datasets.py` makes it from scikit-learn, whose import takes 2 s.
+    digits: handwritten digits (Alpaydin and Kaynak, UCI, CC BY 4.0), with a stratified fifth to test on.
+    diabetes: ten measurements of 442 patients, and how far their disease went in a year (Efron et al., Annals of
+    Statistics 32, 2004), with a random fifth to test on.
     """
-    if path is not None:
-        raise ConfigError("data.path: digits are part of fedlq_ray and need no path; data.name=npz reads a file")
-    with np.load(Path(__file__).with_name("digits.npz")) as file:
-        x_train, y_train, x_test, y_test = (file[name] for name in ARRAYS)
-    return x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64)
+
+    def read(path: str | None) -> tuple[Any, ...]:
+        if path is not None:
+            raise ConfigError(f"data.path: {name} is part of fedlq_ray and needs no path; data.name=npz reads a file")
+        with np.load(Path(__file__).with_name(f"{name}.npz")) as file:
+            return tuple(file[key] for key in ARRAYS)
+
+    return read
 
 
 def read_idx(file: Path) -> Array:
@@ -83,21 +92,24 @@ def _mnist_like(name: str, torchvision_name: str) -> Callable[[str | None], Any]
     return read
 
 
-def _cifar10(path: str | None) -> Any:
-    if path and Path(path).suffix == ".npz":
-        return _npz(path)
-    places = [Path(path)] if path else [*_cache(), Path("data")]
-    for folder in places:
-        if (folder / "cifar-10-batches-py").is_dir():
-            try:
-                return _torchvision_arrays("CIFAR10", folder, download=False)
-            except RuntimeError as exc:  # torchvision checks the files' md5
-                raise ConfigError(
-                    f"data.path: {folder / 'cifar-10-batches-py'}: incomplete or damaged; delete it or unpack it again"
-                ) from exc
-    if path:
-        raise ConfigError(f"data.path: {path}: neither an .npz nor a folder with cifar-10-batches-py")
-    return _downloaded("cifar10", "CIFAR10", places)
+def _cifar(name: str, torchvision_name: str, inside: str) -> Callable[[str | None], Any]:
+    def read(path: str | None) -> Any:
+        if path and Path(path).suffix == ".npz":
+            return _npz(path)
+        places = [Path(path)] if path else [*_cache(), Path("data")]
+        for folder in places:
+            if (folder / inside).is_dir():
+                try:
+                    return _torchvision_arrays(torchvision_name, folder, download=False)
+                except RuntimeError as exc:  # torchvision checks the files' md5
+                    raise ConfigError(
+                        f"data.path: {folder / inside}: incomplete or damaged; delete it or unpack it again"
+                    ) from exc
+        if path:
+            raise ConfigError(f"data.path: {path}: neither an .npz nor a folder with {inside}")
+        return _downloaded(name, torchvision_name, places)
+
+    return read
 
 
 def _downloaded(name: str, torchvision_name: str, places: list[Path]) -> Any:
@@ -143,7 +155,7 @@ def _npz(path: str | None) -> dict[str, Any]:
             missing = [key for key in ARRAYS if key not in file]
             if missing:
                 raise ConfigError(f"data.path: {path}: has no {', '.join(missing)}; it has {', '.join(file.files)}")
-            return {key: file[key] for key in ARRAYS}
+            return {key: file[key] for key in (*ARRAYS, *CLIENTS) if key in file}
     except FileNotFoundError as exc:
         raise ConfigError(f"data.path: {path}: no such file") from exc
     except (
@@ -159,17 +171,28 @@ def _npz(path: str | None) -> dict[str, Any]:
         raise ConfigError(f"data.path: {path}: cannot be read as an .npz of plain arrays ({exc})") from exc
 
 
-DATASETS: dict[str, Callable[[str | None], Any]] = {
-    "digits": _digits,
+DATASETS: dict[str, Callable[..., Any]] = {
+    "digits": _shipped("digits"),
+    "shakespeare": shakespeare,
+    "diabetes": _shipped("diabetes"),
     "fashion-mnist": _mnist_like("fashion-mnist", "FashionMNIST"),
     "mnist": _mnist_like("mnist", "MNIST"),
-    "cifar10": _cifar10,
+    "cifar10": _cifar("cifar10", "CIFAR10", "cifar-10-batches-py"),
+    "cifar100": _cifar("cifar100", "CIFAR100", "cifar-100-python"),
     "npz": _npz,
+    "leaf": leaf,
+    "table": table,
 }
 
 
-def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = None, layout: str = "auto") -> Dataset:
-    """Loads a dataset by name, or from a user's function by import path; `layout` is as in `make_dataset`.
+def load(
+    name: str,
+    path: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    layout: str = "auto",
+    problem: Problem = Classification(),
+) -> Dataset:
+    """Loads a dataset by name, or from a user's function by import path; the rest is as in `make_dataset`.
 
     Raises:
         ConfigError: the dataset cannot be loaded, or its arrays are wrong.
@@ -179,4 +202,5 @@ def load(name: str, path: str | None = None, args: Mapping[str, Any] | None = No
     if path is not None and not (parts.takes(factory, "path") or parts.takes_all(factory)):
         raise ConfigError(f"data.path: {name} has no parameter path, so {path} would be ignored")
     data = parts.call("data.name", factory, {"path": path}, args or {})
-    return as_dataset(data, name, source=f"data.path: {path}" if path else f"data.name: {name}", layout=layout)
+    source = f"data.path: {path}" if path else f"data.name: {name}"
+    return as_dataset(data, name, source=source, layout=layout, problem=problem)

@@ -16,7 +16,7 @@ from fedlq_ray.training.sgd import samples_of
 
 def draw(task: Task, round: int) -> list[int]:
     """Draws the clients of a round without replacement, in ascending order."""
-    clients = task.config.clients
+    clients = task.clients
     drawn = numpy_rng(task.config.seed, "cohort", round).choice(clients.count, clients.cohort, replace=False)
     return sorted(int(client) for client in drawn)
 

@@ -17,6 +17,7 @@ class Metric:
         unit, meaning: for people; Markdown.
         of_round: the value of one round; None for a metric of the whole run.
         of_layers: the same for a metric of each layer, by layer's name.
+        of_names: several metrics with names of their own.
         of_run: the value of a finished run.
         sums: the value of a round is added to those of the rounds before.
         per: the divisor that turns a value into `unit`.
@@ -29,6 +30,7 @@ class Metric:
     meaning: str
     of_round: Callable[[Record], float | None] | None = None
     of_layers: Callable[[Record], Mapping[str, float]] | None = None
+    of_names: Callable[[Record], Mapping[str, float]] | None = None
     of_run: Callable[[Summary], float | None] | None = None
     sums: bool = False
     per: float = 1
@@ -54,6 +56,13 @@ METRICS = (
         "nats",
         "mean cross-entropy on the same samples; absent where it is not finite",
         of_round=lambda r: r.test_loss,
+    ),
+    Metric(
+        "METRIC",
+        "as the problem says",
+        "the problem's other metrics under their own names, such as `perplexity` (tokens), `absolute_error` and "
+        "`root_mean_square_error` (regression), `micro_f1` and `label_accuracy` (multilabel)",
+        of_names=lambda r: r.metrics,
     ),
     Metric(
         "train_loss",
@@ -112,19 +121,20 @@ METRICS = (
     Metric(
         "final_accuracy",
         "fraction",
-        "accuracy of the last evaluation; logged once, at the last round",
-        of_run=lambda s: s["final_accuracy"],
+        "accuracy of the last evaluation; logged once, at the last round. Where the main metric is another, "
+        "`final_METRIC`",
+        of_run=lambda s: s.get("final_accuracy"),
     ),
     Metric(
         "best_accuracy",
         "fraction",
-        "highest accuracy of all evaluations; logged once",
+        "highest accuracy of all evaluations; logged once. Where the main metric is another, `best_METRIC`",
         of_run=lambda s: s.get("best_accuracy"),
     ),
     Metric(
         "time_to_target_s",
         "s",
-        "simulated clock when the run first reached `target_accuracy`; absent if it did not",
+        "simulated clock when the run first reached `target`; absent if it did not",
         of_run=lambda s: s["time_to_target_s"],
         of_all=True,
     ),
@@ -149,6 +159,8 @@ def of_rounds(record: Record, totals: dict[str, float]) -> dict[str, float]:
     for metric in METRICS:
         if metric.of_layers:
             found |= {f"{metric.name}/{layer}": value for layer, value in metric.of_layers(record).items()}
+        elif metric.of_names:
+            found |= metric.of_names(record)
         elif metric.of_round and (value := metric.of_round(record)) is not None:
             if metric.sums:
                 value = totals[metric.name] = totals.get(metric.name, 0.0) + value
@@ -159,7 +171,9 @@ def of_rounds(record: Record, totals: dict[str, float]) -> dict[str, float]:
 def of_run(summary: Summary) -> dict[str, float]:
     """A finished run's values by name, of the metrics that only a whole run has."""
     values = [(m, m.of_run(summary)) for m in METRICS if m.of_run and not m.of_round]
-    return {metric.name: value / metric.per for metric, value in values if value is not None}
+    found = {metric.name: value / metric.per for metric, value in values if value is not None}
+    own = [name for name in summary if name.startswith(("final_", "best_")) and summary[name] is not None]
+    return found | {name: summary[name] for name in own}
 
 
 def table() -> str:

@@ -1,7 +1,7 @@
 """The record of a round: one line of rounds.jsonl."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -21,7 +21,8 @@ class Record:
         quantization_error: root mean square of the error that quantization adds to the mean update; None if unknown.
         sim_time_s: simulated seconds since the start of the run.
         report: what the strategy reports, by name.
-        accuracy, test_loss: of the model after the round; None if it was not evaluated.
+        accuracy, test_loss: of the model after the round; None if it was not evaluated, or the problem has no accuracy.
+        metrics: the problem's other metrics by name; if it has no accuracy, the first is its main metric.
     """
 
     round: int
@@ -45,16 +46,25 @@ class Record:
     report: dict[str, Any]
     accuracy: float | None
     test_loss: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
-    def evaluated(self, accuracy: float | None, test_loss: float | None) -> "Record":
+    @property
+    def main(self) -> float | None:
+        """The value of the problem's main metric; None if the round was not evaluated."""
+        return self.accuracy if self.accuracy is not None else next(iter(self.metrics.values()), None)
+
+    def evaluated(self, metrics: Mapping[str, float], test_loss: float | None) -> "Record":
         """The record with its evaluation added."""
-        return replace(self, accuracy=accuracy, test_loss=test_loss)
+        others = {name: value for name, value in metrics.items() if name != "accuracy"}
+        return replace(self, accuracy=metrics.get("accuracy"), test_loss=test_loss, metrics=others)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object, with the strategy's report merged into it."""
+        """The record as a JSON object, with the strategy's report merged into it; `metrics` only if it has any."""
         made: dict[str, Any] = {}
         for name in NAMES:
             made |= self.report if name == "report" else {name: getattr(self, name)}
+        if not self.metrics:
+            del made["metrics"]
         return made
 
     @staticmethod
@@ -72,4 +82,5 @@ _ABSENT: dict[str, Any] = {
     **dict.fromkeys(("uplink_bytes", "downlink_bytes", "sim_time_s"), 0),
     "bits_per_parameter": {},
     "client_bits_per_parameter": {},
+    "metrics": {},
 }

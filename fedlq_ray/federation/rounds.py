@@ -228,7 +228,7 @@ class Pending:
         if self.evaluation is None:
             return Step(self.record, self.state, self.faults, self.resumable)
         found = _timed(self.evaluation, timing.evaluation_s)
-        record = self.record.evaluated(found.accuracy, found.loss if math.isfinite(found.loss) else None)
+        record = self.record.evaluated(found.metrics, found.loss if math.isfinite(found.loss) else None)
         return Step(record, self.state, self.faults, self.resumable)
 
 

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlq_ray.config.load import Config
-from fedlq_ray.data import Dataset, GivenData, as_dataset, hold_out, inputs, load, partition
-from fedlq_ray.errors import FedLQError
+from fedlq_ray.config.settings import ClientsConfig
+from fedlq_ray.data import Dataset, GivenData, Split, as_dataset, hold_out, inputs, load, partition
+from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.federation.profiles import Profile, load_profiles
 from fedlq_ray.federation.trial import try_step
 from fedlq_ray.files import expand
 from fedlq_ray.models import MODELS, FlatModel, GivenModel, Layer, build, training_flops
+from fedlq_ray.problems import Classification, GivenProblem, Problem
+from fedlq_ray.problems import find as find_problem
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, GivenQuantizer, family
 from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure
@@ -36,7 +39,10 @@ class Task:
         shards, held: each client's indices into the training data, to train on and held out.
         builtin: whether the model is one of this package's.
         flops: of the forward and backward pass of one sample.
+        problem: what clients train for.
         statistics: names of the buffers that training changes, which are sent like parameters.
+        names: the clients' ids, if the data has them.
+        notes: sentences on how the data were read.
     """
 
     config: Config
@@ -49,11 +55,19 @@ class Task:
     builtin: bool
     flops: float
     quantizer: Family
+    problem: Problem = Classification()
     statistics: frozenset[str] = frozenset()
+    names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def flat_model(self, device: str = "cpu") -> FlatModel:
         """A copy of the model, flat, with its initial weights."""
         return FlatModel(copy.deepcopy(self.module), device, self.statistics)
+
+    @functools.cached_property
+    def clients(self) -> ClientsConfig:
+        """The settings of clients, with the number that the data led to: `data.partition=natural` may have fewer."""
+        return self.config.clients.model_copy(update={"count": len(self.shards)})
 
     @functools.cached_property
     def frozen_digest(self) -> str | None:
@@ -79,6 +93,7 @@ class Parts:
     data: GivenData | None = None
     strategy: GivenStrategy | None = None
     quantizer: GivenQuantizer | None = None
+    problem: GivenProblem | None = None
 
 
 def prepare(config: Config, parts: Parts = Parts()) -> Task:
@@ -89,34 +104,47 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     """
     expand(config.checkpoint.path or "", "checkpoint.path")
     how = config.data
+    problem = find_problem(config.problem if parts.problem is None else parts.problem)
     with seeded(config.seed, "data"):  # a user's function may draw from global generators
         if parts.data is not None:
-            dataset = as_dataset(parts.data, layout=how.layout)
+            dataset = as_dataset(parts.data, layout=how.layout, problem=problem)
         else:
-            dataset = load(how.name, how.path, how.args, how.layout)
-    shards = partition(
-        dataset.y_train,
-        how=how.partition,
-        clients=config.clients.count,
-        seed=config.seed,
-        alpha=how.alpha,
-        classes_per_client=how.classes_per_client,
-        min_samples=how.min_samples,
-    )
-    kept, held = hold_out(shards, how.holdout, config.seed)
+            dataset = load(how.name, how.path, how.args, how.layout, problem)
+    count, strata = len(dataset.y_train), problem.strata(dataset.y_train)
+    split = partition(count, strata, dataset.clients_train, how, clients=config.clients.count, seed=config.seed)
+    _require_cohort(config, split)
+    kept, held = hold_out(split.shards, how.holdout, config.seed)
     profiles = load_profiles(
-        config.clients.profiles, count=config.clients.count, seed=config.seed, variation=config.clients.variation
+        config.clients.profiles, count=len(split.shards), seed=config.seed, variation=config.clients.variation
     )
     named = config.model.name if parts.model is None else parts.model
     with seeded(config.seed, "weights"):
-        module = build(named, dataset.input_shape, dataset.num_classes, config.model.args)
+        wanted = problem.output_shape(dataset.y_train[:2], dataset.num_classes)[1:]
+        module = build(
+            named, dataset.input_shape, dataset.num_classes, config.model.args,
+            vocabulary=dataset.vocabulary, output_shape=wanted,
+        )  # fmt: skip
     with seeded(config.seed, "trial"):
-        statistics = try_step(module, dataset, kept, config)
-        flops = training_flops(module, dataset.input_shape)
+        statistics = try_step(module, dataset, kept, config, problem)
+        flops = training_flops(module, dataset.input_shape, dataset.vocabulary)
     layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
     builtin = parts.model is None and config.model.name in ("auto", *MODELS)
     quantizers = family(getattr(config.strategy, "quantizer", "minmax"), parts.quantizer)
-    return Task(config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, statistics)
+    names = None if split.names is None else tuple(split.names)
+    notes = (dataset.description, *([split.note] if split.note else []))
+    return Task(
+        config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, problem, statistics, names,
+        notes,
+    )  # fmt: skip
+
+
+def _require_cohort(config: Config, split: Split) -> None:
+    """Raises ConfigError if there are fewer clients than take part in a round."""
+    if len(split.shards) < config.clients.cohort:
+        raise ConfigError(
+            f"clients.cohort: {config.clients.cohort} clients take part in a round, but there are {len(split.shards)} "
+            f"({split.note})"
+        )
 
 
 class Timed(NamedTuple):
@@ -166,7 +194,7 @@ class Workplace:
 
     @functools.cached_property
     def sgd(self) -> LocalSGD:
-        return LocalSGD(self.model, self.task.config.train, record=self.task.builtin)
+        return LocalSGD(self.model, self.task.config.train, self.task.problem, record=self.task.builtin)
 
     def initial_weights(self) -> Tensor:
         """The initial flat vector (d,)."""
@@ -210,7 +238,7 @@ class Workplace:
             else:
                 self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
         with seeded(self.task.config.seed, "evaluate", gpus=self._gpus):
-            return evaluate(self.model, weights, *self._evaluated_on)
+            return evaluate(self.model, weights, *self._evaluated_on, self.task.problem)
 
     @property
     def _gpus(self) -> list[torch.device]:
@@ -219,7 +247,7 @@ class Workplace:
     def _training_samples(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         return self._samples(self.task.data.x_train[chosen], self.task.data.y_train[chosen])
 
-    def _samples(self, x: NDArray[Any], y: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _samples(self, x: NDArray[Any], y: NDArray[Any]) -> tuple[Tensor, Tensor]:
         return self.normalise(x), torch.from_numpy(y.copy()).to(self.model.device)
 
     def probe_data(self, samples: int, clients: tuple[int, ...] | None = None, round: int = 0) -> tuple[Tensor, Tensor]:
@@ -238,6 +266,7 @@ class Workplace:
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
         x, y = self.probe_data(probe.samples, probe.clients, round)
         seed, layers = self.task.config.seed, self.setting.quantized
-        take = functools.partial(gather, self.model, base, sent, layers, probe.quantizers, seed=seed, round=round)
+        what = (self.model, base, sent, layers, probe.quantizers)
+        take = functools.partial(gather, *what, seed=seed, round=round, problem=self.task.problem)
         with seeded(seed, "measure", round, gpus=self._gpus):
             return measure(in_blocks(take, x, y), probe.metric)[probe.metric]

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.data import Dataset, inputs
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel, copied, float_buffers, require_logits, require_trainable
+from fedlq_ray.problems import Problem
 from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.training.sgd import LocalSGD, batch_sizes, samples_of
 
@@ -61,7 +61,9 @@ def smallest_batch(shards: Sequence[NDArray[np.int64]], settings: TrainConfig) -
     return Smallest(client, len(shards[client]), least[len(shards[client])])
 
 
-def try_step(module: nn.Module, data: Dataset, shards: Sequence[NDArray[np.int64]], config: Any) -> frozenset[str]:
+def try_step(
+    module: nn.Module, data: Dataset, shards: Sequence[NDArray[np.int64]], config: Any, problem: Problem
+) -> frozenset[str]:
     """Trains a copy of the model for the smallest step that the settings allow.
 
     The caller seeds the global generators.
@@ -82,16 +84,16 @@ def try_step(module: nn.Module, data: Dataset, shards: Sequence[NDArray[np.int64
     chosen = shards[smallest.client][: smallest.samples]
     x, y = _samples(data, chosen)
     try:
-        statistics = _statistics(module, x, y)
+        statistics = _statistics(module, x, y, problem)
     except ConfigError:
         raise
     except Exception as exc:  # a user's model may raise anything
         told = f"{type(exc).__name__}: {exc}"
-        if _fails(module, *_samples(data, np.arange(min(len(data.y_train), 8)))):
+        if _fails(module, *_samples(data, np.arange(min(len(data.y_train), 8))), problem):
             raise ConfigError(f"model.name: a training step fails: {told}") from exc
         count = f"{smallest.samples} sample{'s' * (smallest.samples > 1)}"
         raise ConfigError(f"model.name: a training step on {count} fails ({told}); {smallest.why(settings)}") from exc
-    _require_movement(module, data, chosen, settings, statistics, config.seed)
+    _require_movement(module, data, chosen, settings, statistics, config.seed, problem)
     return statistics
 
 
@@ -99,15 +101,15 @@ def _samples(data: Dataset, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     return inputs(data.x_train[chosen], data.mean, data.std), torch.from_numpy(data.y_train[chosen])
 
 
-def _fails(module: nn.Module, x: Tensor, y: Tensor) -> bool:
+def _fails(module: nn.Module, x: Tensor, y: Tensor, problem: Problem) -> bool:
     try:
-        _statistics(module, x, y)
+        _statistics(module, x, y, problem)
     except Exception:  # a user's model may raise anything
         return True
     return False
 
 
-def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
+def _statistics(module: nn.Module, x: Tensor, y: Tensor, problem: Problem) -> frozenset[str]:
     """Returns the float buffers of the state_dict that one forward and backward pass changes, and checks the pass.
 
     A batch-norm's mean and variance count together, because the mean may stay exactly zero in one step.
@@ -123,7 +125,10 @@ def _statistics(module: nn.Module, x: Tensor, y: Tensor) -> frozenset[str]:
     frozen = {name: p.detach().clone() for name, p in twin.named_parameters() if not p.requires_grad}
     output: Any = twin(x)
     require_logits(output)
-    loss = cross_entropy(output, y)
+    loss: Any = problem.loss(output, y)
+    if not isinstance(loss, Tensor) or loss.shape != ():
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(f"problem: its loss is {what}; it must be a scalar, the mean over the batch")
     _require_owned(twin, loss)
     loss.backward()
     for name, value in frozen.items():
@@ -192,6 +197,7 @@ def _require_movement(
     settings: TrainConfig,
     statistics: frozenset[str],
     seed: int,
+    problem: Problem,
 ) -> None:
     """Raises ConfigError unless a client's step changes the flat vector's parameters, and the model can be saved."""
     model = FlatModel(copied(module), statistics=statistics)
@@ -201,7 +207,7 @@ def _require_movement(
         raise ConfigError(f"model.name: its state_dict cannot be saved in model.safetensors: {exc}") from exc
     before = model.read()[: model.num_parameters]
     x, y = data.x_train[chosen], data.y_train[chosen]
-    LocalSGD(model, settings).train(
+    LocalSGD(model, settings, problem).train(
         x, y, normalise=lambda x: inputs(x, data.mean, data.std), samples=len(y), rng=numpy_rng(seed, "trial")
     )
     if detached := model.detached():

@@ -20,7 +20,12 @@ def _without_compiler() -> None:
         counts.__dynamo_disable = counts
 
 
-def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+def example(input_shape: tuple[int, ...], vocabulary: int = 0) -> torch.Tensor:
+    """Inputs for a model, all zero: (2, ...), int64 for tokens, else float32."""
+    return torch.zeros(2, *input_shape, dtype=torch.long if vocabulary else torch.float32)
+
+
+def training_flops(module: nn.Module, input_shape: tuple[int, ...], vocabulary: int = 0) -> float:
     """Returns the FLOPs of one sample's forward and backward pass; a multiplication and its addition count as two.
 
     PyTorch's own counter (matrix products and convolutions) counts them for a batch of two on a copy of the module.
@@ -32,7 +37,7 @@ def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     try:
         _without_compiler()
         with flop_counter.FlopCounterMode(display=False) as counter:
-            twin(torch.zeros(2, *input_shape)).sum().backward()
+            twin(example(input_shape, vocabulary)).sum().backward()
     except Exception as exc:  # a user's model may raise anything
         raise ConfigError(
             f"model.name: a training step fails on inputs of shape {input_shape}: {type(exc).__name__}: {exc}"
@@ -40,7 +45,7 @@ def training_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
     return float(counter.get_total_flops()) / 2
 
 
-def saved_bytes(module: nn.Module, input_shape: tuple[int, ...]) -> float:
+def saved_bytes(module: nn.Module, input_shape: tuple[int, ...], vocabulary: int = 0) -> float:
     """Returns the bytes per sample that a forward pass keeps for its backward pass; parameters are not counted."""
     twin = copy.deepcopy(module).train()
     parameters = {parameter.data_ptr() for parameter in twin.parameters()}
@@ -52,5 +57,5 @@ def saved_bytes(module: nn.Module, input_shape: tuple[int, ...]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        twin(torch.zeros(2, *input_shape))
+        twin(example(input_shape, vocabulary))
     return kept / 2

@@ -32,7 +32,7 @@ class Driver:
 
     def run(self, task: Task, given: GivenStrategy | None, tracking: Tracking | None, folder: Path) -> Iterator[Event]:
         started = time.perf_counter()
-        kind, why = choose(task.config.clients, actor_bytes(task))
+        kind, why = choose(task.clients, actor_bytes(task))
         pool = Pool(task, kind)
         host = RayHost(pool)
         if pool.not_forked:

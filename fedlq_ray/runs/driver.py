@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fedlq_ray.federation.events import Ended, Event, Hosting, Resumed, RoundDone, Warned
 from fedlq_ray.federation.host import Host
-from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task, Workplace
@@ -34,7 +33,7 @@ def drive(
         Resumed first if it continues from a checkpoint, RoundDone for each round, Warned once for each client that is
         skipped and for checkpoints that could not be written, and Ended last.
     """
-    config, strategy = task.config, make(Workplace(task).setting, given)
+    config, goal, strategy = task.config, task.problem.goal, make(Workplace(task).setting, given)
     whose = identity(task, strategy)
     where = checkpoints(folder, config)
     written = rundir.journal(folder)
@@ -63,7 +62,7 @@ def drive(
                     if saver.failure:
                         yield Warned(saver.failure)
                         saver.failure = None
-                    if reached := config.stop_at_target and _reaches(record, config.target_accuracy):
+                    if reached := config.stop_at_target and goal.reaches(record.main, config.target):
                         break  # without a checkpoint: a resume would train past the target
                     if step.resumable:
                         saver.offer(state.snapshot() | {"identity": whose, "journal": journal.checksum()})
@@ -79,10 +78,6 @@ def drive(
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
     yield Ended(state.weights.numpy(), completed, vars(timing), tracked)
-
-
-def _reaches(record: Record, target: float | None) -> bool:
-    return target is not None and record.accuracy is not None and record.accuracy >= target
 
 
 def drive_serially(

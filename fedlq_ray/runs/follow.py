@@ -11,6 +11,7 @@ from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.federation.events import Closed, Event, Restarted, RoundDone
 from fedlq_ray.federation.record import Record
 from fedlq_ray.files import is_locked
+from fedlq_ray.problems import goal_of
 from fedlq_ray.runs import rundir
 from fedlq_ray.tracking import stores
 
@@ -58,16 +59,23 @@ def mlflow(uri: str, run_id: str, every_s: float = 2.0) -> tuple[Config, Iterato
             config = load(client.download_artifacts(run_id, "config.yaml", scratch))
     except Exception as exc:  # MLflow raises many kinds
         raise ConfigError(f"{run_id}: no run of fedlq in {uri}: {first_line(exc)}") from exc
-    return config, _from_mlflow(client, run_id, every_s)
+    return config, _from_mlflow(client, run_id, every_s, goal_of(config.problem).metric)
 
 
-def _from_mlflow(client: Any, run_id: str, every_s: float) -> Iterator[Event]:
+def _evaluated(metric: str, value: float | None) -> dict[str, Any]:
+    """The fields of a record for a value of the main metric."""
+    if metric == "accuracy":
+        return {metric: value}
+    return {} if value is None else {"metrics": {metric: value}}
+
+
+def _from_mlflow(client: Any, run_id: str, every_s: float, metric: str) -> Iterator[Event]:
     told, sent = -1, 0.0
     while True:
         status = client.get_run(run_id).info.status
         found = {
             name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
-            for name in ("sim_time_s", "uplink_mb", "accuracy")
+            for name in ("sim_time_s", "uplink_mb", metric)
         }
         # A round's metrics are logged in one batch, so a step with the first metric has all of them.
         for step in sorted(step for step in found["sim_time_s"] if step > told):
@@ -78,7 +86,7 @@ def _from_mlflow(client: Any, run_id: str, every_s: float) -> Iterator[Event]:
                         "round": step,
                         "sim_time_s": found["sim_time_s"][step],
                         "uplink_bytes": round((uplink - sent) * 1e6),
-                        "accuracy": found["accuracy"].get(step),
+                        **_evaluated(metric, found[metric].get(step)),
                     }
                 )
             )

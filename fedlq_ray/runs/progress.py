@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from fedlq_ray.config.load import Config
 from fedlq_ray.federation.events import Closed, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Stopping
+from fedlq_ray.problems import goal_of
 from fedlq_ray.runs.output import Console
 
 
@@ -39,6 +40,8 @@ def watch(config: Config, console: Console | None = None, as_json: bool = False)
 def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[[Event], None]:
     """Like `watch`, for one of several runs that are shown together."""
     sent, figures = 0, ""
+    metric = goal_of(config.problem).metric
+    short = "acc." if metric == "accuracy" else metric
     console, name = progress.console, f"{config.name}-{config.seed}"
     bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
 
@@ -70,11 +73,11 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
                     say(figures)
             case RoundDone(record):
                 sent += record.uplink_bytes
-                seen = "–" if record.accuracy is None else f"{record.accuracy:.4f}"
-                figures = f"acc. {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent / 1e6)} MB"
+                seen = "–" if record.main is None else f"{record.main:.4f}"
+                figures = f"{short} {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent / 1e6)} MB"
                 progress.update(bar, completed=record.round + 1, figures=figures)
                 if progress.disable:
-                    told = f"accuracy {seen}  {record.sim_time_s:.1f} simulated s  {sent / 1e6:.2f} MB"
+                    told = f"{metric} {seen}  {record.sim_time_s:.1f} simulated s  {sent / 1e6:.2f} MB"
                     console.print(
                         f"{name} round {record.round + 1}/{config.rounds}  {told}", highlight=False, markup=False
                     )

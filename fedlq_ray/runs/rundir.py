@@ -23,6 +23,7 @@ from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.task import Task
 from fedlq_ray.files import expand, locked, make_folder, write_durably
 from fedlq_ray.models import FlatModel
+from fedlq_ray.problems import Goal
 from fedlq_ray.runs import provenance
 from fedlq_ray.tracking import stores
 from fedlq_ray.tracking.log import Tracking, now_ms
@@ -69,14 +70,19 @@ def _is_empty(folder: Path) -> bool:
 
 
 def describe_clients(folder: Path, task: Task) -> None:
-    """Writes clients.csv, with one row per client: its profile, its samples, and its samples per label."""
-    counts = label_counts(task.data.y_train, task.shards, task.data.num_classes)
-    labels = [f"label_{label}" for label in range(task.data.num_classes)]
+    """Writes clients.csv, with one row per client: its profile, its samples, its samples per label if samples have
+    labels, and its name if the data names clients."""
+    strata = task.problem.strata(task.data.y_train)
+    labels = [] if strata is None else [f"label_{label}" for label in range(task.data.num_classes)]
+    counts = np.zeros((len(task.shards), 0), np.int64)
+    if strata is not None:
+        counts = label_counts(strata, task.shards, task.data.num_classes)
     file = io.StringIO(newline="")
     table = csv.writer(file)
-    table.writerow(["client", *PROFILE_COLUMNS, "samples", "held_out", *labels])
+    table.writerow(["client", *PROFILE_COLUMNS, "samples", "held_out", *labels, *(["name"] if task.names else [])])
     for client, (profile, shard, held) in enumerate(zip(task.profiles, task.shards, task.held, strict=True)):
-        table.writerow([client, *astuple(profile), len(shard), len(held), *counts[client].tolist()])
+        name = [task.names[client]] if task.names else []
+        table.writerow([client, *astuple(profile), len(shard), len(held), *counts[client].tolist(), *name])
     write_durably(folder / "clients.csv", file.getvalue())
 
 
@@ -149,6 +155,9 @@ def _dataset(task: Task) -> dict[str, str]:
         "input_shape": list(data.input_shape),
         "partition": config.partition,
     }
+    if data.vocabulary:
+        shape = task.problem.output_shape(data.y_train[:1], data.num_classes)[1:]
+        profile |= {"vocabulary": data.vocabulary, "output_shape": list(shape)}
     return {
         "name": data.name,
         "digest": task.data_digest,
@@ -163,16 +172,14 @@ def sha256(weights: NDArray[np.float32]) -> str:
     return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
 
 
-def summarise(config: Config, records: list[Record], weights_sha256: str) -> dict[str, Any]:
-    """The summary of a completed run; bytes and times count from the first round."""
-    accuracies = [r.accuracy for r in records if r.accuracy is not None]
-    target = config.target_accuracy
-    reached = None
-    if target is not None:
-        reached = next((r for r in records if r.accuracy is not None and r.accuracy >= target), None)
+def summarise(config: Config, records: list[Record], weights_sha256: str, goal: Goal = Goal()) -> dict[str, Any]:
+    """The summary of a completed run; bytes and times count from the first round. If the main metric is not accuracy,
+    `goal` says what it is."""
+    values = [r.main for r in records if r.main is not None]
+    reached = next((r for r in records if goal.reaches(r.main, config.target)), None)
     return {
-        "final_accuracy": accuracies[-1] if accuracies else None,
-        "best_accuracy": max(accuracies, default=None),
+        f"final_{goal.metric}": values[-1] if values else None,
+        f"best_{goal.metric}": goal.best(values),
         "sim_time_s": records[-1].sim_time_s,
         "uplink_bytes": sum(r.uplink_bytes for r in records),
         "downlink_bytes": sum(r.downlink_bytes for r in records),
@@ -182,6 +189,7 @@ def summarise(config: Config, records: list[Record], weights_sha256: str) -> dic
         "weights_sha256": weights_sha256,
         "config_sha256": digest(config),
         "bill": config.network.bill,
+        **({} if goal == Goal() else {"goal": asdict(goal)}),
     }
 
 

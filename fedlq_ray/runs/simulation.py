@@ -108,7 +108,14 @@ def _require_host(task: Task, strategy: GivenStrategy | None) -> None:
     """
     if task.config.clients.hosting != "serial":
         session.require_address()
-        require_picklable({"model.name": task.module, "strategy.quantizer": task.quantizer, "strategy.name": strategy})
+        require_picklable(
+            {
+                "model.name": task.module,
+                "strategy.quantizer": task.quantizer,
+                "strategy.name": strategy,
+                "problem": task.problem,
+            }
+        )
     elif task.config.train.device == "cuda":
         require_gpu()
 
@@ -157,7 +164,7 @@ def _carry_out(
     interrupts = Interrupts()
     if watch:
         with interrupts.showing():
-            watch(Prepared([task.data.description, *stores.heard(config.tracking)]))
+            watch(Prepared([*task.notes, *stores.heard(config.tracking)]))
     _warn_if_slow(config)
     host = _serial if config.clients.hosting == "serial" else supervise.events
     try:
@@ -207,7 +214,7 @@ def _finish(task: Task, folder: Path, records: list[Record], ended: Ended, timin
     rundir.save_model(folder, flat)
     summary: dict[str, Any] = {}
     if ended.completed:
-        summary = rundir.summarise(task.config, records, rundir.sha256(weights))
+        summary = rundir.summarise(task.config, records, rundir.sha256(weights), task.problem.goal)
         write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         storage.clear(folder, task.config)
     return Outcome(records, summary, weights, folder)

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from fedlq_ray.models import FlatModel, Layer
+from fedlq_ray.problems import Classification, Problem
 from fedlq_ray.seeding import numpy_rng, torch_rng
-from fedlq_ray.training.local import sample_losses
+from fedlq_ray.training.local import sample_scores
 
 Table = NDArray[np.float64]
 CHUNK = 128  # samples whose graph is in memory at a time
@@ -40,8 +40,9 @@ class Evidence:
         decoded: `sent` after each quantizer, (n, d); buffers are unchanged.
         sizes: bytes of each layer with each quantizer, (L, n).
         unbiased: whether each quantizer's expected error over its rounding is zero, (n,).
-        x, y: normalised inputs (samples, ...) and labels (samples,), on the model's device.
+        x, y: a model's inputs (samples, ...) and targets (samples, ...), on the model's device.
         seed, round, block: keys of the random draws.
+        problem: has the loss and the metrics.
     """
 
     model: FlatModel
@@ -56,6 +57,7 @@ class Evidence:
     seed: int
     round: int
     block: int = 0
+    problem: Problem = Classification()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,15 +76,22 @@ class Evidence:
 
     @cached_property
     def tried(self) -> tuple[Table, Table]:
-        """Rise of the loss and fall of the accuracy, means over samples, with one layer quantized: (L, n) each."""
-        losses, right = sample_losses(self.model, self.weights, self.x, self.y)
+        """Rise of the loss and fall of the main metric (rise, if lower is better), means over samples, with one layer
+        quantized: (L, n) each."""
+        losses, good = self._scores(self.weights)
         rises, falls = np.zeros(self.shape), np.zeros(self.shape)
         for row, layer in enumerate(self.layers):
             for column in range(self.shape[1]):
-                after, still = sample_losses(self.model, self.with_layer(layer, column), self.x, self.y)
-                rises[row, column] = float((after - losses).double().mean())
-                falls[row, column] = float((right.double() - still.double()).mean())
+                after, still = self._scores(self.with_layer(layer, column))
+                rises[row, column] = float((after - losses).mean())
+                falls[row, column] = float((good - still).mean())
         return rises, falls
+
+    def _scores(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sample's loss and main metric, the latter such that higher is better: (samples,) float64 each."""
+        found = sample_scores(self.model, weights, self.x, self.y, self.problem)
+        sign = 1 if self.problem.goal.higher_is_better else -1
+        return found["loss"] / found["parts"], sign * found["main"] / found["parts"]
 
 
 def rise(evidence: Evidence) -> Table:
@@ -106,7 +115,7 @@ def loss(evidence: Evidence) -> Table:
 
 
 def accuracy(evidence: Evidence) -> Table:
-    """The measured accuracy before minus the accuracy after."""
+    """The measured main metric before minus after; after minus before, if lower is better."""
     return evidence.tried[1]
 
 
@@ -124,10 +133,10 @@ def squared_error(evidence: Evidence) -> Table:
     return _by_layer(evidence, torch.ones(evidence.model.num_parameters, dtype=torch.float64), 2)
 
 
-def _mean_loss(model: FlatModel, parameters: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _mean_loss(evidence: Evidence, parameters: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The loss as a function of the flat parameters (num_parameters,); it is twice differentiable."""
-    logits = functional_call(model.module, model.parameters_of(parameters), (x,))
-    return cross_entropy(logits.float(), y)
+    model = evidence.model
+    return evidence.problem.loss(functional_call(model.module, model.parameters_of(parameters), (x,)), y)
 
 
 def _gradients(evidence: Evidence, chunk: int) -> Iterator[tuple[Tensor, int]]:
@@ -135,7 +144,7 @@ def _gradients(evidence: Evidence, chunk: int) -> Iterator[tuple[Tensor, int]]:
     parameters = _at_weights(evidence)
     for x, y in zip(evidence.x.split(chunk), evidence.y.split(chunk), strict=True):
         with _differentiable(evidence.model.module):
-            (gradient,) = torch.autograd.grad(_mean_loss(evidence.model, parameters, x, y), parameters)
+            (gradient,) = torch.autograd.grad(_mean_loss(evidence, parameters, x, y), parameters)
         yield gradient.cpu().double(), len(y)
 
 
@@ -190,7 +199,7 @@ def hessian_traces(evidence: Evidence, draws: int) -> Table:
     traces = np.zeros((draws, len(evidence.layers)))
     chunks = zip(evidence.x.split(CHUNK), evidence.y.split(CHUNK), strict=True)
     for x, y in chunks:
-        value = _mean_loss(evidence.model, parameters, x, y) * (len(y) / len(evidence.y))
+        value = _mean_loss(evidence, parameters, x, y) * (len(y) / len(evidence.y))
         (gradient,) = torch.autograd.grad(value, parameters, create_graph=True)
         for draw, row in np.ndindex(traces.shape):
             piece, vector = pieces[row], vectors[draw, pieces[row]]

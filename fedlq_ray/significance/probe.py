@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fedlq_ray.models import FlatModel, Layer
+from fedlq_ray.problems import Classification, Problem
 from fedlq_ray.quantization import Quantizer
 from fedlq_ray.seeding import torch_rng
 from fedlq_ray.significance.metrics import METRICS, Evidence, Table
@@ -51,6 +52,7 @@ def gather(
     seed: int,
     round: int,
     block: int = 0,
+    problem: Problem = Classification(),
 ) -> Evidence:
     """Quantizes every layer with every quantizer; arguments are as in `Evidence`, with x and y held out of training."""
     decoded = sent.repeat(len(quantizers), 1)
@@ -62,7 +64,7 @@ def gather(
             decoded[column, piece] = quantizer.decode(memoryview(body), layer.size)
             sizes[row, column] = len(body)
     unbiased = np.array([getattr(quantizer, "unbiased", False) for quantizer in quantizers], bool)
-    return Evidence(model, base, sent, layers, decoded, sizes, unbiased, x, y, seed, round, block)
+    return Evidence(model, base, sent, layers, decoded, sizes, unbiased, x, y, seed, round, block, problem)
 
 
 def in_blocks(take: Callable[..., Evidence], x: Tensor, y: Tensor) -> Iterator[Evidence]:

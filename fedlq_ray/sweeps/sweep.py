@@ -7,7 +7,7 @@ them for all its seeds.
 
 `populations` names groups of settings, such as those of the clients' links. Every run is repeated under each: eden-1
 becomes eden-1@mixed and eden-1@thin. If they change only the clock of a scheme that ignores time, it trains once.
-`targets` are accuracies whose time the table reports, in addition to `target_accuracy`.
+`targets` are accuracies whose time the table reports, in addition to `target`.
 """
 
 import itertools
@@ -26,6 +26,7 @@ from fedlq_ray.config.load import UNREADABLE, Config, digest, merge, plain, read
 from fedlq_ray.errors import ConfigError, DivergedError, FedLQError
 from fedlq_ray.federation.record import Record
 from fedlq_ray.files import expand
+from fedlq_ray.problems import goal_of
 from fedlq_ray.runs import rundir, storage
 from fedlq_ray.sweeps import reclock
 from fedlq_ray.tracking import stores
@@ -146,9 +147,9 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
         runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
         apart = [*tuning_alone, f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
         tuning[label] = {name: config(label, *own, *tried, *apart) for name, tried in tries.items()}
-    stops = [c.target_accuracy for configs in runs.values() for c in configs if c.stop_at_target and c.target_accuracy]
+    stops = [c.target for configs in runs.values() for c in configs if c.stop_at_target and c.target]
     if stops and targets and max(targets) > min(stops):
-        raise ConfigError(f"{path}: targets exceed target_accuracy={min(stops):g}, at which stop_at_target ends runs")
+        raise ConfigError(f"{path}: targets exceed target={min(stops):g}, at which stop_at_target ends runs")
     return Comparison(name, runs, tuning, tries, tuple(float(target) for target in targets))
 
 
@@ -313,12 +314,13 @@ def _make_way(folder: Path) -> None:
 
 
 def _merit(run: Finished) -> tuple[float, ...]:
-    """The objective of tuning: to reach the target soonest, or else the highest final accuracy.
+    """The objective of tuning: to reach the target soonest, or else the best final value of the main metric.
 
-    A single evaluation may be 2 points off if clients differ much, so the final accuracy is a mean of the last five.
+    A single evaluation may be 2 points off if clients differ much, so the final value is a mean of the last five.
     """
     if run.summary is None:
         return (-1.0,)
-    accuracy = fmean([r.accuracy for r in run.records if r.accuracy is not None][-5:])
+    goal = goal_of(run.config.problem, run.summary)
+    final = goal.merit(fmean([r.main for r in run.records if r.main is not None][-5:]))
     reached = run.summary["time_to_target_s"]
-    return (1.0, -reached, accuracy) if reached is not None else (0.0, 0.0, accuracy)
+    return (1.0, -reached, final) if reached is not None else (0.0, 0.0, final)

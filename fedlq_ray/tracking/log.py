@@ -24,6 +24,7 @@ from fedlq_ray.config.load import Config, digest, flat, to_yaml
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.federation import metrics
 from fedlq_ray.federation.record import Record
+from fedlq_ray.problems import goal_of
 from fedlq_ray.tracking import stores
 
 FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
@@ -273,8 +274,10 @@ def _log_files(
         )
     with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="", encoding="utf-8") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
-        plots.labels(counts, Path(made) / "labels.png")
-        curves = plots.accuracy({config.strategy.name: [records]}, config.target_accuracy, config.network.bill)
+        if counts and counts[0]:
+            plots.labels(counts, Path(made) / "labels.png")
+        goal = goal_of(config.problem)
+        curves = plots.accuracy({config.strategy.name: [records]}, config.target, config.network.bill, goal=goal)
         plots.save(curves, Path(made) / "accuracy.png")
         for picture in sorted(Path(made).iterdir()):
             client.log_artifact(run_id, str(picture))
@@ -287,15 +290,17 @@ def _log_summary(client: Any, run_id: str, tracking: Tracking, config: Config, s
     """What a run came to, at its last round: metrics to sort a list of runs by, and a note to read."""
     values = metrics.of_run(summary)
     _log_metrics(client, run_id, tracking, values, summary["sim_time_s"], summary["rounds"] - 1)
+    goal = goal_of(config.problem, summary)
+    final = goal.shown(summary[f"final_{goal.metric}"])
     note = (
-        f"**{config.strategy.name}** on {config.data.name}: accuracy {summary['final_accuracy']:.2%} after "
+        f"**{config.strategy.name}** on {config.data.name}: {goal.metric} {final} after "
         f"{summary['rounds']} rounds, {summary['sim_time_s']:.1f} simulated s, {summary['uplink_bytes'] / 1e6:.2f} MB "
         "sent by clients."
     )
-    if config.target_accuracy is not None:
+    if config.target is not None:
         reached = summary["time_to_target_s"]
         when = "not reached" if reached is None else f"after {reached:.1f} s and {values['uplink_mb_to_target']:.2f} MB"
-        note += f" Target {config.target_accuracy:.2%}: {when}."
+        note += f" Target {goal.shown(config.target)}: {when}."
     client.set_tag(run_id, "mlflow.note.content", note)
 
 

@@ -1,18 +1,17 @@
 """A client's round and the evaluation, as pure functions: no clock, no Ray, no state of their own."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedlq_ray.errors import ClientError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
+from fedlq_ray.problems import Classification, Problem, score
 from fedlq_ray.quantization import Family, Segment, send
 from fedlq_ray.quantization.registry import NUMBERS
 from fedlq_ray.seeding import numpy_rng, seeded, torch_rng
@@ -67,7 +66,7 @@ class Reply:
 def client_round(
     sgd: LocalSGD,
     x: NDArray[Any],
-    y: NDArray[np.int64],
+    y: NDArray[Any],
     *,
     normalise: Callable[[NDArray[Any]], Tensor],
     weights: Tensor,
@@ -177,26 +176,36 @@ def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, clien
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Fraction of samples that are classified correctly, and the mean cross-entropy."""
+    """The problem's metrics by name, the main one first, and the mean loss."""
 
-    accuracy: float
+    metrics: Mapping[str, float]
     loss: float
 
 
 @torch.no_grad()
-def sample_losses(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample's loss (n,) float64 and whether it is correct (n,) bool, on the CPU, in evaluation mode."""
+def sample_scores(
+    model: FlatModel, weights: Tensor, x: Tensor, y: Tensor, problem: Problem = Classification()
+) -> dict[str, Tensor]:
+    """Each sample's scores (n,) as in `Problem.scores`, float64, on the CPU, in evaluation mode."""
     model.load(weights)
     model.module.eval()
     x, y = x.to(model.device), y.to(model.device)
-    outputs = [
-        model.module(x[start : start + EVALUATION_CHUNK]).float() for start in range(0, len(y), EVALUATION_CHUNK)
+    found = [
+        score(problem, model.module(piece), targets)
+        for piece, targets in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True)
     ]
-    logits = torch.cat(outputs)
-    return cross_entropy(logits, y, reduction="none").double().cpu(), (logits.argmax(1) == y).cpu()
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def evaluate(model: FlatModel, weights: Tensor, x: Tensor, y: Tensor) -> Evaluation:
-    """Accuracy and loss of a flat vector on normalised inputs (n, ...) and labels (n,)."""
-    losses, right = sample_losses(model, weights, x, y)
-    return Evaluation(int(right.sum()) / len(y), float(losses.mean()))
+def evaluate(
+    model: FlatModel, weights: Tensor, x: Tensor, y: Tensor, problem: Problem = Classification()
+) -> Evaluation:
+    """Metrics and loss of a flat vector on a model's inputs (n, ...) and targets (n, ...)."""
+    return summarise(problem, sample_scores(model, weights, x, y, problem))
+
+
+def summarise(problem: Problem, scores: Mapping[str, Tensor]) -> Evaluation:
+    """The evaluation that samples' scores add up to."""
+    parts = float(scores["parts"].sum())
+    means = {name: float(value.sum()) / parts for name, value in scores.items()}
+    return Evaluation(problem.metrics(means), means["loss"])

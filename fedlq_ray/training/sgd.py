@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.models import FlatModel
+from fedlq_ray.problems import Classification, Problem
 
 _WARM_UP = 3  # steps before recording, in which libraries choose their kernels and allocate their memory
 
@@ -58,12 +58,15 @@ class LocalSGD:
 
     Args:
         model: holds the global weights when `train` begins, and the client's own when it ends.
+        problem: has the loss.
         record: on a GPU, record a step for each batch size that recurs, and replay it: one launch instead of a hundred.
             Only for models that run the same operations at every step, whatever the input.
     """
 
-    def __init__(self, model: FlatModel, settings: TrainConfig, *, record: bool = False) -> None:
-        self.model, self.settings = model, settings
+    def __init__(
+        self, model: FlatModel, settings: TrainConfig, problem: Problem = Classification(), *, record: bool = False
+    ) -> None:
+        self.model, self.settings, self.problem = model, settings, problem
         self.velocity = torch.zeros_like(model.grad) if settings.momentum else None
         self.anchor = torch.zeros_like(model.grad) if settings.prox_mu else None  # the weights that FedProx pulls to
         self.loss = torch.zeros((), dtype=torch.float64, device=model.device)  # sum over the samples seen
@@ -76,7 +79,7 @@ class LocalSGD:
     def train(
         self,
         x: NDArray[Any],
-        y: NDArray[np.int64],
+        y: NDArray[Any],
         *,
         normalise: Callable[[NDArray[Any]], Tensor],
         samples: int,
@@ -85,7 +88,7 @@ class LocalSGD:
         """Train on one shard; returns the mean loss over all samples seen.
 
         Args:
-            x, y: inputs (n, ...) as stored, labels (n,).
+            x, y: inputs (n, ...) and targets (n, ...) as stored.
             normalise: converts stored inputs to the model's inputs, float32, on the model's device.
             samples: number of samples to process, in as many passes as needed.
             rng: source of the order of samples.
@@ -110,7 +113,7 @@ class LocalSGD:
         model.grad.zero_()
         with self.arithmetic():
             outputs = model.module(x)
-        loss = cross_entropy(outputs.float(), y)
+        loss = self.problem.loss(outputs, y)
         loss.backward()
         if self.anchor is not None:  # the gradient of mu / 2 |w - anchor|^2
             model.grad.add_(model.storage[: len(self.anchor)] - self.anchor, alpha=settings.prox_mu)

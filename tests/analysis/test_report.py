@@ -14,6 +14,7 @@ import pytest
 from fedlq_ray import plots, simulate
 from fedlq_ray.analysis import bound, compare, figures, report, runs, svg
 from fedlq_ray.config.load import digest, load
+from fedlq_ray.problems import Goal
 
 QUICK = ["rounds=4", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
 SETTINGS = {
@@ -28,9 +29,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("runs")
     for label, settings in SETTINGS.items():
         for seed in (0, 1):
-            simulate(
-                load(None, [*QUICK, *settings, f"seed={seed}", f"out={made}/{label}-{seed}", "target_accuracy=0.3"])
-            )
+            simulate(load(None, [*QUICK, *settings, f"seed={seed}", f"out={made}/{label}-{seed}", "target=0.3"]))
     return made
 
 
@@ -221,7 +220,7 @@ def test_clients_who_never_sent_and_folders_without_clients_are_drawn(outcome, t
 
 def test_titles_say_who_arrived_and_when(outcome):
     runs_ = dict(outcome.runs)
-    times = {label: [figures._first(run, 0.3, "time") for run in seeds] for label, seeds in runs_.items()}
+    times = {label: [figures._first(run, 0.3, "time", Goal()) for run in seeds] for label, seeds in runs_.items()}
     shown = figures.accuracy(runs_, "time")
     plots.plt.close(shown.figure)
     arrived = {label: np.mean(found) for label, found in times.items() if None not in found}

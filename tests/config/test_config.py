@@ -67,7 +67,7 @@ def test_a_dict_takes_the_place_of_the_one_before(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.path=nowhere.npz"], "data.path: digits are part of fedlq_ray"),
+        (["data.path=nowhere.npz"], "data.path: digits is part of fedlq_ray"),
         (["strategy.name=dadaquant", "strategy.phi=2.5"], r"^strategy.phi: input should be a valid integer .*2.5"),
         (["strategy.name=fedpaq", "strategy.levels=7.5"], r"^strategy.levels: input should be a valid integer"),
     ],

@@ -8,6 +8,7 @@ import torch
 
 from fedlq_ray.data import as_dataset, datasets, inputs, load
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.problems import Regression
 
 
 def arrays(**changes):
@@ -38,6 +39,16 @@ def test_digits_are_those_of_scikit_learn_split_by_it():
     split = train_test_split(x, source.target, test_size=0.2, stratify=source.target, random_state=0)
     for name, expected in zip(("x_train", "x_test", "y_train", "y_test"), split, strict=True):
         assert np.array_equal(getattr(data, name).reshape(expected.shape), expected), name
+
+
+def test_diabetes_is_that_of_scikit_learn():
+    from sklearn.datasets import load_diabetes
+
+    source, data = load_diabetes(scaled=False), load("diabetes", problem=Regression())
+    order = np.random.default_rng(0).permutation(442)
+    for part, rows in (("train", np.sort(order[88:])), ("test", np.sort(order[:88]))):
+        assert np.array_equal(getattr(data, f"x_{part}"), source.data[rows].astype(np.float32))
+        assert np.array_equal(getattr(data, f"y_{part}")[:, 0], source.target[rows].astype(np.float32))
 
 
 def test_inputs_are_normalised_and_channels_last():

@@ -5,19 +5,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlq_ray.config.settings import DataConfig
 from fedlq_ray.data import PARTITIONS, hold_out, label_counts, partition
 from fedlq_ray.errors import ConfigError
 
 LABELS = np.arange(2000) % 10
-SETTINGS = {"alpha": 0.3, "classes_per_client": 2, "min_samples": 1}
 
 
-def split(how, labels=LABELS, clients=20, seed=0, **changes):
-    return partition(labels, how=how, clients=clients, seed=seed, **{**SETTINGS, **changes})
+def whole(how, labels=LABELS, clients=20, seed=0, ids=None, samples=None, **changes):
+    data = DataConfig(partition=how, **{"min_samples": 1, **changes})
+    return partition(samples or len(labels), labels, ids, data, clients=clients, seed=seed)
+
+
+def split(how, *arguments, **options):
+    return whole(how, *arguments, **options).shards
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(sorted(PARTITIONS)), st.integers(1, 30), st.integers(0, 2**62), st.integers(1, 5))
+@given(
+    st.sampled_from(sorted(set(PARTITIONS) - {"missing"})), st.integers(1, 30), st.integers(0, 2**62), st.integers(1, 5)
+)
 def test_every_sample_goes_to_one_client_and_none_is_too_small(how, clients, seed, least):
     shards = split(how, LABELS[:300], clients, seed, min_samples=least)
     assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(300))
@@ -60,6 +67,56 @@ def test_ten_thousand_clients_take_seconds():
     for how in PARTITIONS:
         assert min(map(len, split(how, labels, 10_000, alpha=0.01, min_samples=5))) >= 5
     assert time.process_time() - start < 10  # all four take about 1 s
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 30), st.floats(0.05, 0.95), st.integers(0, 2**32))
+def test_skew_gives_a_share_of_each_class_to_one_client_and_the_rest_evenly(clients, level, seed):
+    labels = np.arange(20_000) % 10
+    counts = label_counts(labels, split("skew", labels, clients, seed, level=level), 10)
+    own = np.sort(counts, axis=0)  # by class: the others' samples, then the owner's, if its share is the largest
+    if level > 1.5 / clients:
+        assert (abs(own[-1] - 2000 * level) <= 1).all() and (own[-2] - own[0] <= 1).all()
+        assert sorted(np.bincount(counts.argmax(0), minlength=clients))[0] >= 10 // clients
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(11, 30), st.integers(1, 5), st.integers(0, 2**32))
+def test_missing_takes_whole_classes_and_shares_the_others_evenly(clients, missing, seed):
+    shards = split("missing", clients=clients, missing=missing, seed=seed)
+    counts = label_counts(LABELS, shards, 10)
+    assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(2000))
+    assert ((counts == 0).sum(1) == missing).all()
+    for column in counts.T:
+        assert np.ptp(column[column > 0]) <= 1
+
+
+def test_missing_more_than_there_are_clients_for_is_refused():
+    with pytest.raises(ConfigError, match=r"data.missing: if each of 2 clients .* lacks 9 of 10 classes"):
+        split("missing", clients=2, missing=9)
+    with pytest.raises(ConfigError, match="data.missing"):
+        split("missing", missing=10)
+
+
+def test_natural_clients_are_those_of_the_data():
+    ids = np.array([f"c{i % 7}" for i in range(100)] + ["small"] * 3)
+    found = whole("natural", np.zeros(103, int), 50, ids=ids, min_samples=10)
+    assert found.names == [f"c{i}" for i in range(7)]
+    assert all(set(ids[shard]) == {name} for name, shard in zip(found.names, found.shards, strict=True))
+    assert found.note == "7 of 8 clients of the data take part; 1 have fewer than 10 samples (data.min_samples)"
+    drawn = [whole("natural", np.zeros(103, int), 3, seed, ids=ids, min_samples=10).names for seed in range(5)]
+    assert all(len(names) == 3 for names in drawn) and len(set(map(tuple, drawn))) > 1
+    assert whole("natural", np.zeros(103, int), 3, 4, ids=ids, min_samples=10).names == drawn[4]
+    with pytest.raises(ConfigError, match="of 8 clients of the data, 0 with 99 samples or more; two are needed"):
+        whole("natural", np.zeros(103, int), ids=ids, min_samples=99)
+    with pytest.raises(ConfigError, match="natural needs data with clients, but digits has none"):
+        whole("natural")
+
+
+def test_samples_without_labels_are_not_split_by_label():
+    with pytest.raises(ConfigError, match="skew splits by label, but these samples have none; use iid or quantity"):
+        whole("skew", None, samples=100)
+    assert len(split("iid", None, samples=100)) == 20
 
 
 def test_shards_bound_the_classes_of_a_client():

@@ -35,4 +35,4 @@ def test_names_are_distinct_and_each_row_is_documented():
     assert len(set(names)) == len(names)
     for metric in METRICS:
         assert metric.unit and metric.meaning and f"| `{metric.shown}` | {metric.unit} |" in table()
-        assert metric.of_round or metric.of_layers or metric.of_run
+        assert metric.of_round or metric.of_layers or metric.of_names or metric.of_run

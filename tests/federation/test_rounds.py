@@ -116,15 +116,15 @@ def test_fedlq_keeps_its_budgets_and_gives_layers_different_levels():
 
 
 def test_stopping_at_the_target_discards_what_began_beyond_it():
-    whole = run("rounds=12", "target_accuracy=0.5")
-    stopped = run("rounds=12", "target_accuracy=0.5", "stop_at_target=true")
+    whole = run("rounds=12", "target=0.5")
+    stopped = run("rounds=12", "target=0.5", "stop_at_target=true")
     n = stopped.summary["rounds"]
     assert 0 < n < 12 and stopped.summary["final_accuracy"] >= 0.5
     assert (whole.path / "rounds.jsonl").read_text().splitlines()[:n] == (
         stopped.path / "rounds.jsonl"
     ).read_text().splitlines()
     assert stopped.summary["time_to_target_s"] == whole.summary["time_to_target_s"]
-    shorter = run(f"rounds={n}", "target_accuracy=0.5")
+    shorter = run(f"rounds={n}", "target=0.5")
     assert shorter.summary["weights_sha256"] == stopped.summary["weights_sha256"]
 
 

@@ -12,7 +12,7 @@ from fedlq_ray.hosts.ray import starter, stub
 
 pytestmark = pytest.mark.skipif(stub.command() is None, reason="forks on Linux alone")
 SCRIPT = """
-import json, os, signal, sys, time
+import contextlib, json, os, signal, sys, time
 import psutil
 from fedlq_ray.hosts.ray import starter, stub
 
@@ -28,8 +28,11 @@ def seen():
     found = ray.get([ours.get.remote(), plain.get.remote()])
     servers, end = {}, time.monotonic() + 30
     while mode != "not run" and 5 not in servers.values() and time.monotonic() < end:  # Ray's agents start last
-        ours = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
-        servers = {p.pid: len(p.children()) for p in ours}
+        servers = {}
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # it ends meanwhile
+                if "forkserver" in " ".join(child.cmdline()):
+                    servers[child.pid] = len(child.children())
     ray.shutdown()
     return {"workers": found, "servers": servers}
 

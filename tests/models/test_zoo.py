@@ -5,6 +5,8 @@ from torch import nn
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import MODELS, build, check_output, resolve_name
 
+TEXTS = ("lstm", "transformer")
+
 
 @pytest.mark.parametrize(
     ("name", "shape", "parameters"),
@@ -13,11 +15,39 @@ from fedlq_ray.models import MODELS, build, check_output, resolve_name
         ("lenet5", (1, 28, 28), 156 + 2416 + 256 * 120 + 120 + 10164 + 850),
         # conv1, three blocks (two convolutions each, shortcuts 16x32 and 32x64), norms (2 a channel), fc
         ("resnet8_gn", (3, 32, 32), 432 + 4608 + 13824 + 55296 + 512 + 2048 + 2 * (16 + 32 + 64 + 128) + 650),
+        ("cnn_large", (1, 28, 28), 832 + 51264 + 3136 * 512 + 512 + 5130),
         ("vgg9", (3, 32, 32), 896 + 18496 + 73856 + 147584 + 295168 + 590080 + 4096 * 512 + 512 + 262656 + 5130),
     ],
 )
 def test_models_have_the_parameters_of_hand_arithmetic(name, shape, parameters):
     assert sum(p.numel() for p in build(name, shape, 10, {}).parameters()) == parameters
+
+
+def test_models_of_texts_have_the_parameters_of_hand_arithmetic():
+    # embedding, two layers of four gates (weights of input and state, two biases), fc
+    lstm = 80 * 8 + 4 * 256 * (8 + 256 + 2) + 4 * 256 * (256 + 256 + 2) + 256 * 80 + 80
+    built = build("lstm", (80,), 80, {}, vocabulary=80, output_shape=(80, 80))
+    assert sum(p.numel() for p in built.parameters()) == lstm
+    # A block: attention (in and out), two linear layers, two norms; then embedding, positions, a last norm, fc.
+    block = 3 * 128 * 129 + 128 * 129 + 129 * 512 + 513 * 128 + 4 * 128
+    built = build("transformer", (80,), 65, {}, vocabulary=65, output_shape=(80, 65))
+    assert sum(p.numel() for p in built.parameters()) == 4 * block + 65 * 128 + 80 * 128 + 256 + 128 * 65 + 65
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_model_of_texts_sees_no_later_token_and_can_end_with_the_last(name):
+    built = build(name, (20,), 9, {}, vocabulary=9, output_shape=(20, 9)).eval()
+    x = torch.randint(0, 9, (2, 20))
+    later = x.clone()
+    later[:, 12:] = (later[:, 12:] + 1) % 9
+    assert torch.equal(built(x)[:, :12], built(later)[:, :12]) and not torch.equal(
+        built(x)[:, 12:], built(later)[:, 12:]
+    )
+    last = build(name, (20,), 9, {}, vocabulary=9)
+    last.load_state_dict(built.state_dict())
+    assert torch.allclose(last.eval()(x), built(x)[:, -1], atol=1e-6)
+    with pytest.raises(ConfigError, match=f"{name} takes tokens"):
+        build(name, (20,), 9, {})
 
 
 def test_the_cnn_pools_before_relu_which_is_the_same_function():
@@ -33,7 +63,11 @@ def test_the_cnn_pools_before_relu_which_is_the_same_function():
 def test_the_same_global_seed_builds_the_same_model(name):
     def weights(seed):
         torch.manual_seed(seed)
-        return nn.utils.parameters_to_vector(build(name, (3, 32, 32), 10, {}).parameters())
+        if name in TEXTS:
+            made = build(name, (20,), 65, {}, vocabulary=65, output_shape=(20, 65))
+        else:
+            made = build(name, (3, 32, 32), 10, {})
+        return nn.utils.parameters_to_vector(made.parameters())
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 

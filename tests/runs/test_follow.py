@@ -121,7 +121,7 @@ def test_the_command_says_how_it_ended(tmp_path):
 
 
 def test_a_result_shows_itself(tmp_path):
-    result = simulate(load(None, [*QUICK, "target_accuracy=0.99", "tracking.uri=null"]))
+    result = simulate(load(None, [*QUICK, "target=0.99", "tracking.uri=null"]))
     shown = result._repr_html_()
     assert f"{result.summary['final_accuracy']:.2%}" in shown and "not reached" in shown and "<svg" in shown
     assert "var(--" not in shown  # a notebook has none of the report's colours

@@ -290,7 +290,7 @@ def test_runs_may_have_their_checkpoints_in_one_place(tmp_path: Path, whole: dic
 def test_a_resume_does_not_train_past_the_target(tmp_path: Path) -> None:
     settings = (
         "stop_at_target=true",
-        "target_accuracy=0.2",
+        "target=0.2",
         "rounds=6",
         "evaluate_every=2",
         "checkpoint.every_rounds=1",

@@ -55,7 +55,7 @@ def sweep(tmp_path, text, told):
         ("runs: {a: []}\ntuning: rounds=3", "seeds and tuning are lists"),
         ("runs: {a: []}\npopulations: [thin]", "populations are a list"),
         ("runs: {a: []}\npopulations: {x: [clients.profiles=3]}\ntargets: [80]", "targets are accuracies"),
-        ("runs: {a: [stop_at_target=true]}\ntargets: [0.95]", "exceed target_accuracy=0.93"),
+        ("runs: {a: [stop_at_target=true]}\ntargets: [0.95]", "exceed target=0.93"),
     ],
 )
 def test_a_wrong_file_is_told_before_anything_runs(text, message, tmp_path):
@@ -184,7 +184,7 @@ def test_a_target_counts_where_every_seed_reached_it():
 
     class Seed:
         def __init__(self, seed):
-            self.seed = seed
+            self.seed, self.problem = seed, "classification"
 
     def runs(*seconds):
         from fedlq_ray.sweeps.sweep import Finished
@@ -232,7 +232,7 @@ def same_folder(one, other):
     [
         [],
         ["clients.dropout=0.4", "network.downlink_bits=4"],
-        ["stop_at_target=true", "target_accuracy=0.5", "rounds=9"],
+        ["stop_at_target=true", "target=0.5", "rounds=9"],
     ],
 )
 def test_what_ignores_time_trains_once_and_leaves_what_training_anew_would(changes, tmp_path):

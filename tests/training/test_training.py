@@ -119,7 +119,7 @@ def test_evaluation_counts_what_is_right():
     # Logits (x, -x): class 0 where x > 0.
     weights = torch.tensor([1.0, -1.0, 0.0, 0.0])
     found = evaluate(flat, weights, torch.tensor([[2.0], [1.0], [-1.0], [-3.0]]), torch.tensor([0, 1, 1, 1]))
-    assert found.accuracy == 0.75
+    assert found.metrics == {"accuracy": 0.75}
     expected = np.mean([np.log1p(np.exp(-2 * m)) for m in (2, -1, 1, 3)])
     assert abs(found.loss - expected) < 1e-6
 

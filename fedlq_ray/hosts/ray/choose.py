@@ -19,7 +19,7 @@ def actor_bytes(task: Task) -> float:
     """Approximate private memory of an actor after training."""
     vectors = VECTORS * 4 * sum(layer.size for layer in task.layers)
     frozen = 2 * sum(p.nbytes for p in task.module.parameters() if not p.requires_grad)  # in the task and in the model
-    kept = task.config.train.batch_size * saved_bytes(task.module, task.data.input_shape)
+    kept = task.config.train.batch_size * saved_bytes(task.module, task.data.input_shape, task.data.vocabulary)
     return (FORKED_BYTES if stub.command() else ORDINARY_BYTES) + vectors + frozen + kept
 
 

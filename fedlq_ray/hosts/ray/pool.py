@@ -69,7 +69,7 @@ class Pool:
     """
 
     def __init__(self, task: Task, kind: str) -> None:
-        self.task, self.clients, self.packed = task, task.config.clients, kind == "packed"
+        self.task, self.clients, self.packed = task, task.clients, kind == "packed"
         self.shared = ray.put(task)
         self.nodes, self.asks = Nodes(), asks(self.clients)
         self.fitted: set[str] = set()  # the nodes at the last `fit`
