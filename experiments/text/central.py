@@ -15,6 +15,7 @@ from fedlq_ray.training.local import evaluate
 def main() -> None:
     """Prints the test accuracy after each pass over all clients' training samples."""
     passes = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    torch.set_num_threads(1)
     config = load(None, ["data.name=shakespeare"])
     task = prepare(config)
     model = task.flat_model()

@@ -31,11 +31,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def fill(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of their dataset added where they do not say anything."""
+    """Adds the settings of a dataset where nothing else is set; a model's arguments are for that model only."""
     filled = dict(settings)
     name = _given(filled.get("data", {})).get("name")
+    model = _given(filled.get("model", {})).get("name")
     for path, value in PRESETS.get(str(name), {}).items():
         section, dot, key = path.rpartition(".")
+        if path == "model.args" and model not in (None, PRESETS[str(name)].get("model.name")):
+            continue
         if dot:
             filled[section] = {key: value, **_given(filled.get(section, {}))}
         else:
