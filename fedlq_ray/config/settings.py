@@ -46,7 +46,10 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    name: Text = key("auto", "auto, mlp, cnn, lenet5, resnet8_gn, vgg9, torchvision:NAME, or module:function")
+    name: Text = key(
+        "auto",
+        "auto, mlp, cnn, cnn_large, lenet5, resnet8_gn, vgg9, lstm, transformer, torchvision:NAME, or module:function",
+    )
     args: Args = key({}, "arguments of the model's function")
 
 
