@@ -1,12 +1,17 @@
 """Costs of training, floating-point operations and memory, measured once per model."""
 
 import copy
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import flop_counter
 
 from fedlq_ray.errors import ConfigError
+
+Shape = Sequence[int]
 
 
 def _without_compiler() -> None:
@@ -25,10 +30,56 @@ def example(input_shape: tuple[int, ...], vocabulary: int = 0) -> torch.Tensor:
     return torch.zeros(2, *input_shape, dtype=torch.long if vocabulary else torch.float32)
 
 
+def _rnn_flops(inputs: Shape, input_weight: Shape, state_weight: Shape, *_: Any, **__: Any) -> int:
+    """A recurrent layer of oneDNN, which PyTorch's counter does not know; inputs are (length, batch, features)."""
+    return 2 * math.prod(inputs[:2]) * (math.prod(input_weight) + math.prod(state_weight))
+
+
+def _rnn_backward_flops(*arguments: Any, **_: Any) -> int:
+    return 2 * _rnn_flops(*arguments)
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """The two products of attention on a CPU; queries are (batch, heads, length, width). A mask saves nothing."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def _attention_backward_flops(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Without the products that the implementation computes again."""
+    return 2 * _attention_flops(query, key, value)
+
+
+def _convolution_backward_flops(
+    gradient: Shape, inputs: Shape, weight: Shape, *arguments: Any, out_shape: Any = None
+) -> int:
+    """PyTorch's own formula multiplies the weights' gradient by the number of groups."""
+    transposed, mask = arguments[4], arguments[7]
+    batch, _, *places = inputs if transposed else gradient
+    gradients: int = sum(mask[:2])
+    return 2 * batch * math.prod(places) * math.prod(weight) * gradients
+
+
+_OWN = {
+    name: formula
+    for name, formula in (
+        (getattr(torch.ops.aten, "mkldnn_rnn_layer", None), _rnn_flops),
+        (getattr(torch.ops.aten, "mkldnn_rnn_layer_backward", None), _rnn_backward_flops),
+        (getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None), _attention_flops),
+        (
+            getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None),
+            _attention_backward_flops,
+        ),
+        (torch.ops.aten.convolution_backward, _convolution_backward_flops),
+    )
+    if name is not None
+}
+
+
 def training_flops(module: nn.Module, input_shape: tuple[int, ...], vocabulary: int = 0) -> float:
     """Returns the FLOPs of one sample's forward and backward pass; a multiplication and its addition count as two.
 
-    PyTorch's own counter (matrix products and convolutions) counts them for a batch of two on a copy of the module.
+    PyTorch's own counter (matrix products, attention and convolutions), with recurrent layers added, counts them for a
+    batch of two on a copy of the module.
 
     Raises:
         ConfigError: the model cannot take a training step (for example, its output is not a single tensor).
@@ -36,7 +87,7 @@ def training_flops(module: nn.Module, input_shape: tuple[int, ...], vocabulary: 
     twin = copy.deepcopy(module).train()
     try:
         _without_compiler()
-        with flop_counter.FlopCounterMode(display=False) as counter:
+        with flop_counter.FlopCounterMode(display=False, custom_mapping=_OWN) as counter:
             twin(example(input_shape, vocabulary)).sum().backward()
     except Exception as exc:  # a user's model may raise anything
         raise ConfigError(

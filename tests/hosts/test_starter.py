@@ -37,6 +37,15 @@ def seen():
     return {"workers": found, "servers": servers}
 
 mode = sys.argv[1]
+if mode in ("fork", "threads"):
+    import threading
+    starter.start(workers=False)
+    import torch
+    done = threading.Event()
+    if mode == "threads":
+        threading.Thread(target=done.wait).start()
+    starter.fork()
+    done.set()
 if mode == "killed":
     starter.start()
     os.kill(starter._started.ray, signal.SIGKILL)
@@ -71,6 +80,16 @@ def test_a_server_that_died_is_replaced_and_where_none_can_run_ray_starts_as_alw
     (found,) = run(tmp_path, "not run")
     (ours, torch, _), (plain, _, _) = found["workers"]
     assert torch and ours != plain and not set(found["servers"].values()) - {0}
+
+
+def test_a_command_forks_the_workers_server_from_itself_unless_it_has_threads(tmp_path):
+    (found,) = run(tmp_path, "fork")
+    (ours, torch, job), (plain, _, _) = found["workers"]
+    assert torch and ours == plain and job == "01000000"
+    assert str(ours) not in found["servers"]  # its command line is the program's
+    (found,) = run(tmp_path, "threads")
+    (ours, torch, _), (plain, _, _) = found["workers"]
+    assert torch and ours == plain and str(ours) in found["servers"]
 
 
 def context(**changes):
