@@ -210,7 +210,7 @@ def test_a_target_is_checked_by_problem():
 
 def test_a_dataset_brings_its_settings_and_what_is_set_wins():
     config = load(None, ["data.name=shakespeare"])
-    assert (config.problem, config.target, config.train.batch_size) == ("tokens", None, 16)
+    assert (config.problem, config.target, config.train.batch_size) == ("tokens", None, 4)
     assert load(None, ["data.name=shakespeare", "train.lr=0.5"]).train.lr == 0.5
     other = load(None, ["data.name=shakespeare", "model.name=transformer"])
     assert other.model.args == {} and load(None, ["data.name=shakespeare"]).model.args == {"hidden": 128}

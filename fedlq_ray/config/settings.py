@@ -118,9 +118,21 @@ class TrainConfig(Section):
         "arithmetic of a training step; bfloat16 (autocast) is faster on GPUs and on processors with "
         "instructions for it, and slower on others; weights, updates and evaluations are float32 in any case",
     )
-    lr: Positive = key(0.1, "learning rate of the clients' SGD", le=1e3)
+    optimizer: Literal["sgd", "adam", "adamw"] = key(
+        "sgd", "the clients' optimizer; its state is fresh in each round, and never sent"
+    )
+    lr: Positive = key(0.1, "learning rate of the clients, in the first round", le=1e3)
+    lr_schedule: Literal["constant", "exponential", "steps", "cosine"] = key(
+        "constant",
+        "how the learning rate falls over rounds: by lr_decay each round, by lr_decay each lr_rounds, or to lr_min "
+        "along a half cosine of lr_rounds",
+    )
+    lr_decay: float = key(0.993, "factor of lr_schedule=exponential and steps", gt=0, le=1)
+    lr_rounds: int = key(100, "period of lr_schedule=steps, length of cosine", unit="rounds", ge=1)
+    lr_min: float = key(0.0, "the learning rate never falls below this one", ge=0, le=1e3)
     momentum: float = key(0.0, "momentum of the clients' SGD, fresh each round", ge=0, lt=1)
-    weight_decay: float = key(0.0, "L2 penalty of the clients' SGD", ge=0, le=1)
+    nesterov: bool = key(False, "Nesterov's momentum")
+    weight_decay: float = key(0.0, "L2 penalty of the clients; with adamw, decoupled weight decay", ge=0, le=1)
     max_grad_norm: Positive | None = key(None, "gradients of a step are scaled down to this Euclidean norm")
     batch_size: int = key(16, "samples per step", unit="samples", ge=1)
     local_epochs: int = key(2, "passes over the shard per round", ge=1)
@@ -240,6 +252,12 @@ class Config(Section):
             raise ValueError(
                 "train.device=cuda needs clients.num_gpus, an actor's share of a GPU, such as 0.25 (or hosting=serial)"
             )
+        if self.train.momentum and self.train.optimizer != "sgd":
+            raise ValueError(f"train.momentum: {self.train.optimizer} has none; it is for train.optimizer=sgd")
+        if self.train.nesterov and not self.train.momentum:
+            raise ValueError("train.nesterov needs a train.momentum")
+        if self.train.lr_min > self.train.lr:
+            raise ValueError(f"train.lr_min ({self.train.lr_min:g}) must not be above train.lr ({self.train.lr:g})")
         if self.stop_at_target and self.target is None:
             raise ValueError("stop_at_target needs a target")
         if self.target is not None and self.problem in FRACTIONS and not 0 < self.target <= 1:

@@ -1,5 +1,6 @@
 """The clients' SGD: passes over a shard that update a flat model in place."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -50,11 +51,26 @@ def steps_of(shard: int, samples: int, settings: TrainConfig) -> int:
     return sum(len(batch_sizes(size, settings.batch_size)) for size in _passes(shard, samples, settings))
 
 
+def lr_at(settings: TrainConfig, round: int) -> float:
+    """The clients' learning rate in a round."""
+    match settings.lr_schedule:
+        case "exponential":
+            lr = settings.lr * settings.lr_decay**round
+        case "steps":
+            lr = settings.lr * settings.lr_decay ** (round // settings.lr_rounds)
+        case "cosine":
+            way = min(round / settings.lr_rounds, 1.0)
+            lr = settings.lr_min + (settings.lr - settings.lr_min) * (1 + math.cos(math.pi * way)) / 2
+        case _:
+            lr = settings.lr
+    return max(lr, settings.lr_min)
+
+
 class LocalSGD:
     """Trains one model for one client after another; they share nothing but the model's weights.
 
-    Its step equals that of torch.optim.SGD bit for bit. That class imports PyTorch's compiler on first use, which takes
-    a second and 70 MB in each process that trains.
+    Adam and AdamW are PyTorch's. A step of SGD equals that of torch.optim.SGD bit for bit; that class imports PyTorch's
+    compiler on first use, which takes a second and 70 MB in each process that trains.
 
     Args:
         model: holds the global weights when `train` begins, and the client's own when it ends.
@@ -73,7 +89,10 @@ class LocalSGD:
         self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
         if settings.precision == "bfloat16":  # without a cache, which a recorded step must not use
             self.arithmetic = partial(torch.autocast, model.device.type, torch.bfloat16, cache_enabled=False)
-        self.record = record and model.device.type == "cuda"
+        plain = settings.optimizer == "sgd" and settings.lr_schedule == "constant"
+        self.record = record and plain and model.device.type == "cuda"  # a record has its learning rate in it
+        self.lr = settings.lr
+        self.adam: torch.optim.Optimizer | None = None
         self.recorded: dict[int, _Recorded | None] = {}  # by batch size; None: seen once
 
     def train(
@@ -84,6 +103,7 @@ class LocalSGD:
         normalise: Callable[[NDArray[Any]], Tensor],
         samples: int,
         rng: np.random.Generator,
+        lr: float | None = None,
     ) -> float:
         """Train on one shard; returns the mean loss over all samples seen.
 
@@ -92,7 +112,11 @@ class LocalSGD:
             normalise: converts stored inputs to the model's inputs, float32, on the model's device.
             samples: number of samples to process, in as many passes as needed.
             rng: source of the order of samples.
+            lr: the learning rate; None: that of the settings.
         """
+        self.lr = self.settings.lr if lr is None else lr
+        if self.settings.optimizer != "sgd":
+            self.adam = _adam(self.model, self.settings, self.lr)
         self.model.module.train()
         self.loss.zero_()
         if self.velocity is not None:
@@ -120,12 +144,17 @@ class LocalSGD:
         if settings.max_grad_norm is not None:
             norm = model.grad.norm().double().clamp_min(1e-30)
             model.grad.mul_((settings.max_grad_norm / norm).clamp_max(1.0).float())
+        if self.adam is not None:
+            self.adam.step()
+            self.loss += loss.detach() * len(y)
+            return
         weights, gradient = model.storage[: len(model.grad)], model.grad
         if settings.weight_decay:
             gradient = gradient.add(weights, alpha=settings.weight_decay)
         if self.velocity is not None:
-            gradient = self.velocity.mul_(settings.momentum).add_(gradient)
-        weights.add_(gradient, alpha=-settings.lr)
+            velocity = self.velocity.mul_(settings.momentum).add_(gradient)
+            gradient = gradient.add(velocity, alpha=settings.momentum) if settings.nesterov else velocity
+        weights.add_(gradient, alpha=-self.lr)
         self.loss += loss.detach() * len(y)
 
     def _replay(self, x: Tensor, y: Tensor) -> None:
@@ -158,6 +187,14 @@ class LocalSGD:
         for tensor, value in zip(kept, before, strict=True):
             tensor.copy_(value)
         return recorded
+
+
+def _adam(model: FlatModel, settings: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """PyTorch's optimizer of the flat parameters, with a fresh state."""
+    flat = torch.nn.Parameter(model.storage[: len(model.grad)])
+    flat.grad = model.grad
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind([flat], lr, weight_decay=settings.weight_decay, foreach=False)
 
 
 class _Recorded(NamedTuple):

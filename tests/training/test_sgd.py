@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from fedlq_ray import ConfigError, simulate
+from fedlq_ray.config.load import load
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.models import FlatModel
-from fedlq_ray.training.sgd import LocalSGD
+from fedlq_ray.training.sgd import LocalSGD, lr_at
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 Y = (X[:, 0] > 0).astype(np.int64)
@@ -33,9 +35,9 @@ def trained(model, **settings):
     return flat
 
 
-def trained_by_pytorch(max_grad_norm=float("inf"), **settings):
+def trained_by_pytorch(max_grad_norm=float("inf"), kind=torch.optim.SGD, **settings):
     plain, rng = module(), np.random.default_rng(1)
-    optimizer = torch.optim.SGD(plain.parameters(), **settings)
+    optimizer = kind(plain.parameters(), **settings)
     for _ in range(2):
         order = rng.permutation(40)
         for start in range(0, 40, 8):
@@ -47,11 +49,51 @@ def trained_by_pytorch(max_grad_norm=float("inf"), **settings):
     return FlatModel(plain).storage
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_training_is_pytorchs_own_sgd_bit_for_bit(momentum, weight_decay):
-    settings = {"lr": 0.1, "momentum": momentum, "weight_decay": weight_decay}
+    settings = {"lr": 0.1, "weight_decay": weight_decay, **momentum}
     assert torch.equal(trained(module(), **settings).storage, trained_by_pytorch(foreach=False, **settings))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_adam_is_pytorchs_with_a_fresh_state_for_each_client(name, kind):
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    found = trained(module(), optimizer=name, **settings).storage
+    assert torch.equal(found, trained_by_pytorch(kind=kind, foreach=False, **settings))
+
+
+def test_schedules_by_hand():
+    def at(rounds, **settings):
+        return [lr_at(TrainConfig(lr=0.1, **settings), round) for round in rounds]
+
+    assert at([0, 500]) == [0.1, 0.1]
+    assert at([0, 2, 900], lr_schedule="exponential", lr_min=0.005) == pytest.approx([0.1, 0.1 * 0.993**2, 0.005])
+    assert at([9, 10, 25], lr_schedule="steps", lr_decay=0.5, lr_rounds=10) == pytest.approx([0.1, 0.05, 0.025])
+    assert at([0, 5, 10, 99], lr_schedule="cosine", lr_rounds=10, lr_min=0.02) == pytest.approx([0.1, 0.06, 0.02, 0.02])
+
+
+def test_a_round_trains_at_its_learning_rate(tmp_path):
+    def norms(**train):
+        settings = {"rounds": 2, "strategy": {"name": "fedavg"}, "tracking": {"uri": None}, "train": train}
+        settings |= {"clients": {"count": 4, "cohort": 4, "hosting": "serial"}, "out": str(tmp_path / str(len(train)))}
+        return simulate(settings).history["update_norm"]
+
+    plain, fallen = norms(), norms(lr_schedule="steps", lr_decay=1e-3, lr_rounds=1)
+    assert fallen[0] == plain[0] and fallen[1] < 0.01 * plain[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.optimizer=adam", "train.momentum=0.9"], "train.momentum: adam has none"),
+        (["train.nesterov=true"], "train.nesterov needs a train.momentum"),
+        (["train.lr_min=0.5"], r"train.lr_min \(0.5\) must not be above train.lr \(0.1\)"),
+    ],
+)
+def test_settings_that_an_optimizer_does_not_have_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, settings)
 
 
 def test_training_does_not_import_pytorchs_compiler():
@@ -59,7 +101,7 @@ def test_training_does_not_import_pytorchs_compiler():
 import sys, numpy, torch
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.models import FlatModel
-from fedlq_ray.training.sgd import LocalSGD
+from fedlq_ray.training.sgd import LocalSGD, lr_at
 x, y = numpy.zeros((4, 6), numpy.float32), numpy.zeros(4, numpy.int64)
 sgd = LocalSGD(FlatModel(torch.nn.Linear(6, 2)), TrainConfig())
 sgd.train(x, y, normalise=torch.from_numpy, samples=4, rng=numpy.random.default_rng(0))
