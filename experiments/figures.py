@@ -194,7 +194,8 @@ def front() -> None:
                 ours = name in ("fedlq", "fedlq-rd")
                 axis.plot(megabytes, seconds, "o", markersize=6 if ours else 4, color=COLOURS[2 if ours else 0])
                 if name in NAMED:
-                    axis.annotate(name, (megabytes, seconds), (4, 3), textcoords="offset points", fontsize=7)
+                    spot = (4, -8) if name in ("dadaquant", "fedlq") else (4, 3)  # below, where another name is above
+                    axis.annotate(name, (megabytes, seconds), spot, textcoords="offset points", fontsize=7)
             best = [
                 p for p in sorted(found.values()) if all(q == p or q[0] > p[0] or q[1] > p[1] for q in found.values())
             ]

@@ -12,9 +12,10 @@ from fedlq_ray import ConfigError, resume, simulate
 from fedlq_ray.config.load import load
 from fedlq_ray.data import as_dataset
 from fedlq_ray.data import load as load_data
+from fedlq_ray.models import FlatModel
 from fedlq_ray.problems import Classification, Goal, MultiLabel, Problem, Regression, Tokens, find, score
 from fedlq_ray.strategies import STRATEGIES
-from fedlq_ray.training.local import summarise
+from fedlq_ray.training.local import evaluate, summarise
 
 SMALL = {"rounds": 2, "tracking": {"uri": None}, "evaluate_every": 2}
 FEW = {"count": 4, "cohort": 2, "hosting": "serial"}
@@ -121,6 +122,14 @@ def _stop_after(rounds):
             raise RuntimeError("stop")
 
     return watch
+
+
+def test_accuracy_of_clients_by_hand():
+    flat = FlatModel(nn.Sequential(nn.Linear(1, 2)))
+    x, y = torch.ones(6, 1), torch.tensor([0, 0, 0, 1, 0, 1])  # logits (x, -x): class 0 for all
+    found = evaluate(flat, torch.tensor([1.0, -1.0, 0.0, 0.0]), x, y, clients=np.array(["a", "a", "b", "b", "c", "c"]))
+    expected = {"accuracy": 4 / 6, "accuracy_of_clients": 4 / 6, "accuracy_of_worst_clients": 0.5}
+    assert found.metrics == pytest.approx(expected)
 
 
 def test_linear_regression_is_as_good_as_ridge_regression(tmp_path):

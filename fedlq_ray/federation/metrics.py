@@ -61,7 +61,9 @@ METRICS = (
         "METRIC",
         "as the problem says",
         "the problem's other metrics under their own names, such as `perplexity` (tokens), `absolute_error` and "
-        "`root_mean_square_error` (regression), `micro_f1` and `label_accuracy` (multilabel)",
+        "`root_mean_square_error` (regression), `micro_f1` and `label_accuracy` (multilabel); where test samples have "
+        "clients, the main one's mean over clients, `METRIC_of_clients`, and over the worst tenth of them, "
+        "`METRIC_of_worst_clients`",
         of_names=lambda r: r.metrics,
     ),
     Metric(

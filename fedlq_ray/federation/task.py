@@ -238,7 +238,8 @@ class Workplace:
             else:
                 self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
         with seeded(self.task.config.seed, "evaluate", gpus=self._gpus):
-            return evaluate(self.model, weights, *self._evaluated_on, self.task.problem)
+            ids = self.task.data.clients_test if self.task.config.evaluate_on == "test" else None
+            return evaluate(self.model, weights, *self._evaluated_on, self.task.problem, ids)
 
     @property
     def _gpus(self) -> list[torch.device]:

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -199,10 +201,34 @@ def sample_scores(
 
 
 def evaluate(
-    model: FlatModel, weights: Tensor, x: Tensor, y: Tensor, problem: Problem = Classification()
+    model: FlatModel,
+    weights: Tensor,
+    x: Tensor,
+    y: Tensor,
+    problem: Problem = Classification(),
+    clients: NDArray[np.str_] | None = None,
 ) -> Evaluation:
-    """Metrics and loss of a flat vector on a model's inputs (n, ...) and targets (n, ...)."""
-    return summarise(problem, sample_scores(model, weights, x, y, problem))
+    """Metrics and loss of a flat vector on a model's inputs (n, ...) and targets (n, ...).
+
+    Args:
+        clients: whose sample each is, (n,); with them, the metrics have the main one's mean over clients, and its mean
+            over the tenth of the clients that is worst.
+    """
+    scores = sample_scores(model, weights, x, y, problem)
+    found = summarise(problem, scores)
+    return (
+        found if clients is None else replace(found, metrics={**found.metrics, **_of_clients(problem, scores, clients)})
+    )
+
+
+def _of_clients(problem: Problem, scores: Mapping[str, Tensor], clients: NDArray[np.str_]) -> dict[str, float]:
+    metric, values = problem.goal.metric, []
+    for name in np.unique(clients):
+        own = torch.from_numpy(np.flatnonzero(clients == name))
+        values.append(summarise(problem, {key: value[own] for key, value in scores.items()}).metrics[metric])
+    values.sort(key=problem.goal.merit)
+    worst = values[: max(1, len(values) // 10)]
+    return {f"{metric}_of_clients": fmean(values), f"{metric}_of_worst_clients": fmean(worst)}
 
 
 def summarise(problem: Problem, scores: Mapping[str, Tensor]) -> Evaluation:
