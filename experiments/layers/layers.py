@@ -66,7 +66,10 @@ def measured(name: str, cifar: str | None) -> dict:
     for found in analyses(config, rounds, PAYLOADS, ("fisher",), watch):
         tables.append(table(found))
         took = time.perf_counter() - started
-        print(f"{name}, {found.payload} measured, accuracy {found.before.accuracy:.3f}: {took:.0f} s", flush=True)
+        print(
+            f"{name}, {found.payload} measured, accuracy {found.before.metrics['accuracy']:.3f}: {took:.0f} s",
+            flush=True,
+        )
     return {
         "settings": settings,
         "wall_s": time.perf_counter() - started,
@@ -84,7 +87,7 @@ def table(found: LayerAnalysis) -> dict:
     return {
         "rounds": found.rounds,
         "payload": found.payload,
-        "before": {"loss": found.before.loss, "accuracy": found.before.accuracy},
+        "before": {"loss": found.before.loss, "accuracy": found.before.metrics["accuracy"]},
         "loss": found.loss.drop,
         "loss_noise": found.loss.noise,
         "accuracy": found.accuracy.drop,

@@ -18,7 +18,7 @@ from fedlq_ray.quantization import Family, Segment, send
 from fedlq_ray.quantization.registry import NUMBERS
 from fedlq_ray.seeding import numpy_rng, seeded, torch_rng
 from fedlq_ray.training.payloads import MEMORIES, PAYLOADS, Feedback
-from fedlq_ray.training.sgd import LocalSGD, lr_at, samples_of
+from fedlq_ray.training.sgd import LocalSGD, samples_of
 
 __all__ = ["Plan"]
 
@@ -101,8 +101,7 @@ def client_round(
         with seeded(seed, "model", round, client, gpus=gpus):
             model.load(weights)
             rng = numpy_rng(seed, "batches", round, client)
-            lr = lr_at(sgd.settings, round)
-            loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng, lr=lr)
+            loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng, round=round)
             trained = model.read()  # the rest is the same for every training device
             _require_finite(trained, model.layers, round, client)
             _require_constants(model, round, client)

@@ -103,7 +103,7 @@ class LocalSGD:
         normalise: Callable[[NDArray[Any]], Tensor],
         samples: int,
         rng: np.random.Generator,
-        lr: float | None = None,
+        round: int = 0,
     ) -> float:
         """Train on one shard; returns the mean loss over all samples seen.
 
@@ -112,9 +112,9 @@ class LocalSGD:
             normalise: converts stored inputs to the model's inputs, float32, on the model's device.
             samples: number of samples to process, in as many passes as needed.
             rng: source of the order of samples.
-            lr: the learning rate; None: that of the settings.
+            round: decides the learning rate.
         """
-        self.lr = self.settings.lr if lr is None else lr
+        self.lr = lr_at(self.settings, round)
         if self.settings.optimizer != "sgd":
             self.adam = _adam(self.model, self.settings, self.lr)
         self.model.module.train()
