@@ -77,7 +77,7 @@ def _leaf_part(folder: Path) -> tuple[list[Any], list[Any], list[str]]:
 
 
 def table(
-    path: str | None, target: str | Sequence[str], client: str | None = None, test: float = 0.2
+    path: str | None, target: str | Sequence[str] | None = None, client: str | None = None, test: float = 0.2
 ) -> dict[str, Any]:
     """A CSV or parquet file: numeric columns are features, but for the target's and the client's.
 
@@ -92,6 +92,8 @@ def table(
 
     if path is None:
         raise ConfigError("data.path: data.name=table needs a CSV or parquet file")
+    if target is None:
+        raise ConfigError("data.args: data.name=table needs the column to predict, such as {target: price}")
     if not 0 < test < 1:
         raise ConfigError(f"data.args: test must be between 0 and 1, got {test}")
     try:

@@ -82,7 +82,7 @@ def test_a_table_with_clients(kind, tmp_path):
         ({"target": "out"}, "column 'who' is not numeric"),
         ({"target": "out", "client": "who", "test": 1.5}, "test must be between 0 and 1"),
         ({"target": ["out", "a", "b"], "client": "who"}, "no features but"),
-        ({}, "missing 1 required positional argument: 'target'"),
+        ({}, "data.args: data.name=table needs the column to predict"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_told(args, message, tmp_path):
