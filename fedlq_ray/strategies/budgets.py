@@ -54,9 +54,11 @@ def thrifty(
 ) -> tuple[float, float]:
     """The floor and the cap, in bytes, that minimise tau G (G sum_n B_n)^thrift.
 
-    G = 1 + noise_cost x (round + 1) x sum_n p_n^2 noise(b_n) is the growth of the bound on convergence
-    (docs/theory.md) by the noise: after T rounds, the ratio of its quantization term to its first term is, up to a
-    factor, the sum over rounds of that sum. Noise therefore costs little at first, and later rounds need more bits.
+    G = 1 + noise_cost x (round + 1) x w x sum_n p_n^2 noise(b_n), with w the mean work of the cohort, is the growth of
+    the bound on convergence (docs/theory.md) by the noise: after T rounds, the ratio of its quantization term to its
+    first term is, up to a factor, the sum over rounds of that sum. Noise therefore costs little at first, and later
+    rounds need more bits. An update that is w times as long carries w^2 times the noise, and 1 / w times as many rounds
+    go the same way.
     tau G stands for the simulated time to an accuracy, G sum_n B_n for the bytes. If no rate up to the cap can be sent,
     both are the cap's.
     """
@@ -68,11 +70,12 @@ def thrifty(
     floors = np.maximum(cheapest, [bytes_at(rate) for rate in rates])[:, None]
     tau = (fixed + floors / speed).max(1, keepdims=True)
     room = np.where(np.isinf(speed), np.inf, (tau - fixed) * np.where(np.isinf(speed), 1.0, speed))  # (floors, members)
+    work = sum(m.samples * m.work for m in cohort) / sum(m.samples for m in cohort)
     best, chosen = math.inf, (float(floors[-1, 0]), bytes_at(config.cap))
     for cap in [chosen[1]] if config.cap_bits is not None else floors[:, 0].tolist():
         sent = np.minimum(np.maximum(room, floors), cap)
         heard = noise(np.maximum((sent - zero) / (one - zero), rates[0])) @ shares
-        growth = 1 + config.noise_cost * (round + 1) * heard
+        growth = 1 + config.noise_cost * (round + 1) * work * heard
         cost = np.where(floors <= cap, tau, np.inf)[:, 0] * growth * (growth * sent.sum(1)) ** config.thrift
         if cost.min() < best:
             best, chosen = float(cost.min()), (float(floors[cost.argmin(), 0]), cap)
