@@ -3,7 +3,7 @@
 Importing PyTorch and MLflow takes six core-seconds of each program's twelve. `Popen` is `subprocess.Popen`, except that
 `python -m fedlq_ray.cli`, `python -c` and `python FILE` fork from a server; conftest.py puts it in place of
 the original. A program that needs another environment at Python's start, or anything else that a fork cannot have,
-starts as always. `COLD=1` in a program's environment says so. Cold starts are tested in tests/test_startup.py,
+starts as always. `FEDLQ_TEST_COLD=1` in a program's environment says so. Cold starts are tested in tests/test_startup.py,
 tests/test_wheel.py and tests/cluster.
 """
 
@@ -39,7 +39,7 @@ class Popen(subprocess.Popen):
     """See above."""
 
     _server = None  # where this process's server is asked
-    _link = None  # on which a warm program's end is told
+    _link = None  # receives a warm program's exit status
 
     def _execute_child(
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
@@ -126,7 +126,7 @@ def serve(control):
 
 
 def _program(request, files):
-    """Starts the program, in a process of its own, and tells its number and its end; returns, in it, what it does."""
+    """Starts the program in a process of its own and reports its number and exit status; returns, in it, what it runs."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     link = socket.socket(fileno=files[0])
     if program := os.fork():

@@ -25,7 +25,9 @@ def find(given: GivenProblem) -> Problem:
     found = parts.find("problem", given, PROBLEMS) if isinstance(given, str) else given
     found = parts.call("problem", found, {}, {}) if isinstance(found, type) or callable(found) else found
     if not isinstance(found, Problem):
-        raise ConfigError(f"problem: {found!r} is not a fedlq_ray.Problem; derive from it, or from Classification")
+        raise ConfigError(
+            f"problem: {found!r} is not a fedlq_ray.problems.Problem; derive from it, or from Classification"
+        )
     if not isinstance(found.goal, Goal) or not found.goal.metric:
         raise ConfigError(f"problem: {type(found).__name__} has no main metric; set its attribute goal to a Goal")
     return found

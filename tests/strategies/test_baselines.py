@@ -3,7 +3,6 @@
 import itertools
 import math
 import pickle
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -134,8 +133,6 @@ def test_the_floor_and_the_cap_that_cost_least_in_time_and_bytes():
     best = min((b for b in RATES if b >= 1), key=lambda b: (1.098 + 0.325 * b) * (1 + 100 * 4.0**-b / 9))
     assert min(limits(falling, 100.0)) == pytest.approx(at(best)) and 1 < best < 8
     assert min(limits(falling, 10.0, round=9)) == pytest.approx(at(best))  # the bound's ratio grows with the rounds
-    busy = [replace(m, work=4.0) for m in members]
-    assert limits(falling, 25.0, busy) == limits(falling, 100.0)  # and with the work of a round
     assert min(limits(None)) > 0.999 * at(1) and limits(None, members=[]) == []
     # Bytes that cost something: without noise all send the least, and a fast link does not fill its time.
     assert limits(none, cap_bits=None, thrift=0.1) == pytest.approx([at(0.02)] * 3)
