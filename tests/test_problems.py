@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import nn
 
-from fedlq_ray import ConfigError, resume, simulate
+from fedlq_ray import ConfigError, resume, simulate, sweep
 from fedlq_ray.config.load import load
 from fedlq_ray.data import as_dataset
 from fedlq_ray.data import load as load_data
@@ -230,3 +230,21 @@ def test_everything_a_problem_is():
     given = as_dataset(arrays("tokens"), problem=Tokens())
     assert given.vocabulary == 6 and given.x_train.dtype == np.int32 and given.input_shape == (8,)
     assert issubclass(Tokens, Problem) and find(Tokens).goal == Goal()
+
+
+def test_a_sweep_over_links_keeps_the_problems_metric(tmp_path):
+    tree = {
+        "base": {
+            "rounds": 2,
+            "data": {"name": "diabetes"},
+            "tracking": {"uri": None},
+            "clients": {"hosting": "serial"},
+        },
+        "populations": {"thin": ["clients.profiles=thin"], "mixed": ["clients.profiles=mixed"]},
+        "runs": {"u": ["strategy.name=uniform"]},
+        "seeds": [0],
+    }
+    with pytest.warns(UserWarning, match="only its times are recomputed"):
+        table = sweep(tree, out=tmp_path / "s").table
+    assert len(table) == 2 and table["final_absolute_error"].nunique() == 1
+    assert all("goal" in json.loads(file.read_text()) for file in (tmp_path / "s").glob("u@*/summary.json"))

@@ -3,8 +3,8 @@
 Importing PyTorch and MLflow takes six core-seconds of each program's twelve. `Popen` is `subprocess.Popen`, except that
 `python -m fedlq_ray.cli`, `python -c` and `python FILE` fork from a server; conftest.py puts it in place of
 the original. A program that needs another environment at Python's start, or anything else that a fork cannot have,
-starts as always. `FEDLQ_TEST_COLD=1` in a program's environment says so. Cold starts are tested in tests/test_startup.py,
-tests/test_wheel.py and tests/cluster.
+starts as always. `FEDLQ_TEST_COLD=1` in a program's environment says so. Cold starts are tested in
+tests/test_startup.py, tests/test_wheel.py and tests/cluster.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ def serve(control):
 
 
 def _program(request, files):
-    """Starts the program in a process of its own and reports its number and exit status; returns, in it, what it runs."""
+    """Starts the program in its own process and reports its number and exit status; returns, in it, what it runs."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     link = socket.socket(fileno=files[0])
     if program := os.fork():

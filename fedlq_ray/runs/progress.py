@@ -41,7 +41,6 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
     """Like `watch`, for one of several runs that are shown together."""
     sent, figures = 0, ""
     metric = goal_of(config.problem).metric
-    short = "acc." if metric == "accuracy" else metric
     console, name = progress.console, f"{config.name}-{config.seed}"
     bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
 
@@ -49,7 +48,7 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
         console.print(f"{name}: {text}", highlight=False, markup=False, **options)
 
     def show(event: Event) -> None:
-        nonlocal sent, figures
+        nonlocal sent, figures, metric
         if as_json:
             if isinstance(event, RoundDone):
                 print(json.dumps(event.record.to_json()), flush=True)
@@ -74,6 +73,8 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
             case RoundDone(record):
                 sent += record.uplink_bytes
                 seen = "–" if record.main is None else f"{record.main:.4f}"
+                metric = metric if record.accuracy is not None else next(iter(record.metrics), metric)
+                short = "acc." if metric == "accuracy" else metric
                 figures = f"{short} {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent / 1e6)} MB"
                 progress.update(bar, completed=record.round + 1, figures=figures)
                 if progress.disable:
