@@ -9,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedlq_ray import simulate
 from fedlq_ray.config.load import load
-from fedlq_ray.errors import ClientError
+from fedlq_ray.errors import ClientError, ConfigError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.rounds import Timing, begin, run
@@ -131,6 +132,13 @@ def test_a_deadline_takes_what_has_arrived_or_else_the_first():
     assert late.sim_time_s == pytest.approx(3) and late.client_end == ["arrived", "stopped"]
     (exact,) = records_of(timed_task([2.5, 1.0], "server.deadline_s=2.5", "rounds=1"))
     assert exact.client_end == ["arrived", "arrived"]  # to the last bit is in time
+
+
+def test_a_deadline_that_nobody_can_meet_is_refused(tmp_path):
+    settings = [*SMALL, "server.deadline_s=0.001", "clients.cohort=4", f"out={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"^server\.deadline_s: no client can meet 0\.001 s; the fastest, client \d+"):
+        simulate(load(None, settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_asynchronous_clients_fly_on_over_a_deadline():
