@@ -135,8 +135,8 @@ def test_a_deadline_takes_what_has_arrived_or_else_the_first():
 
 
 def test_a_deadline_that_nobody_can_meet_is_refused(tmp_path):
-    settings = [*SMALL, "server.deadline_s=0.000001", "clients.cohort=4", f"out={tmp_path / 'run'}"]
-    with pytest.raises(ConfigError, match=r"^server\.deadline_s: no client can meet 1e-06 s; the fastest, client \d+"):
+    settings = [*SMALL, "server.deadline_s=0.0000001", "clients.cohort=4", f"out={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"^server\.deadline_s: no client can meet 1e-07 s; the fastest, client \d+"):
         simulate(load(None, settings))
     assert not (tmp_path / "run").exists()
 
