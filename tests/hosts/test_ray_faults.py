@@ -33,6 +33,7 @@ QUICK = [
     "rounds=6", "clients.count=6", "clients.cohort=4", "clients.actors=2", "strategy.name=fedlq_rd",
     "strategy.metric=fisher", "strategy.probe_every=1", "tracking.uri=null", "checkpoint.every_rounds=2",
 ]  # fmt: skip
+UNDER_WAY = ["server.buffer=3", "server.max_staleness=null", "strategy.error_feedback=true"]
 
 
 def run(*overrides, **given):
@@ -80,17 +81,9 @@ def send(number, name):
 
 @pytest.fixture(scope="module")
 def killed(ray_here):
-    """The folder of a program that was killed between two rounds, Ray and all of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "fedlq_ray.cli",
-        "run",
-        *QUICK,
-        "rounds=40",
-        "out=killed",
-        "clients.hosting=packed",
-    ]
+    """The folder of a program that was killed between two steps, with clients under way, Ray and all of its own."""
+    settings = [*QUICK, *UNDER_WAY, "rounds=40", "out=killed", "clients.hosting=packed"]
+    command = [sys.executable, "-m", "fedlq_ray.cli", "run", *settings]
     environment = {**os.environ, "RAY_ADDRESS": "local", MARK: "killed"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(Path("killed").glob("checkpoints/*.ckpt")):
@@ -106,7 +99,7 @@ def test_a_program_that_is_killed_outright_goes_on(killed):
     done = len(rundir.journal(killed))
     assert 0 < done < 40
     result = fedlq_ray.resume(killed)
-    assert contents(result) == contents(run("rounds=40", "clients.hosting=serial"))
+    assert contents(result) == contents(run(*UNDER_WAY, "rounds=40", "clients.hosting=serial"))
 
 
 @pytest.mark.parametrize(("hosting", "number"), [("packed", signal.SIGSTOP), ("dedicated", signal.SIGKILL)])
