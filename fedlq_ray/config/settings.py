@@ -176,9 +176,13 @@ class NetworkConfig(Section):
         None, "clients fetch the model's change, coded: the cohort's slowest link at this rate, faster links more in "
         "the same time; null: whole models as float32", unit="bits per parameter", gt=0, le=32,
     )  # fmt: skip
+    downlink: Literal["own", "shared"] = key(
+        "own", "downlink_bits: own: each client fetches the change from the model that it holds; shared: each step's "
+        "change goes to all, who hold the same model, and a client fetches what it missed (QAFeL)",
+    )  # fmt: skip
     downlink_cap_bits: float = key(
         4.0,
-        "downlink_bits: maximum rate of a client; more bits do not help",
+        "downlink_bits: maximum rate of a client; more bits do not help; not for downlink=shared",
         unit="bits per parameter",
         gt=0,
         le=32,
@@ -311,6 +315,8 @@ class Config(Section):
                 "server.max_staleness: a step waits for all clients, so that nothing can be stale; "
                 "set server.buffer or server.deadline_s"
             )
+        if self.network.downlink == "shared" and self.network.downlink_bits is None:
+            raise ValueError("network.downlink=shared needs network.downlink_bits, the rate of each step's change")
         if self.continuous and self.train.adaptive_work > 1:
             raise ValueError("train.adaptive_work is for steps that wait for a cohort, with server.max_staleness=0")
         if self.continuous and self.strategy.name == "signsgd":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.downlink import Downlink
+from fedlq_ray.federation.downlink import Downlink, Shared
 from fedlq_ray.federation.flight import Flight, depart
 from fedlq_ray.federation.selection import Asking, Selection, chosen, selection_of
 from fedlq_ray.federation.state import ServerState
@@ -55,6 +55,7 @@ def plan(
     rules: Rules,
     state: ServerState,
     held: Mapping[int, Tensor],
+    shared: Shared | None,
     clients: Sequence[int],
     *,
     dispatch: int,
@@ -67,13 +68,16 @@ def plan(
 
     Args:
         held: by client, the model that it holds, if the downlink is coded.
+        shared: the model that all hold, if they hold the same.
     Raises:
         FedLQError: a client that is planned alone has no plan.
     """
     if not rules.task.config.continuous:
-        return _planned(rules, state, held, clients, dispatch, at_s)
+        return _planned(rules, state, held, shared, clients, dispatch, at_s)
     return [
-        flight for client in clients for flight in _planned(rules, state, held, [client], dispatch, at_s, (client,))
+        flight
+        for client in clients
+        for flight in _planned(rules, state, held, shared, [client], dispatch, at_s, (client,))
     ]
 
 
@@ -81,6 +85,7 @@ def _planned(
     rules: Rules,
     state: ServerState,
     held: Mapping[int, Tensor],
+    shared: Shared | None,
     clients: Sequence[int],
     dispatch: int,
     at_s: float,
@@ -88,7 +93,7 @@ def _planned(
 ) -> list[Flight]:
     task, step = rules.task, state.round
     rates = {client: cohorts.downlink(task, client) for client in clients}
-    offers = rules.downlink.offer(held, state.weights, rates, dispatch)
+    offers = rules.downlink.offer(held, state.weights, rates, dispatch, shared)
     members = [cohorts.member(task, client, offers[client].num_bytes) for client in clients]
     if task.config.train.adaptive_work > 1:
         known = state.payload_bytes and [state.payload_bytes] * len(members)

@@ -18,6 +18,7 @@ from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation import server
 from fedlq_ray.federation.accounting import record_of
 from fedlq_ray.federation.clock import round_time
+from fedlq_ray.federation.downlink import Shared
 from fedlq_ray.federation.flight import Ended, Flight
 from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.host import Future, Host
@@ -86,6 +87,7 @@ def begin(task: Task, strategy: Strategy) -> ServerState:
         memories={},
         dispatches=0,
         selection=selection_of(task).init(),
+        shared=Shared(weights, 0, {}) if task.config.network.downlink == "shared" else None,
     )
 
 
@@ -242,6 +244,7 @@ def commit(
         dispatches=traffic.dispatches,
         flights=tuple(sorted(traffic.flying.values(), key=lambda flight: flight.order)),
         selection=rules.selection.learn(copy.deepcopy(state.selection), step, ended),
+        shared=rules.downlink.broadcast(traffic.shared, weights, step),
     ), record
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlq_ray.federation.downlink import Shared
 from fedlq_ray.federation.flight import Flight, packed, unpacked
 from fedlq_ray.federation.server import Moments
 from fedlq_ray.federation.task import Task
@@ -30,6 +31,7 @@ class ServerState:
         dispatches: how often clients were asked.
         flights: the clients under way, if a step does not wait for all.
         selection: the state of the selection of clients.
+        shared: the model that all clients share (`network.downlink=shared`).
     """
 
     round: int
@@ -45,6 +47,7 @@ class ServerState:
     dispatches: int
     flights: tuple[Flight, ...] = ()
     selection: Any = None
+    shared: Shared | None = None
 
     def snapshot(self) -> dict[str, Any]:
         """The fields by name, as stored in checkpoints. The flights have landed."""
@@ -52,6 +55,7 @@ class ServerState:
         return vars(self) | {
             "strategy": plain(self.strategy),
             "selection": plain(self.selection),
+            "shared": None if self.shared is None else vars(self.shared),
             "flights": [packed(flight) for flight in self.flights],
             "memories_under_way": {client: memory for client, memory in kept.items() if memory is not None},
         }
@@ -69,8 +73,9 @@ class ServerState:
         flights = [unpacked(task, one, under_way.get(one["member"]["client"])) for one in saved.get("flights", ())]
         selection = restored(initial.selection, saved["selection"]) if "selection" in saved else initial.selection
         dispatches = saved.get("dispatches", saved["round"])  # checkpoints of before are synchronous
-        return ServerState(**own, dispatches=dispatches, flights=tuple(flights), selection=selection)
+        shared = Shared(**saved["shared"]) if saved.get("shared") else None
+        return ServerState(**own, dispatches=dispatches, flights=tuple(flights), selection=selection, shared=shared)
 
 
-_LATER = ("dispatches", "flights", "selection")  # fields that checkpoints of before lack
+_LATER = ("dispatches", "flights", "selection", "shared")  # fields that checkpoints of before lack
 FIELDS = tuple(field.name for field in fields(ServerState) if field.name not in _LATER)

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fedlq_ray.errors import FedLQError
+from fedlq_ray.federation.downlink import Shared
 from fedlq_ray.federation.flight import Ended, Flight, Landing, cut, earliest_s, end
 from fedlq_ray.federation.host import Answer, Host
 from fedlq_ray.federation.planning import Rules, plan
@@ -56,7 +57,7 @@ class Traffic:
     """The flights of one step.
 
     Args:
-        published: the weights of `state`, as the host has them.
+        published: the weights of `state`, in the form of the host.
         landings: receives the jobs that this step starts.
 
     Attributes:
@@ -67,16 +68,19 @@ class Traffic:
         late: the deadline has passed.
         vacant: there may be a client to ask.
         wake_s: when the next client becomes available, if there is room for it.
+        shared: what all clients hold, with what each has fetched by now.
         held, memories: of the clients whose flights have ended, on top of those of `state`.
     """
 
     def __init__(self, rules: Rules, host: Host, state: ServerState, published: Any, landings: Landings) -> None:
-        self.rules, self.host, self.state, self.published, self.landings = rules, host, state, published, landings
+        self.rules, self.host, self.state, self.landings = rules, host, state, landings
         self.task, self.config = rules.task, rules.task.config
         self.flying = {flight.client: flight for flight in state.flights}
         self.ended: list[Ended] = []
         self.now_s, self.dispatches = state.sim_time_s, state.dispatches
         self.held: dict[int, Tensor] = {}
+        self.shared = None if (s := state.shared) is None else Shared(s.model, s.sent, dict(s.fetched))
+        self.starts = {id(state.weights): (state.weights, published)}  # models that clients start from, by id
         self.memories: dict[int, Any] = {}
         deadline_s = self.config.server.deadline_s
         self.deadline_s = math.inf if deadline_s is None else state.sim_time_s + deadline_s
@@ -96,7 +100,9 @@ class Traffic:
                 dispatch, self.dispatches = self.dispatches, self.dispatches + 1
                 chosen = self.rules.choose(self.state, idle, min(room, len(idle)), dispatch, self.now_s)
                 held = {**self.state.held, **self.held} if self.held else self.state.held
-                for flight in plan(self.rules, self.state, held, chosen, dispatch=dispatch, at_s=self.now_s):
+                for flight in plan(
+                    self.rules, self.state, held, self.shared, chosen, dispatch=dispatch, at_s=self.now_s
+                ):
                     self._depart(flight)
             if self.flying or not self._pass_time():
                 break
@@ -136,9 +142,10 @@ class Traffic:
         if flight.job is not None:
             self.landings[flight.key] = flight.landing
             model = flight.offer.model
-            start = self.published if model is self.state.weights else self.host.publish(model)
+            if id(model) not in self.starts:
+                self.starts[id(model)] = model, self.host.publish(model)
             known = self.memories.get(flight.client, self.state.memories.get(flight.client))
-            self.host.submit(flight.job, start, known)
+            self.host.submit(flight.job, self.starts[id(model)][1], known)
         self._watch(flight)
 
     def _watch(self, flight: Flight) -> None:
@@ -192,7 +199,11 @@ class Traffic:
         self.ended.append(ended)
         self.vacant = self.config.continuous
         if ended.fetched and flight.offer.coded:
-            self.held[flight.client] = flight.offer.model
+            if self.shared is None:
+                self.held[flight.client] = flight.offer.model
+            else:
+                fetched = self.shared.fetched
+                fetched[flight.client] = fetched.get(flight.client, 0) + flight.offer.num_bytes
         if flight.awaited and flight.job:  # it left, or is stopped, before it was trained
             self.host.withdraw([flight.job])
             self.landings.pop(flight.key, None)

@@ -9,6 +9,7 @@ from torch import nn
 from fedlq_ray import ConfigError, simulate
 from fedlq_ray.config.load import load
 from fedlq_ray.federation.downlink import Downlink
+from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.task import Workplace, prepare
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -83,3 +84,26 @@ def test_a_rate_that_headers_alone_take_is_refused(name, setting):
     config = load(None, [*QUICK, setting, f"strategy.name={name}", "data.min_samples=2"])
     with pytest.raises(ConfigError, match=rf"{setting.partition('=')[0]}: 1.5 bits .* headers alone take \d"):
         simulate(config, model=lambda: nn.Linear(6, 3), data=(x, y, x, y))
+
+
+def test_all_clients_share_one_model_and_fetch_what_they_missed():
+    """QAFeL's downlink: a client fetches every step's change since it was asked last."""
+    settings = [*QUICK, "rounds=8", "clients.cohort=4"]
+    more = ["network.downlink_bits=1", "network.downlink=shared", "strategy.name=qsgd"]
+    result = simulate(load(None, [*settings, *more]))
+    lines = (result.path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [Record.from_json(json.loads(line)) for line in lines]
+    assert records[0].downlink_bytes == 0  # the initial weights come from the seed
+    sent, has = [0], dict.fromkeys(range(8), 0)  # bytes of all changes by step, and of those that each client has
+    for record in records:
+        totals = {
+            has[client] + fetched for client, fetched in zip(record.cohort, record.client_downlink_bytes, strict=True)
+        }
+        assert len(totals) == 1  # whatever they missed, they hold the same now
+        sent += totals
+        has.update(dict.fromkeys(record.cohort, sent[-1]))
+    whole = downlink(1)[2]
+    assert all(0 < after - before < whole / 8 for before, after in zip(sent[1:], sent[2:], strict=False))
+    assert records[-1].accuracy > records[0].accuracy
+    with pytest.raises(ConfigError, match=r"network\.downlink=shared needs network\.downlink_bits"):
+        load(None, [*settings, "network.downlink=shared"])
