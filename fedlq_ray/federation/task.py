@@ -27,7 +27,9 @@ from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, GivenQu
 from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure
 from fedlq_ray.strategies import GivenStrategy, Probe, Setting
-from fedlq_ray.training.local import Evaluation, Plan, Reply, client_round, evaluate
+from fedlq_ray.training import own
+from fedlq_ray.training.local import Evaluation, Plan, Reply, Trainer, client_round, evaluate
+from fedlq_ray.training.own import GivenLocal, Local, OwnTraining
 from fedlq_ray.training.sgd import LocalSGD
 
 
@@ -43,6 +45,7 @@ class Task:
         statistics: names of the buffers that training changes, which are sent like parameters.
         names: the clients' ids, if the data has them.
         notes: sentences on how the data were read.
+        local: the user's own local training, if any.
     """
 
     config: Config
@@ -59,6 +62,7 @@ class Task:
     statistics: frozenset[str] = frozenset()
     names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    local: Local | None = None
 
     def flat_model(self, device: str = "cpu") -> FlatModel:
         """A copy of the model, flat, with its initial weights."""
@@ -94,6 +98,7 @@ class Parts:
     strategy: GivenStrategy | None = None
     quantizer: GivenQuantizer | None = None
     problem: GivenProblem | None = None
+    local: GivenLocal | None = None
 
 
 def prepare(config: Config, parts: Parts = Parts()) -> Task:
@@ -104,6 +109,8 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     """
     expand(config.checkpoint.path or "", "checkpoint.path")
     how = config.data
+    local = own.find(config.train.local if parts.local is None else parts.local)
+    own.require_float32(local, config.train)
     problem = find_problem(config.problem if parts.problem is None else parts.problem)
     with seeded(config.seed, "data"):  # a user's function may draw from global generators
         if parts.data is not None:
@@ -124,8 +131,10 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
             named, dataset.input_shape, dataset.num_classes, config.model.args,
             vocabulary=dataset.vocabulary, output_shape=wanted,
         )  # fmt: skip
+        if local is not None:
+            own.set_up(local, module)
     with seeded(config.seed, "trial"):
-        statistics = try_step(module, dataset, kept, config, problem)
+        statistics = try_step(module, dataset, kept, config, problem, local)
         flops = training_flops(module, dataset.input_shape, dataset.vocabulary)
     layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
     builtin = parts.model is None and config.model.name in ("auto", *MODELS)
@@ -134,7 +143,7 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     notes = (dataset.description, *([split.note] if split.note else []))
     return Task(
         config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, problem, statistics, names,
-        notes,
+        notes, local,
     )  # fmt: skip
 
 
@@ -193,8 +202,12 @@ class Workplace:
         return self.task.flat_model(self.task.config.train.device)
 
     @functools.cached_property
-    def sgd(self) -> LocalSGD:
-        return LocalSGD(self.model, self.task.config.train, self.task.problem, record=self.task.builtin)
+    def trainer(self) -> Trainer:
+        task, settings = self.task, self.task.config.train
+        if task.local is None:
+            return LocalSGD(self.model, settings, task.problem, record=task.builtin)
+        numbers = {"clients": len(task.shards), "cohort": task.clients.cohort, "seed": task.config.seed}
+        return OwnTraining(task.local, self.model, settings, task.problem, **numbers)
 
     def initial_weights(self) -> Tensor:
         """The initial flat vector (d,)."""
@@ -215,7 +228,7 @@ class Workplace:
     def train(self, job: Job, weights: Tensor, memory: Tensor | None) -> tuple[Reply, Tensor | None]:
         shard = self.task.shards[job.client]
         return client_round(
-            self.sgd,
+            self.trainer,
             self.task.data.x_train[shard],
             self.task.data.y_train[shard],
             normalise=self.normalise,

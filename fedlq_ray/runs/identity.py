@@ -14,7 +14,7 @@ from fedlq_ray.strategies import Strategy
 
 _FREE = {"rounds", *WITHOUT_EFFECT}
 FROZEN = "frozen parameters"
-_GIVEN = ("data", "model", "strategy", "quantizer", "problem")  # parts that may be given as objects
+_GIVEN = ("data", "model", "strategy", "quantizer", "problem", "local")  # parts that may be given as objects
 
 
 def identity(task: Task, strategy: Strategy) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def identity(task: Task, strategy: Strategy) -> dict[str, Any]:
         "model": f"{sum(layer.size for layer in task.layers)} numbers in {len(layers)} layers ({digest})",
         **frozen,
         "problem": _name(task.problem),
+        "local": None if task.local is None else _name(task.local),
         "strategy": _name(strategy),
         "quantizer": _name(family.quantizer if isinstance(family, Always) else family),
     }
