@@ -53,6 +53,8 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
         return
     told = [f"{name} was {json.dumps(before[name])} and is {json.dumps(now[name])}" for name in changed]
     given = [name for name in _GIVEN if name in changed or name == "model" and FROZEN in changed]
+    if "local" in given:  # it may give the model buffers
+        given = [name for name in given if name != "model"]
     if given:
         objects = ", ".join(f"{name}=..." for name in given)
         told.append(f"give the {' and '.join(given)} that it began with (in Python: resume(..., {objects}))")

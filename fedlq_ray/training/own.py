@@ -222,8 +222,10 @@ class OwnTraining:
         if not isinstance(state, Mapping):
             raise self._wrong(f"returned a {type(state).__name__} as state; a state is a dict of tensors by name")
         for key, value in state.items():
-            if not isinstance(key, str) or not isinstance(value, Tensor):
-                raise self._wrong(f"returned a state whose {key!r} is a {type(value).__name__}, not a tensor by name")
+            if not isinstance(key, str):
+                raise self._wrong(f"returned a state with the name {key!r}; names are text")
+            if not isinstance(value, Tensor):
+                raise self._wrong(f"returned a state whose {key!r} is of type {type(value).__name__}, not a tensor")
             if value.layout != torch.strided or value.is_quantized:
                 raise self._wrong(f"returned a state whose {key!r} is not a dense tensor")
         return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
