@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlq_ray.config.load import load
-from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.selection import draw
 from fedlq_ray.federation.task import prepare
 
 _FEDERATION = ["clients.count=100", "clients.cohort=20", "data.partition=iid", "data.holdout=0"]
@@ -38,7 +38,7 @@ def export(chosen: list[str], cores: int, folder: Path) -> None:
         std=data.std,
         order=np.concatenate(task.shards),
         ends=np.cumsum([len(shard) for shard in task.shards]),
-        cohorts=[cohorts.draw(task, round) for round in range(config.rounds)],
+        cohorts=[draw(task, round) for round in range(config.rounds)],
     )
     told = {"model": config.model.name, "lr": config.train.lr, "batch_size": config.train.batch_size}
     told |= {"rounds": config.rounds, "cores": cores, "cohort": config.clients.cohort}

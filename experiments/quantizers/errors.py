@@ -22,6 +22,7 @@ from torch import Tensor
 from fedlq_ray.config.load import load
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.federation.selection import draw
 from fedlq_ray.federation.task import Job, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import (
@@ -83,7 +84,7 @@ def updates(clients: int) -> list[Draw]:
     *_, last = run(task, strategy, host, begin(task, strategy), Timing())
     weights = last.state.weights
     print(f"trained {config.rounds} rounds, accuracy {last.record.accuracy:.3f}", flush=True)
-    members = [cohorts.member(task, client, 0) for client in cohorts.draw(task, config.rounds)[:clients]]
+    members = [cohorts.member(task, client, 0) for client in draw(task, config.rounds)[:clients]]
     samples = {m.client: cohorts.base_work(task, m.samples) for m in members}
     pieces = tuple((layer.start, layer.stop) for layer in place.model.layers)
     found = []

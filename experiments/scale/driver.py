@@ -21,10 +21,10 @@ import torch
 
 from fedlq_ray.config.load import load
 from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.downlink import Downlink
 from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.planning import shares_of
+from fedlq_ray.federation.selection import draw
 from fedlq_ray.federation.task import Job, Workplace, prepare
 from fedlq_ray.hosts.ray.hosting import RayHost
 from fedlq_ray.hosts.ray.pool import Pool
@@ -50,21 +50,17 @@ class Case:
         self.task = prepare(load(None, [*clients, *model, *SCHEMES[scheme]]))
         place = Workplace(self.task)
         weights = place.initial_weights()
-        network = self.task.config.network
-        down = Downlink(place.setting, None, network.downlink_cap_bits, weights, place.broadcast_size())
-        drawn = cohorts.draw(self.task, 0)
-        self.offers = down.offer({}, weights, {c: cohorts.downlink(self.task, c) for c in drawn}, 0)
-        members = [cohorts.member(self.task, c, self.offers[c].num_bytes) for c in drawn]
+        members = [cohorts.member(self.task, client, place.broadcast_size()) for client in draw(self.task, 0)]
         strategy = make(place.setting, None)
         plans = strategy.plan(strategy.init(), 0, members)
         self.jobs = [Job(0, m.client, plans[m.client], 16) for m in members]
-        self.shares = shares_of(members, plans)
-        self.replies = {job.client: place.train(job, weights, None)[0] for job in self.jobs}
+        self.shares = shares_of(members, [plans[m.client].weight for m in members])
+        self.replies = {job.key: place.train(job, weights, None)[0] for job in self.jobs}
         self.parameters, self.weights = len(weights), weights
         self.bytes = sum(len(reply.payload) for reply in self.replies.values()) / COHORT
 
     def fold(self) -> Fold:
-        return Fold(self.task, self.offers, self.jobs, self.shares, {})
+        return Fold(self.task, self.jobs, [self.weights] * COHORT, self.shares, {})
 
 
 @ray.remote(num_cpus=0)
@@ -78,7 +74,7 @@ class Echo:
         return True
 
     def train(self, job: Job, weights: object, memory: object) -> tuple:
-        return self.replies[job.client], None
+        return self.replies[job.key], None
 
 
 class EchoPool(Pool):
@@ -110,7 +106,7 @@ def measure(case: Case, rounds: int) -> dict:
     def folded() -> None:
         fold = case.fold()
         for job in case.jobs:
-            fold.take(job.client, case.replies[job.client])
+            fold.take(job.key, case.replies[job.key])
 
     host = RayHost(EchoPool(case))
     published = host.publish(case.weights)
@@ -124,7 +120,7 @@ def measure(case: Case, rounds: int) -> dict:
     def hosted() -> None:
         fold = case.fold()
         for job, reply, _ in answers():
-            fold.take(job.client, reply)
+            fold.take(job.key, reply)
 
     def dispatched() -> None:
         for _ in answers():

@@ -85,6 +85,7 @@ class ClientsConfig(Section):
         {}, "Ray's labels that an actor's node must have, such as {market-type: spot}", affects="nothing"
     )
     profiles: Text = key("mixed", "a population's name, or a CSV with one row per client", affects="clock")
+    availability: Text = key("always", "when clients are there: always, or a CSV with columns client, from_s and to_s")
     variation: float = key(
         0.0, "sigma of the log-normal variation of bandwidth and compute by round", ge=0, le=3, affects="clock"
     )
@@ -153,6 +154,21 @@ class ServerConfig(Section):
     momentum: float = key(0.9, "momentum, or Adam's first decay", ge=0, lt=1)
     beta2: float = key(0.99, "Adam's second decay", ge=0, lt=1)
     tau: Positive = key(1e-3, "Adam's degree of adaptivity, added to the root", le=1e3)
+    buffer: int | None = key(
+        None, "updates that make a step of the server; null: a step waits for all clients under way", ge=1
+    )
+    max_staleness: int | None = key(
+        0, "clients that a step would make staler than this are stopped; null: none is; with buffer or deadline_s, "
+        "anything but 0 is asynchronous: a client that ends is replaced at once", unit="steps", ge=0,
+    )  # fmt: skip
+    staleness_exponent: float = key(
+        0.5, "an update that is s steps old counts (1 + s)^-a (Xie et al., 2019; Nguyen et al., AISTATS 2022)", ge=0,
+        le=10,
+    )  # fmt: skip
+    deadline_s: Positive | None = key(
+        None, "a step comes at the latest so long after the one before, with what has arrived; if nothing has, at the "
+        "first arrival", unit="s", le=1e9,
+    )  # fmt: skip
 
 
 class NetworkConfig(Section):
@@ -245,12 +261,28 @@ class Config(Section):
     def _of_dataset(cls, settings: Any) -> Any:
         return presets.fill(settings) if isinstance(settings, Mapping) else settings
 
+    @property
+    def synchronous(self) -> bool:
+        """Whether each step waits for all clients that were asked."""
+        return self.server.buffer is None and self.server.deadline_s is None and self.clients.availability == "always"
+
+    @property
+    def continuous(self) -> bool:
+        """Whether clients fly on over steps, and a client that ends is replaced at once."""
+        return self.server.max_staleness != 0 and not (self.server.buffer is None and self.server.deadline_s is None)
+
+    @property
+    def updates(self) -> int | None:
+        """How many updates make a step, if each client is planned alone; else None."""
+        return (self.server.buffer or self.clients.cohort) if self.continuous else None
+
     @model_validator(mode="after")
     def _fits(self) -> "Config":
         if self.clients.cohort > self.clients.count:
             raise ValueError(
                 f"clients.cohort ({self.clients.cohort}) must not be larger than clients.count ({self.clients.count})"
             )
+        self._steps_fit()
         if self.train.device == "cuda" and self.clients.hosting != "serial" and not self.clients.num_gpus:
             raise ValueError(
                 "train.device=cuda needs clients.num_gpus, an actor's share of a GPU, such as 0.25 (or hosting=serial)"
@@ -268,3 +300,21 @@ class Config(Section):
         if self.evaluate_on == "holdout" and not self.data.holdout:
             raise ValueError("evaluate_on=holdout needs a data.holdout above 0")
         return self
+
+    def _steps_fit(self) -> None:
+        """Checks how steps of the server begin and end."""
+        server, cohort = self.server, self.clients.cohort
+        if server.buffer is not None and server.buffer > cohort:
+            raise ValueError(
+                f"server.buffer ({server.buffer}) must not be larger than clients.cohort ({cohort}), "
+                "which are the clients under way"
+            )
+        if server.max_staleness != 0 and server.buffer is None and server.deadline_s is None:
+            raise ValueError(
+                "server.max_staleness: a step waits for all clients, so that nothing can be stale; "
+                "set server.buffer or server.deadline_s"
+            )
+        if self.continuous and self.train.adaptive_work > 1:
+            raise ValueError("train.adaptive_work is for steps that wait for a cohort, with server.max_staleness=0")
+        if self.continuous and self.strategy.name == "signsgd":
+            raise ValueError("strategy.name=signsgd: a vote has no stale votes; use it with server.max_staleness=0")

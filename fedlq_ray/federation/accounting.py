@@ -1,11 +1,13 @@
 """Accounts for a round: bytes, simulated seconds, and the record."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fedlq_ray.federation.clock import ClientTime, client_time, conditions
+from fedlq_ray.federation.flight import Ended, samples
 from fedlq_ray.federation.fold import Fold
-from fedlq_ray.federation.planning import Planned, samples_of_member
 from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization.wire import Sent
@@ -19,7 +21,7 @@ def clock(
     uplink_bytes: Sequence[int],
     downlink_bytes: Sequence[int],
 ) -> list[ClientTime]:
-    """Each client's times in a round, under the conditions drawn for that round."""
+    """Each client's times in a synchronous round, under the conditions drawn for that round."""
     config = task.config
     return [
         client_time(
@@ -34,68 +36,64 @@ def clock(
     ]
 
 
-def times_of(task: Task, planned: Planned, fold: Fold) -> list[ClientTime]:
-    """Each member's times. Clients without a plan fetch nothing and do not delay the round."""
-    clients, samples = [m.client for m in planned.members], _client_samples(task, planned)
-    return clock(task, planned.round, clients, samples, _sent(planned, fold), _received(planned))
-
-
-def _client_samples(task: Task, planned: Planned) -> list[int]:
-    return [samples_of_member(task, m) if m.client in planned.plans else 0 for m in planned.members]
-
-
-def _sent(planned: Planned, fold: Fold) -> list[int]:
-    return [len(fold.replies[m.client].payload) if m.client in fold.replies else 0 for m in planned.members]
-
-
-def _received(planned: Planned) -> list[int]:
-    return [planned.offers[m.client].num_bytes if m.client in planned.plans else 0 for m in planned.members]
-
-
 def record_of(
     task: Task,
-    planned: Planned,
+    state: ServerState,
+    ended: Sequence[Ended],
     fold: Fold,
-    times: Sequence[ClientTime],
     update_norm: float,
     quantization_error: float | None,
     sim_time_s: float,
 ) -> Record:
-    replies = fold.replies
-    clients = [m.client for m in planned.members]
-    sent, received = _sent(planned, fold), _received(planned)
+    """The record of a step, without its evaluation and the strategy's report.
+
+    Args:
+        state: before the step.
+        ended: the flights that ended since the last step, in their order.
+    """
     spent = {
-        client: {layer.name: _bits(layer, sent) for layer in task.layers}
-        for client, sent in zip(replies, fold.sent, strict=True)
+        key: {layer.name: _bits(layer, sent) for layer in task.layers}
+        for key, sent in zip(fold.replies, fold.sent, strict=True)
     }
-    names = [layer.name for layer in task.layers]
+    keys, names = [e.flight.key for e in ended], [layer.name for layer in task.layers]
     bits = {name: sum(own[name] for own in spent.values()) / max(1, len(spent)) for name in names}
-    by_client = {name: [float(f"{spent[c][name]:.3g}") if c in spent else None for c in clients] for name in names}
-    shares = {job.client: share for job, share in zip(fold.jobs, fold.shares, strict=True)}
-    losses = [shares[client] * reply.train_loss for client, reply in replies.items()]
+    by_client = {name: [float(f"{spent[k][name]:.3g}") if k in spent else None for k in keys] for name in names}
+    shares = {job.key: share for job, share in zip(fold.jobs, fold.shares, strict=True)}
+    losses = [shares[key] * reply.train_loss for key, reply in fold.replies.items()]
     return Record(
-        round=planned.round,
-        cohort=clients,
-        answered=list(replies),
-        skipped=fold.lost,
-        uplink_bytes=sum(sent),
-        downlink_bytes=sum(received),
-        train_loss=sum(losses) * (sum(fold.shares) / fold.answered if fold.lost else 1) if losses else None,
+        round=state.round,
+        cohort=[e.flight.client for e in ended],
+        answered=[client for _, client in fold.replies],
+        skipped=[fault.client for fault in fold.faults],
+        uplink_bytes=sum(e.uplink_bytes for e in ended),
+        downlink_bytes=sum(e.downlink_bytes for e in ended),
+        train_loss=sum(losses) * fold.whole if losses else None,
         bits_per_parameter=bits,
-        client_samples=_client_samples(task, planned),
-        client_uplink_bytes=sent,
-        client_downlink_bytes=received,
+        client_samples=[samples(task, e.flight) for e in ended],
+        client_uplink_bytes=[e.uplink_bytes for e in ended],
+        client_downlink_bytes=[e.downlink_bytes for e in ended],
         client_bits_per_parameter=by_client,
-        client_download_s=[t.download_s for t in times],
-        client_compute_s=[t.compute_s for t in times],
-        client_upload_s=[t.upload_s for t in times],
+        client_download_s=[e.times.download_s for e in ended],
+        client_compute_s=[e.times.compute_s for e in ended],
+        client_upload_s=[e.times.upload_s for e in ended],
         update_norm=update_norm,
         quantization_error=quantization_error,
         sim_time_s=sim_time_s,
         report={},
         accuracy=None,
         test_loss=None,
+        **({} if task.config.synchronous else _of_flights(state, ended)),
     )
+
+
+def _of_flights(state: ServerState, ended: Sequence[Ended]) -> dict[str, Any]:
+    """What a record has of flights, where not all of them start and end with the step."""
+    return {
+        "client_start_s": [e.flight.start_s for e in ended],
+        "client_staleness": [state.round - e.flight.version for e in ended],
+        "client_end": [e.how for e in ended],
+        "wasted_bytes": sum(e.wasted for e in ended),
+    }
 
 
 def _bits(layer: Layer, sent: Sequence[Sent]) -> float:

@@ -1,4 +1,4 @@
-"""Which clients take part in a round, what a plan knows about each, and how much each trains."""
+"""What a plan knows about each client, and how much each trains."""
 
 import math
 from collections.abc import Sequence
@@ -14,17 +14,10 @@ from fedlq_ray.strategies import Member
 from fedlq_ray.training.sgd import samples_of
 
 
-def draw(task: Task, round: int) -> list[int]:
-    """Draws the clients of a round without replacement, in ascending order."""
-    clients = task.clients
-    drawn = numpy_rng(task.config.seed, "cohort", round).choice(clients.count, clients.cohort, replace=False)
-    return sorted(int(client) for client in drawn)
-
-
-def drops_out(task: Task, round: int, client: int) -> bool:
-    """Whether a client does not answer in a round."""
+def drops_out(task: Task, dispatch: int, client: int) -> bool:
+    """Whether a client that is asked in a dispatch does not answer."""
     chance = task.config.clients.dropout
-    return chance > 0 and float(numpy_rng(task.config.seed, "dropout", round, client).random()) < chance
+    return chance > 0 and float(numpy_rng(task.config.seed, "dropout", dispatch, client).random()) < chance
 
 
 def downlink(task: Task, client: int) -> float:
@@ -51,7 +44,12 @@ def member(task: Task, client: int, downlink_bytes: int) -> Member:
     )
     latency = 0.0 if network.uplink_free else profile.latency_ms / 1e3
     rate = math.inf if network.uplink_free else profile.uplink_mbps * 1e6 / 8
-    return Member(client, samples, time.total_s + latency, rate)
+    return Member(client, samples, time.total_s + latency, rate, updates=task.config.updates)
+
+
+def samples_of_member(task: Task, member: Member) -> int:
+    """Samples that a member trains on in a round, over all passes."""
+    return int(0.5 + member.work * base_work(task, member.samples))
 
 
 def with_own_work(task: Task, members: Sequence[Member], payload_bytes: Sequence[float]) -> list[Member]:

@@ -24,10 +24,11 @@ from fedlq_ray.strategies.budgets import bytes_at_rate, one_step
 
 
 class Offer(NamedTuple):
-    """The model (d,) that a client holds after it fetches `num_bytes`."""
+    """The model (d,) that a client holds after it fetches `num_bytes`; `coded`: it may differ from the server's."""
 
     model: Tensor
     num_bytes: int
+    coded: bool = False
 
 
 class Downlink:
@@ -60,10 +61,10 @@ class Downlink:
     def _coded(self, held: Tensor, weights: Tensor, client: int, budget: float, round: int) -> Offer:
         change = weights - held
         if not bool(change.any()):
-            return Offer(held, 0)
+            return Offer(held, 0, True)
         noise = torch_rng(self.setting.seed, "downlink", round, client)
         segments = one_step(self.setting, budget)(change)
         payload, received = send(change, segments, kind="update", round=round, client=client, rng=noise)
         if len(payload) >= self.whole_bytes:
-            return Offer(weights, self.whole_bytes)
-        return Offer(held + received, len(payload))
+            return Offer(weights, self.whole_bytes, True)
+        return Offer(held + received, len(payload), True)

@@ -1,50 +1,36 @@
-"""Plans a round: which clients take part, what each may fetch, and what each will send."""
+"""Plans flights: what each client that is asked may fetch, and what it will send."""
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.downlink import Downlink, Offer
+from fedlq_ray.federation.downlink import Downlink
+from fedlq_ray.federation.flight import Flight, depart
+from fedlq_ray.federation.selection import Asking, Selection, chosen, selection_of
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Job, Task, Workplace
+from fedlq_ray.federation.task import Task, Workplace
+from fedlq_ray.seeding import numpy_rng
 from fedlq_ray.strategies import Member, Probe, Strategy
 from fedlq_ray.strategies.asking import asked
 from fedlq_ray.training.local import Plan
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The plan of a round, made before it trains.
-
-    Attributes:
-        members: the cohort, in order.
-        offers: the model that each member may fetch.
-        plans: what each member sends; clients without a plan skip the round and do not delay it.
-        jobs: one for each member that has a plan and does not drop out, in order.
-        shares: each job's share of the sum.
-        probe: the measurement that the strategy requests while the round trains.
-    """
-
-    round: int
-    members: Sequence[Member]
-    offers: Mapping[int, Offer]
-    plans: Mapping[int, Plan]
-    jobs: Sequence[Job]
-    shares: Sequence[float]
-    probe: Probe | None
-
-
-@dataclass(frozen=True)
 class Rules:
-    """What is constant over rounds: the task, the strategy and the downlink."""
+    """What is constant over steps: the task, the strategy and the downlink."""
 
     task: Task
     strategy: Strategy
     downlink: Downlink
+    selection: Selection
 
     @staticmethod
     def of(task: Task, strategy: Strategy) -> "Rules":
@@ -53,40 +39,82 @@ class Rules:
         down = Downlink(
             place.setting, network.downlink_bits, network.downlink_cap_bits, initial, place.broadcast_size()
         )
-        return Rules(task, strategy, down)
+        return Rules(task, strategy, down, selection_of(task))
 
-    def ask(self, method: str, round: int, *arguments: Any) -> Any:
-        """The checked result of a strategy's method."""
-        return asked(self.strategy, self.task.config.seed, method, round, *arguments)
+    def ask(self, method: str, round: int, *arguments: Any, keys: tuple[int, ...] = ()) -> Any:
+        """The checked result of a strategy's method. `keys`: more keys of its random draws than the round."""
+        return asked(self.strategy, self.task.config.seed, method, round, *arguments, keys=keys)
+
+    def choose(self, state: ServerState, idle: NDArray[np.int64], count: int, dispatch: int, at_s: float) -> list[int]:
+        """The clients that a dispatch asks, ascending."""
+        rng = numpy_rng(self.task.config.seed, "cohort", dispatch)
+        return chosen(self.selection, state.selection, Asking(idle, count, state.round, at_s, rng))
 
 
-def plan(rules: Rules, state: ServerState) -> Planned:
-    """Draws a cohort and asks the strategy for each member's plan."""
-    task, round = rules.task, state.round
-    drawn = cohorts.draw(task, round)
-    rates = {client: cohorts.downlink(task, client) for client in drawn}
-    offers = rules.downlink.offer(state.held, state.weights, rates, round)
-    members = [cohorts.member(task, client, offers[client].num_bytes) for client in drawn]
+def plan(
+    rules: Rules,
+    state: ServerState,
+    held: Mapping[int, Tensor],
+    clients: Sequence[int],
+    *,
+    dispatch: int,
+    at_s: float,
+) -> list[Flight]:
+    """Asks the strategy for the plans of clients that are asked at the same moment; their flights, in order.
+
+    Where a step waits for all of them, they are planned together. Otherwise each is planned alone, because nobody
+    waits for it: it is the slowest of a cohort of one, and `Member.updates` says how many make up a step.
+
+    Args:
+        held: by client, the model that it holds, if the downlink is coded.
+    Raises:
+        FedLQError: a client that is planned alone has no plan.
+    """
+    if not rules.task.config.continuous:
+        return _planned(rules, state, held, clients, dispatch, at_s)
+    return [
+        flight for client in clients for flight in _planned(rules, state, held, [client], dispatch, at_s, (client,))
+    ]
+
+
+def _planned(
+    rules: Rules,
+    state: ServerState,
+    held: Mapping[int, Tensor],
+    clients: Sequence[int],
+    dispatch: int,
+    at_s: float,
+    keys: tuple[int, ...] = (),
+) -> list[Flight]:
+    task, step = rules.task, state.round
+    rates = {client: cohorts.downlink(task, client) for client in clients}
+    offers = rules.downlink.offer(held, state.weights, rates, dispatch)
+    members = [cohorts.member(task, client, offers[client].num_bytes) for client in clients]
     if task.config.train.adaptive_work > 1:
         known = state.payload_bytes and [state.payload_bytes] * len(members)
-        expected = rules.ask("expected_bytes", round, state.strategy, round, members) or known
+        expected = rules.ask("expected_bytes", step, state.strategy, step, members) or known
         members = cohorts.with_own_work(task, members, expected) if expected else members
-    plans = rules.ask("plan", round, copy.deepcopy(state.strategy), round, members)
-    answering = [m for m in members if m.client in plans and not cohorts.drops_out(task, round, m.client)]
-    jobs = [Job(round, m.client, plans[m.client], samples_of_member(task, m)) for m in answering]
-    probe = rules.ask("probe", round, state.strategy, round)
-    if probe and getattr(task.config.strategy, "probe_on", "proxy") == "clients":
-        probe = replace(probe, clients=tuple(drawn))
-    return Planned(round, members, offers, plans, jobs, shares_of(answering, plans), probe)
+    if keys:
+        keys = (dispatch, *keys)
+    plans: Mapping[int, Plan] = rules.ask("plan", step, copy.deepcopy(state.strategy), step, members, keys=keys)
+    if keys and clients[0] not in plans:
+        raise FedLQError(
+            f"step {step}: {type(rules.strategy).__name__} has no plan for client {clients[0]}; where the server does "
+            "not wait for all (server.buffer, server.deadline_s), each client that is asked needs one"
+        )
+    return [depart(task, m, dispatch, step, at_s, offers[m.client], plans.get(m.client)) for m in members]
 
 
-def shares_of(members: Sequence[Member], plans: Mapping[int, Plan]) -> list[float]:
-    """Each member's share of the sum: its weight over the sum of weights."""
-    weights = [m.samples if (own := plans[m.client].weight) is None else own for m in members]
-    total = sum(weights)
-    return [weight / total for weight in weights]
+def probe(rules: Rules, state: ServerState, clients: Sequence[int]) -> Probe | None:
+    """What the strategy measures in a step. `clients`: those under way, whose samples it may use."""
+    found: Probe | None = rules.ask("probe", state.round, state.strategy, state.round)
+    if found and getattr(rules.task.config.strategy, "probe_on", "proxy") == "clients":
+        found = replace(found, clients=tuple(clients))
+    return found
 
 
-def samples_of_member(task: Task, member: Member) -> int:
-    """Samples that a member trains on in a round, over all passes."""
-    return int(0.5 + member.work * cohorts.base_work(task, member.samples))
+def shares_of(members: Sequence[Member], weights: Sequence[float | None]) -> list[float]:
+    """Each member's share of the sum: its weight over the sum of weights; None: its samples."""
+    own = [m.samples if weight is None else weight for m, weight in zip(members, weights, strict=True)]
+    total = sum(own)
+    return [weight / total for weight in own]

@@ -23,6 +23,9 @@ class Record:
         report: what the strategy reports, by name.
         accuracy, test_loss: of the model after the round; None if it was not evaluated, or the problem has no accuracy.
         metrics: the problem's other metrics by name; if it has no accuracy, the first is its main metric.
+        client_start_s, client_staleness, client_end, wasted_bytes: only where a step does not wait for all clients,
+            `cohort` then has the flights that ended since the last step: when each began, how many steps ago, how it
+            ended (`flight.End`), and the bytes of those that did not arrive, which are in the sums too.
     """
 
     round: int
@@ -47,6 +50,10 @@ class Record:
     accuracy: float | None
     test_loss: float | None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    client_start_s: list[float] = field(default_factory=list)
+    client_staleness: list[int] = field(default_factory=list)
+    client_end: list[str] = field(default_factory=list)
+    wasted_bytes: int | None = None
 
     @property
     def main(self) -> float | None:
@@ -59,13 +66,11 @@ class Record:
         return replace(self, accuracy=metrics.get("accuracy"), test_loss=test_loss, metrics=others)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object, with the strategy's report merged into it; `metrics` only if it has any."""
+        """The record as a JSON object, with the strategy's report merged into it, and optional fields if it has any."""
         made: dict[str, Any] = {}
         for name in NAMES:
             made |= self.report if name == "report" else {name: getattr(self, name)}
-        if not self.metrics:
-            del made["metrics"]
-        return made
+        return {name: value for name, value in made.items() if name not in _OPTIONAL or value not in ({}, [], None)}
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> "Record":
@@ -74,6 +79,7 @@ class Record:
         return Record(**{**_ABSENT, **{name: found[name] for name in NAMES if name in found}, "report": report})
 
 
+_OPTIONAL = ("metrics", "client_start_s", "client_staleness", "client_end", "wasted_bytes")
 NAMES = tuple(field.name for field in fields(Record))
 _ABSENT: dict[str, Any] = {
     **dict.fromkeys(("train_loss", "update_norm", "quantization_error", "accuracy", "test_loss")),
@@ -83,4 +89,5 @@ _ABSENT: dict[str, Any] = {
     "bits_per_parameter": {},
     "client_bits_per_parameter": {},
     "metrics": {},
+    "wasted_bytes": None,
 }

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlq_ray.federation.flight import Flight, packed, unpacked
 from fedlq_ray.federation.server import Moments
+from fedlq_ray.federation.task import Task
 from fedlq_ray.strategies.state import plain, restored
 
 
@@ -25,6 +27,9 @@ class ServerState:
         tracked: by client, the server's EF21 vector (d,).
         strategy: the strategy's own state.
         memories: by client, its error-feedback memory, in the host's form.
+        dispatches: how often clients were asked.
+        flights: the clients under way, if a step does not wait for all.
+        selection: the state of the selection of clients.
     """
 
     round: int
@@ -37,17 +42,35 @@ class ServerState:
     tracked: Mapping[int, Tensor]
     strategy: Any
     memories: Mapping[int, Any]
+    dispatches: int
+    flights: tuple[Flight, ...] = ()
+    selection: Any = None
 
     def snapshot(self) -> dict[str, Any]:
-        """The fields by name, as stored in checkpoints."""
-        return vars(self) | {"strategy": plain(self.strategy)}
+        """The fields by name, as stored in checkpoints. The flights have landed."""
+        kept = {f.client: f.landing.answer.memory for f in self.flights if f.landing.answer}
+        return vars(self) | {
+            "strategy": plain(self.strategy),
+            "selection": plain(self.selection),
+            "flights": [packed(flight) for flight in self.flights],
+            "memories_under_way": {client: memory for client, memory in kept.items() if memory is not None},
+        }
 
     @staticmethod
-    def from_snapshot(saved: Mapping[str, Any], initial: Any) -> "ServerState":
-        """A state from a checkpoint, which may have more fields. `initial`: the strategy's state before round 0."""
-        strategy = restored(initial, saved["strategy"])
-        own = {"server": Moments(*saved["server"]), "strategy": strategy}
-        return ServerState(**{name: saved[name] for name in FIELDS} | own)
+    def from_snapshot(saved: Mapping[str, Any], initial: "ServerState", task: Task) -> "ServerState":
+        """A state from a checkpoint, which may have more fields.
+
+        Args:
+            initial: the state before the first round; it gives types, and what a checkpoint of before lacks.
+        """
+        own: dict[str, Any] = {name: saved[name] for name in FIELDS}
+        own["server"], own["strategy"] = Moments(*saved["server"]), restored(initial.strategy, saved["strategy"])
+        under_way = saved.get("memories_under_way", {})
+        flights = [unpacked(task, one, under_way.get(one["member"]["client"])) for one in saved.get("flights", ())]
+        selection = restored(initial.selection, saved["selection"]) if "selection" in saved else initial.selection
+        dispatches = saved.get("dispatches", saved["round"])  # checkpoints of before are synchronous
+        return ServerState(**own, dispatches=dispatches, flights=tuple(flights), selection=selection)
 
 
-FIELDS = tuple(field.name for field in fields(ServerState))
+_LATER = ("dispatches", "flights", "selection")  # fields that checkpoints of before lack
+FIELDS = tuple(field.name for field in fields(ServerState) if field.name not in _LATER)

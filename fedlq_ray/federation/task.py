@@ -17,6 +17,7 @@ from fedlq_ray.config.load import Config
 from fedlq_ray.config.settings import ClientsConfig
 from fedlq_ray.data import Dataset, GivenData, Split, as_dataset, hold_out, inputs, load, partition
 from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.federation.availability import Always, Availability
 from fedlq_ray.federation.profiles import Profile, load_profiles
 from fedlq_ray.federation.trial import try_step
 from fedlq_ray.files import expand
@@ -63,6 +64,11 @@ class Task:
     names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     local: Local | None = None
+    availability: Availability = Always()
+
+    @property
+    def always_available(self) -> bool:
+        return isinstance(self.availability, Always)
 
     def flat_model(self, device: str = "cpu") -> FlatModel:
         """A copy of the model, flat, with its initial weights."""

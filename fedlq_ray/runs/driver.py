@@ -1,13 +1,14 @@
 """Drives a run: the rounds on a host, the journal, the checkpoints, and MLflow."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedlq_ray.federation.events import Ended, Event, Hosting, Resumed, RoundDone, Warned
 from fedlq_ray.federation.host import Host
-from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.federation.rounds import Step, Timing, begin, run
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task, Workplace
 from fedlq_ray.hosts.serial import SerialHost
@@ -40,7 +41,7 @@ def drive(
     before, faults = latest(where, len(written), partial(rundir.checksum, folder))
     state = begin(task, strategy)
     if before is not None:
-        state = ServerState.from_snapshot(before, state.strategy)
+        state = ServerState.from_snapshot(before, state, task)
     records, timing = written[: state.round], Timing()
     if before or faults:
         yield Resumed(records, faults)
@@ -65,7 +66,7 @@ def drive(
                     if reached := config.stop_at_target and goal.reaches(record.main, config.target):
                         break  # without a checkpoint: a resume would train past the target
                     if step.resumable:
-                        saver.offer(state.snapshot() | {"identity": whose, "journal": journal.checksum()})
+                        saver.offer(state.round, partial(_snapshot, step, {"identity": whose}, journal.checksum()))
             finally:
                 completed = reached or state.round >= config.rounds
                 saver.finish(completed)
@@ -78,6 +79,11 @@ def drive(
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
     yield Ended(state.weights.numpy(), completed, vars(timing), tracked)
+
+
+def _snapshot(step: Step, identity: Mapping[str, Any], journal: str) -> dict[str, Any]:
+    step.settle()
+    return step.state.snapshot() | {**identity, "journal": journal}
 
 
 def drive_serially(

@@ -20,6 +20,7 @@ from fedlq_ray.files import expand, make_folder, write_durably
 from fedlq_ray.runs.checkpoint import Snapshot, pack, unpack
 
 SUFFIX = ".ckpt"
+_MEMORIES = ("memories", "memories_under_way")  # in the host's form
 _FIRST_S = 10.0  # delay before the first checkpoint: shorter runs are as quickly repeated
 _SHARE = 0.05  # maximum share of the time that is spent on checkpoints
 
@@ -176,31 +177,38 @@ class Saver:
     ) -> None:
         self.folder, self.config, self.recall, self.sync = folder, config, recall, sync
         self.failure: str | None = None
-        self.last: Snapshot | None = None
+        self.last: tuple[int, Callable[[], Snapshot]] | None = None
         self.saved = -1
         self._thread: threading.Thread | None = None
         self._ended, self._took = time.monotonic(), 0.0
 
-    def offer(self, snapshot: Snapshot) -> None:
-        """Takes a round's snapshot, and starts writing it if a checkpoint is wanted now."""
-        self.last = snapshot
+    def offer(self, round: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Takes a round's snapshot, and starts writing it if a checkpoint is wanted now; only then it is made."""
+        self.last = round, snapshot
         every = self.config.every_rounds
         if every is None:
             writing = self._thread is not None and self._thread.is_alive()
             wait_s = max(_FIRST_S, self._took * (1 / _SHARE - 1))
             due = not writing and time.monotonic() - self._ended >= wait_s
         else:
-            due = snapshot["round"] % every == 0
+            due = round % every == 0
         if due and self.config.keep:
             self._join()
-            self._thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+            self._thread = threading.Thread(target=self._write, args=(snapshot(),), daemon=True)
             self._thread.start()
 
     def finish(self, completed: bool) -> None:
         """Waits for the checkpoint in progress; for a run that is not completed, also writes the last round's."""
         self._join()
-        if not completed and self.config.keep and self.last is not None and self.saved != self.last["round"]:
-            self._write(self.last)
+        if completed or not self.config.keep or self.last is None or self.saved == self.last[0]:
+            return
+        round, snapshot = self.last
+        try:
+            last = snapshot()
+        except Exception as exc:  # a client under way failed, or Ray did
+            self.failure = f"no checkpoint of round {round}: {exc}"
+            return
+        self._write(last)
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -210,7 +218,7 @@ class Saver:
         started = time.monotonic()
         try:
             self.sync()
-            data = pack(snapshot | {"memories": dict(self.recall(snapshot["memories"]))})
+            data = pack(snapshot | {name: dict(self.recall(snapshot[name])) for name in _MEMORIES})
             self.folder.write(self.folder.name_of(snapshot["round"]), data)
             self.saved = snapshot["round"]
             for name in self.folder.names()[self.config.keep :]:

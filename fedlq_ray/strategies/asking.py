@@ -13,15 +13,15 @@ from fedlq_ray.training.local import Plan
 from fedlq_ray.training.payloads import MEMORIES, PAYLOADS
 
 
-def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any) -> Any:
-    """Calls a strategy's method and checks what it returns. Global generators are seeded by method and round.
+def asked(strategy: Any, seed: int, method: str, round: int, *arguments: Any, keys: tuple[int, ...] = ()) -> Any:
+    """Calls a strategy's method and checks what it returns. Global generators are seeded by method, round and `keys`.
 
     Raises:
         FedLQError: the method raised, or returned a wrong value; the message names round, class and method.
     """
     where = f"round {round}: {type(strategy).__name__}.{method}"
     try:
-        with seeded(seed, f"strategy.{method}", round):
+        with seeded(seed, f"strategy.{method}", round, *keys):
             found = getattr(strategy, method)(*arguments)
     except FedLQError:
         raise

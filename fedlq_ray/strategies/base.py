@@ -35,6 +35,8 @@ class Member:
         fixed_s: seconds of download (where billed), compute and latency: everything but the upload's bytes.
         uplink_bytes_per_s: float("inf") where uploads are free.
         work: its samples as a multiple of those it must train on (`train.adaptive_work`); fixed_s includes it.
+        updates: if it is planned alone, because no step waits for all clients: how many updates make a step. None: the
+            cohort makes it.
     """
 
     client: int
@@ -42,6 +44,7 @@ class Member:
     fixed_s: float
     uplink_bytes_per_s: float
     work: float = 1.0
+    updates: int | None = None
 
 
 Chosen = TypeVar("Chosen", bound=StrategyConfig, default=Any, covariant=True)

@@ -65,7 +65,7 @@ def thrifty(
     rates = RATES[(config.cap >= RATES) & np.isfinite(noise(RATES))]
     rates = rates if len(rates) else np.array([config.cap])
     fixed, speed = np.array([m.fixed_s for m in cohort]), np.array([m.uplink_bytes_per_s for m in cohort])
-    shares = np.square([m.samples / sum(m.samples for m in cohort) for m in cohort])
+    shares = np.array(squared_shares(cohort))
     zero, one = bytes_at(1e-9), bytes_at(1.0)
     floors = np.maximum(cheapest, [bytes_at(rate) for rate in rates])[:, None]
     tau = (fixed + floors / speed).max(1, keepdims=True)
@@ -80,6 +80,13 @@ def thrifty(
         if cost.min() < best:
             best, chosen = float(cost.min()), (float(floors[cost.argmin(), 0]), cap)
     return chosen
+
+
+def squared_shares(cohort: Sequence[Member]) -> list[float]:
+    """Each member's p_n^2, by which its noise enters a step. One that is planned alone stands for all K updates of its
+    step: K (1 / K)^2."""
+    total = sum(m.samples for m in cohort)
+    return [(m.samples / total) ** 2 if m.updates is None else 1 / (m.updates * len(cohort)) for m in cohort]
 
 
 def sent_in_equal_time(config: Budgeted, cohort: Sequence[Member], limits: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ from fedlq_ray.config.load import load
 from fedlq_ray.config.schemes import strategy_config
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.selection import draw
 from fedlq_ray.federation.task import prepare
 from fedlq_ray.quantization import Absent
 from fedlq_ray.strategies import Member
@@ -29,7 +30,7 @@ def records(*overrides):
 @pytest.mark.parametrize("limit", [1.5, 3.0, 10.0])
 def test_members_train_for_as_long_as_each_other_and_as_much_in_the_mean(limit):
     task = prepare(load(None, [*QUICK, f"train.adaptive_work={limit}", "clients.profiles=thin", "train.batch_size=1"]))
-    members = [cohorts.member(task, client, 0) for client in cohorts.draw(task, 0)]
+    members = [cohorts.member(task, client, 0) for client in draw(task, 0)]
     own = cohorts.with_own_work(task, members, [500.0] * 4)
     bases = [cohorts.base_work(task, m.samples) for m in members]
     assert bases == [2 * samples_of(len(task.shards[m.client]), TrainConfig()) for m in members]

@@ -12,11 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from fedlq_ray.config.load import load
 from fedlq_ray.errors import ClientError
-from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.downlink import Offer
 from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.rounds import Timing, begin, run
+from fedlq_ray.federation.selection import draw
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Job, Workplace, prepare
 from fedlq_ray.hosts.serial import SerialHost
@@ -100,7 +99,9 @@ class Federation(RuleBasedStateMachine):
     def run(self, host, saved=None):
         place = Workplace(TASK)
         strategy = make(place.setting)
-        self.start = ServerState.from_snapshot(saved, strategy.init()) if saved else begin(TASK, strategy)
+        self.start = begin(TASK, strategy)
+        if saved:
+            self.start = ServerState.from_snapshot(saved, self.start, TASK)
         plan = strategy.plan
 
         def of_who_joined(state, round, *arguments):
@@ -173,7 +174,7 @@ def four():
     jobs = [Job(0, client, Plan("update", (Segment(Float32(), 0, len(update)),)), 1) for client in range(4)]
     where = {"kind": "update", "round": 0, "rng": torch.Generator()}
     payloads = [encode(update, job.plan.segments, client=job.client, **where) for job in jobs]
-    fold = Fold(TASK, dict.fromkeys(range(4), Offer(update, 0)), jobs, [0.1, 0.2, 0.3, 0.4], {})
+    fold = Fold(TASK, jobs, [update] * 4, [0.1, 0.2, 0.3, 0.4], {})
     return fold, [Reply(payload, 1.0, 1, 0.0, 0.0) for payload in payloads]
 
 
@@ -181,8 +182,8 @@ def test_what_comes_after_a_client_s_first_reply_does_not_count():
     fold, replies = four()
     late = Reply(b"of another round", 9.0, 1, 0.0, 0.0)
     for client, reply in ((3, replies[3]), (3, late), (7, late), *enumerate(replies[:3]), (0, late)):
-        fold.take(client, reply)
-    assert fold.replies == dict(enumerate(replies)) and not fold.lost
+        fold.take((0, client), reply)
+    assert fold.replies == {(0, client): reply for client, reply in enumerate(replies)} and not fold.faults
 
 
 class Damaging(SerialHost):
@@ -203,7 +204,7 @@ def test_a_refused_payload_is_named_or_its_client_is_skipped(policy):
     place = Workplace(task)
     strategy = make(place.setting)
     rounds = run(task, strategy, Damaging(task), begin(task, strategy), Timing())
-    cohort = cohorts.draw(task, 0)
+    cohort = draw(task, 0)
     if policy == "fail":
         with pytest.raises(ClientError, match=rf"^round 0, client {cohort[1]}: its payload is refused: the checksum"):
             next(rounds)

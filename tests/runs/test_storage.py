@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,10 @@ class Disk(storage.Folder):
         self.now += self.takes_s
 
 
+def snapshot(round):
+    return {"round": round, "memories": {}, "memories_under_way": {}}
+
+
 def saver(disk, monkeypatch, **settings):
     monkeypatch.setattr(storage, "time", SimpleNamespace(monotonic=lambda: disk.now))
     return storage.Saver(disk, CheckpointConfig(**settings), dict, lambda: None)
@@ -45,7 +50,7 @@ def test_by_default_checkpoints_take_a_twentieth_of_the_time(takes_s, apart_s, m
     ours = saver(disk, monkeypatch)
     for round in range(1, 4001):
         disk.now += 0.25
-        ours.offer({"round": round, "memories": {}})
+        ours.offer(round, partial(snapshot, round))
         ours.finish(completed=True)  # waits for what is being written
     at = [now for _, now in disk.written]
     assert at[0] == 10 and takes_s * (len(at) - 1) <= 0.05 * disk.now
@@ -57,7 +62,7 @@ def test_by_default_rounds_do_not_wait_for_a_slow_disk(monkeypatch):
     ours = saver(disk, monkeypatch)
     for round in range(1, 10):
         disk.now += 1000
-        ours.offer({"round": round, "memories": {}})
+        ours.offer(round, partial(snapshot, round))
     assert not disk.written  # the first is still under way, and none was begun beside it
     disk.go.set()
     ours.finish(completed=False)
@@ -69,7 +74,7 @@ def test_every_rounds_is_kept_to_on_a_slow_disk(monkeypatch):
     disk = Disk(go=SimpleNamespace(wait=lambda seconds: not time.sleep(0.02)))
     ours = saver(disk, monkeypatch, every_rounds=1)
     for round in range(1, 6):
-        ours.offer({"round": round, "memories": {}})
+        ours.offer(round, partial(snapshot, round))
         assert round == 1 or ours.saved >= round - 1
     ours.finish(completed=True)
     assert [round for round, _ in disk.written] == [1, 2, 3, 4, 5]

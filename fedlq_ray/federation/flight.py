@@ -1,0 +1,228 @@
+"""A client under way: from the moment it is asked until its payload arrives, or something else ends its flight."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlq_ray.errors import ClientError
+from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.clock import ClientTime, client_time, conditions
+from fedlq_ray.federation.downlink import Offer
+from fedlq_ray.federation.host import Answer
+from fedlq_ray.federation.profiles import Profile
+from fedlq_ray.federation.task import Job, Task
+from fedlq_ray.strategies import Member
+from fedlq_ray.training.local import Plan, Reply
+
+End = Literal["arrived", "idle", "dropped_out", "failed", "left", "stopped"]
+
+
+@dataclass
+class Landing:
+    """What a host answers to a flight's job; None until it does. The answer is a function of the flight alone."""
+
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A client under way.
+
+    Attributes:
+        member: the client as its plan saw it.
+        dispatch: the moment at which it was asked, counted from 0; with the client, the key of its randomness.
+        version: the step of the server at that moment. In a synchronous run both are the round.
+        start_s: the simulated time of that moment.
+        leaves_s: when the client stops being available.
+        link: the client's profile in this flight.
+        offer: the model that it fetches.
+        sends: whether it has a plan; without one it fetches nothing, and ends at once.
+        job: what it trains and sends; None if it has no plan or drops out.
+    """
+
+    member: Member
+    dispatch: int
+    version: int
+    start_s: float
+    leaves_s: float
+    link: Profile
+    offer: Offer
+    sends: bool
+    job: Job | None
+    landing: Landing = field(default_factory=Landing, compare=False)
+
+    @property
+    def client(self) -> int:
+        return self.member.client
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.dispatch, self.client
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Flights of a step are summed and recorded in this order."""
+        return self.client, self.dispatch
+
+    @property
+    def awaited(self) -> bool:
+        """Whether the host has yet to answer."""
+        return self.job is not None and self.landing.answer is None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A flight that has ended.
+
+    Attributes:
+        how: arrived; idle, without a plan; dropped_out, did not answer; failed, and is skipped; left, became
+            unavailable; stopped, because a step would have made it too stale.
+        at_s: the simulated time of its end.
+        times: how long it fetched, trained and sent.
+        uplink_bytes, downlink_bytes: that were transferred by then.
+    """
+
+    flight: Flight
+    how: End
+    at_s: float
+    times: ClientTime
+    uplink_bytes: int
+    downlink_bytes: int
+
+    @property
+    def reply(self) -> Reply | None:
+        """Its reply, if it arrived."""
+        answer = self.flight.landing.answer
+        return answer.reply if self.how == "arrived" and answer and isinstance(answer.reply, Reply) else None
+
+    @property
+    def fetched(self) -> bool:
+        """Whether it fetched the whole model."""
+        return self.flight.sends and self.downlink_bytes == self.flight.offer.num_bytes
+
+    @property
+    def wasted(self) -> int:
+        """Bytes of a flight that did not arrive, in both directions."""
+        return 0 if self.how in ("arrived", "idle") else self.uplink_bytes + self.downlink_bytes
+
+
+def depart(
+    task: Task, member: Member, dispatch: int, version: int, start_s: float, offer: Offer, plan: Plan | None
+) -> Flight:
+    """A client's flight."""
+    client = member.client
+    answers = plan is not None and not cohorts.drops_out(task, dispatch, client)
+    return Flight(
+        member=member,
+        dispatch=dispatch,
+        version=version,
+        start_s=start_s,
+        leaves_s=task.availability.leaves_s(client, start_s),
+        link=conditions(task.profiles[client], seed=task.config.seed, round=dispatch, client=client),
+        offer=offer,
+        sends=plan is not None,
+        job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member)) if plan and answers else None,
+    )
+
+
+def samples(task: Task, flight: Flight) -> int:
+    """Samples that a flight trains on, over all passes."""
+    return cohorts.samples_of_member(task, flight.member) if flight.sends else 0
+
+
+def times(task: Task, flight: Flight, uplink_bytes: int) -> ClientTime:
+    """How long a flight takes if it sends so many bytes."""
+    network = task.config.network
+    return client_time(
+        flight.link,
+        flops=task.flops * samples(task, flight),
+        uplink_bytes=uplink_bytes,
+        downlink_bytes=flight.offer.num_bytes if flight.sends else 0,
+        bill=network.bill,
+        uplink_free=network.uplink_free,
+    )
+
+
+def earliest_s(task: Task, flight: Flight) -> float:
+    """A time before which a flight cannot end, unless it leaves or is stopped; known before the host answers."""
+    return flight.start_s + times(task, flight, 0).total_s
+
+
+def end(task: Task, flight: Flight) -> Ended | None:
+    """How a flight ends unless it is stopped; None if that is not known before the host answers."""
+    if flight.awaited and earliest_s(task, flight) <= flight.leaves_s:
+        return None
+    how: End = "dropped_out" if flight.sends else "idle"
+    sent = 0
+    if answer := flight.landing.answer:
+        how, sent = ("failed", 0) if isinstance(answer.reply, ClientError) else ("arrived", len(answer.reply.payload))
+    whole = times(task, flight, sent)
+    at_s = flight.start_s + whole.total_s
+    if at_s > flight.leaves_s:
+        return cut(task, flight, "left", flight.leaves_s)
+    return Ended(flight, how, at_s, whole, sent, flight.offer.num_bytes if flight.sends else 0)
+
+
+def cut(task: Task, flight: Flight, how: End, at_s: float) -> Ended:
+    """A flight that ends before its time, with what it has transferred: nothing while a transfer's latency lasts."""
+    whole, left = times(task, flight, 0), at_s - flight.start_s
+    download_s = min(whole.download_s, left)
+    compute_s = min(whole.compute_s, left - download_s)
+    upload_s = left - download_s - compute_s
+    latency_s, link = flight.link.latency_ms / 1e3, flight.link
+    fetched = flight.offer.num_bytes if flight.sends else 0
+    if left < whole.download_s:
+        fetched = min(fetched, math.floor(max(0.0, left - latency_s) * link.downlink_mbps * 1e6 / 8))
+    sent = math.floor(max(0.0, upload_s - latency_s) * link.uplink_mbps * 1e6 / 8)
+    if isinstance(reply := getattr(flight.landing.answer, "reply", None), Reply):
+        sent = min(sent, len(reply.payload))
+    return Ended(flight, how, at_s, ClientTime(download_s, compute_s, upload_s), sent, fetched)
+
+
+def packed(flight: Flight) -> dict[str, Any]:
+    """A flight as plain values for checkpoints, without its memory. Its job has been answered, and never runs again."""
+    member, job, answer = flight.member, flight.job, flight.landing.answer
+    found: dict[str, Any] = {
+        "member": vars(member),
+        "dispatch": flight.dispatch,
+        "version": flight.version,
+        "start_s": flight.start_s,
+        "fetches": flight.offer.num_bytes,
+        "model": flight.offer.model if flight.offer.coded else None,
+        "sends": flight.sends,
+        "reply": None,
+    }
+    if job is not None and answer is not None:
+        plan, reply = job.plan, answer.reply
+        found |= {"payload": plan.payload, "error_feedback": plan.error_feedback, "weight": plan.weight}
+        if isinstance(reply, ClientError):
+            found["reply"] = reply.message
+        else:
+            found["reply"] = vars(reply) | {"payload": np.frombuffer(reply.payload, np.uint8)}
+    return found
+
+
+def unpacked(task: Task, saved: Mapping[str, Any], memory: Any) -> Flight:
+    """The flight that `packed` stored. `memory`: its client's next memory, in the host's form."""
+    member = Member(**saved["member"])
+    client, dispatch, job, landing = member.client, saved["dispatch"], None, Landing()
+    if (kept := saved["reply"]) is not None:
+        plan = Plan(saved["payload"], (), saved["error_feedback"], saved["weight"])
+        job = Job(dispatch, client, plan, cohorts.samples_of_member(task, member))
+        if isinstance(kept, str):
+            landing.answer = Answer(job, ClientError(kept, round=dispatch, client=client), memory)
+        else:
+            landing.answer = Answer(job, Reply(**{**kept, "payload": kept["payload"].tobytes()}), memory)
+    own: Tensor | None = saved["model"]
+    offer = Offer(torch.empty(0) if own is None else own, saved["fetches"], own is not None)
+    profile = conditions(task.profiles[client], seed=task.config.seed, round=dispatch, client=client)
+    leaves_s = task.availability.leaves_s(client, saved["start_s"])
+    return Flight(
+        member, dispatch, saved["version"], saved["start_s"], leaves_s, profile,
+        offer, saved["sends"], job, landing,
+    )  # fmt: skip

@@ -1,0 +1,207 @@
+"""What happens between two steps of the server: clients are asked, fly, and end, in the order of simulated time.
+
+A flight is a function of what is known when it departs, so its job runs at once, long before its simulated end. The
+end is known when the host has answered; before that, a lower bound is. An event is the next one as soon as no flight
+that has yet to be answered can end before it, so real time changes nothing, and nothing is ever undone
+(conservative parallel simulation: Chandy and Misra, IEEE TSE 5(5), 1979).
+"""
+
+import heapq
+import math
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from fedlq_ray.errors import FedLQError
+from fedlq_ray.federation.flight import Ended, Flight, Landing, cut, earliest_s, end
+from fedlq_ray.federation.host import Answer, Host
+from fedlq_ray.federation.planning import Rules, plan
+from fedlq_ray.federation.state import ServerState
+
+Landings = dict[tuple[int, int], Landing]  # of jobs that the host has yet to answer, by (dispatch, client)
+
+
+def land(host: Host, landings: Landings) -> Answer:
+    """Waits for the host's next answer, and hands it to its flight. Only the first answer to a job counts."""
+    answer = host.result()
+    if landing := landings.pop(answer.job.key, None):
+        landing.answer = answer
+    return answer
+
+
+Item = TypeVar("Item")
+Order = tuple[int, int]  # of a flight: client, dispatch
+
+
+class Queue(Generic[Item]):
+    """Items by their times, of which any may be removed."""
+
+    def __init__(self) -> None:
+        self.items: dict[Order, Item] = {}
+        self._heap: list[tuple[float, int, int]] = []  # with entries of removed items
+
+    def add(self, order: Order, at_s: float, item: Item) -> None:
+        self.items[order] = item
+        heapq.heappush(self._heap, (at_s, *order))
+
+    def first(self) -> tuple[float, Item | None]:
+        """The first item and its time; items of the same time in order. (inf, None) if there is none."""
+        while self._heap and self._heap[0][1:] not in self.items:
+            heapq.heappop(self._heap)
+        return (self._heap[0][0], self.items[self._heap[0][1:]]) if self._heap else (math.inf, None)
+
+
+class Traffic:
+    """The flights of one step.
+
+    Args:
+        published: the weights of `state`, as the host has them.
+        landings: receives the jobs that this step starts.
+
+    Attributes:
+        flying: by client.
+        ended: since the last step, in the order of their ends.
+        now_s: the simulated time.
+        held, memories: of the clients whose flights have ended, on top of those of `state`.
+    """
+
+    def __init__(self, rules: Rules, host: Host, state: ServerState, published: Any, landings: Landings) -> None:
+        self.rules, self.host, self.state, self.published, self.landings = rules, host, state, published, landings
+        self.task, self.config = rules.task, rules.task.config
+        self.flying = {flight.client: flight for flight in state.flights}
+        self.ended: list[Ended] = []
+        self.now_s, self.dispatches = state.sim_time_s, state.dispatches
+        self.held: dict[int, Tensor] = {}
+        self.memories: dict[int, Any] = {}
+        deadline_s = self.config.server.deadline_s
+        self.deadline_s = math.inf if deadline_s is None else state.sim_time_s + deadline_s
+        self.arrived, self.late = 0, False
+        self._ends = Queue[Ended]()
+        self._awaited = Queue[Flight]()  # by the time before which they cannot end
+        for flight in state.flights:
+            self._watch(flight)
+        self.ask()
+
+    def ask(self) -> None:
+        """Asks idle clients, as many as may be under way; if nobody is available or under way, time passes."""
+        while (room := self.task.clients.cohort - len(self.flying)) > 0:
+            idle = self._idle()
+            if len(idle):
+                dispatch, self.dispatches = self.dispatches, self.dispatches + 1
+                chosen = self.rules.choose(self.state, idle, min(room, len(idle)), dispatch, self.now_s)
+                held = {**self.state.held, **self.held} if self.held else self.state.held
+                for flight in plan(self.rules, self.state, held, chosen, dispatch=dispatch, at_s=self.now_s):
+                    self._depart(flight)
+                return
+            if self.flying or not self._pass_time():
+                return
+
+    def _pass_time(self) -> bool:
+        """Jumps to when the next client becomes available; False if the server's step comes first."""
+        found = min(self.task.availability.returns_s(c, self.now_s) for c in range(self.task.clients.count))
+        if self.arrived and (math.isinf(found) or found >= self.deadline_s):
+            self.late |= math.isinf(found)  # nobody will come any more: the step takes what has arrived
+            return False
+        if math.isinf(found):
+            raise FedLQError(
+                f"step {self.state.round}: no client is available after {self.now_s:.6g} simulated seconds "
+                "(clients.availability)"
+            )
+        if not self.arrived:  # nobody was there to keep the deadline
+            self.deadline_s += found - self.now_s
+        self.now_s = found
+        return True
+
+    def _idle(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        idle = np.delete(np.arange(self.task.clients.count), sorted(self.flying))
+        if not self.task.always_available:
+            there = [self.task.availability.leaves_s(client, self.now_s) > self.now_s for client in idle.tolist()]
+            idle = idle[np.array(there, bool)]
+        return idle
+
+    def _depart(self, flight: Flight) -> None:
+        self.flying[flight.client] = flight
+        if flight.job is not None:
+            self.landings[flight.key] = flight.landing
+            model = flight.offer.model
+            start = self.published if model is self.state.weights else self.host.publish(model)
+            known = self.memories.get(flight.client, self.state.memories.get(flight.client))
+            self.host.submit(flight.job, start, known)
+        self._watch(flight)
+
+    def _watch(self, flight: Flight) -> None:
+        """Notes when a flight ends, or when it ends at the earliest."""
+        if found := end(self.task, flight):
+            self._ends.add(flight.order, found.at_s, found)
+        else:
+            self._awaited.add(flight.order, earliest_s(self.task, flight), flight)
+
+    @property
+    def full(self) -> bool:
+        """Whether the server takes its step now."""
+        wanted = self.config.server.buffer
+        if wanted is not None and self.arrived >= wanted or self.late and self.arrived:
+            return True
+        return not self.flying and not self.config.continuous
+
+    def advance(self) -> bool:
+        """Moves on by the events that are certain; False if the next one depends on an answer of the host."""
+        moved = False
+        while not self.full:
+            event = self._next()
+            if event is None:
+                return moved
+            moved = True
+            if isinstance(event, float):
+                self.now_s, self.late = max(self.now_s, event), True
+            else:
+                self._end(event)
+            if self.config.continuous and not self.full:
+                self.ask()
+        return moved
+
+    def _next(self) -> Ended | float | None:
+        """The next event: the end of a flight, or the deadline; None if that is not certain yet."""
+        for flight in [flight for flight in self._awaited.items.values() if not flight.awaited]:
+            del self._awaited.items[flight.order]
+            self._watch(flight)
+        first_s, first = self._ends.first()
+        # The bytes of a plan may fill the deadline to the last bit: rounding does not make them late.
+        deadline_s = math.inf if self.late else self.deadline_s * (1 + 1e-9)
+        if self._awaited.items and self._awaited.first()[0] <= min(first_s, deadline_s):
+            return None
+        return first if first and first_s <= deadline_s else self.deadline_s
+
+    def _end(self, ended: Ended) -> None:
+        flight = ended.flight
+        self.now_s = max(self.now_s, ended.at_s)
+        del self.flying[flight.client]
+        self._ends.items.pop(flight.order, None)
+        self._awaited.items.pop(flight.order, None)
+        self.ended.append(ended)
+        if ended.fetched and flight.offer.coded:
+            self.held[flight.client] = flight.offer.model
+        if flight.awaited and flight.job:  # it left, or is stopped, before it was trained
+            self.host.withdraw([flight.job])
+            self.landings.pop(flight.key, None)
+        if ended.how == "arrived":
+            self.arrived += 1
+            if (answer := flight.landing.answer) and answer.memory is not None:
+                self.memories[flight.client] = answer.memory
+
+    def close(self) -> list[Ended]:
+        """Stops the flights that this step makes too stale; all that have ended since the last step, in order."""
+        limit = self.config.server.max_staleness
+        for flight in sorted(self.flying.values(), key=lambda flight: flight.order):
+            if limit is not None and self.state.round + 1 - flight.version > limit:
+                self._end(cut(self.task, flight, "stopped", self.now_s))
+        return sorted(self.ended, key=lambda e: e.flight.order)
+
+    def abandon(self) -> None:
+        """Takes back the jobs that this step has started."""
+        before = {flight.key for flight in self.state.flights}
+        jobs = [flight.job for flight in self.flying.values() if flight.job and flight.key not in before]
+        self.host.withdraw(jobs)
+        for job in jobs:
+            self.landings.pop(job.key, None)
