@@ -217,10 +217,11 @@ def scaffold_run(page, out, *settings, **given):
     return simulate(load(None, [*SMALL, *more]), local=local, **given)
 
 
-def test_states_resume_to_the_same_bytes(page, tmp_path):
+@pytest.mark.parametrize("server", [[], ["server.buffer=2", "server.max_staleness=null"]])
+def test_states_resume_to_the_same_bytes(server, page, tmp_path):
     local = page("scaffold").Scaffold
-    scaffold_run(page, tmp_path / "whole")
-    cut(tmp_path / "cut", "strategy.name=uniform", "strategy.error_feedback=true", local=local)
+    scaffold_run(page, tmp_path / "whole", *server)
+    cut(tmp_path / "cut", "strategy.name=uniform", "strategy.error_feedback=true", *server, local=local)
     with pytest.raises(ConfigError, match=r'local was "Scaffold" and is null; give the local .*resume\(\.\.\., local='):
         resume(tmp_path / "cut")
     resume(tmp_path / "cut", local=local)
