@@ -26,6 +26,8 @@ RUN = (
     "tracking.uri=null", "checkpoint.every_rounds=3", "clients.timeout_s=60",
 )  # fmt: skip
 
+ASYNCHRONOUS = (*RUN, "server.buffer=3", "server.max_staleness=3", "train.adaptive_work=1")
+
 
 class Nodes:
     """Two nodes, of which the second can be killed."""
@@ -60,12 +62,14 @@ def lines(out: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def strike(target: str, moment: float, folder: Path, nodes: Nodes | None) -> dict[str, object]:
+def strike(
+    settings: tuple[str, ...], target: str, moment: float, folder: Path, nodes: Nodes | None
+) -> dict[str, object]:
     """A run that is hit when this share of its rounds is done, and what came of it."""
     out, rounds = folder / f"run-{moment:.6f}", int(RUN[0].partition("=")[2])
     hosting = "serial" if target == "serial" else "packed"
     address = nodes.whole() if nodes else "local"
-    process = fedlq("run", *RUN, f"clients.hosting={hosting}", f"out={out}", address=address)
+    process = fedlq("run", *settings, f"clients.hosting={hosting}", f"out={out}", address=address)
     while process.poll() is None and lines(out) < int(moment * rounds):
         time.sleep(0.01)
     time.sleep(moment * rounds % 1 * 0.2)  # somewhere in a round, too
@@ -86,7 +90,7 @@ def strike(target: str, moment: float, folder: Path, nodes: Nodes | None) -> dic
         code = max(code, 0)  # a program that was killed when its result was there
     else:
         resumed = 1
-        again = ("resume", str(out)) if (out / "config.yaml").exists() else ("run", *RUN, f"out={out}")
+        again = ("resume", str(out)) if (out / "config.yaml").exists() else ("run", *settings, f"out={out}")
         code = fedlq(*again).wait()
     same = code == 0 and evidence(out) == evidence(folder / "whole")
     shutil.rmtree(out)
@@ -97,18 +101,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=["serial", "program", "driver", "client", "clients", "node"])
     parser.add_argument("--moments", type=int, default=50)
+    parser.add_argument("--asynchronous", action="store_true", help="clients are under way over steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("chaos.jsonl"))
     given = parser.parse_args()
-    draw = random.Random(given.seed)
+    draw, settings = random.Random(given.seed), ASYNCHRONOUS if given.asynchronous else RUN
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        if fedlq("run", *RUN, "clients.hosting=serial", f"out={folder / 'whole'}").wait():
+        if fedlq("run", *settings, "clients.hosting=serial", f"out={folder / 'whole'}").wait():
             sys.exit("the run without a fault failed")
         nodes = Nodes() if given.target == "node" else None
         results = []
         for _ in range(given.moments):
-            results.append(strike(given.target, draw.random(), folder, nodes))
+            results.append(strike(settings, given.target, draw.random(), folder, nodes))
             with given.out.open("a") as file:
                 file.write(json.dumps(results[-1]) + "\n")
         if nodes:

@@ -25,7 +25,8 @@ SMALL = (
     "rounds=4", "clients.count=6", "clients.cohort=3", "clients.hosting=serial", "train.local_epochs=1",
     "train.max_samples=32", "evaluate_every=2", "tracking.uri=null", "checkpoint.every_rounds=1",
 )  # fmt: skip
-# Between them, all that a run remembers: strategy state, error memory, EF21, coded downlink, server moments, work.
+# Between them, all that a run remembers: strategy state, error memory, EF21, coded downlink, server moments, work, and
+# clients under way.
 KINDS = {
     "fedlq": ["strategy.name=fedlq", "strategy.probe_every=2", "strategy.probe_samples=16"],
     "rd": [
@@ -33,6 +34,16 @@ KINDS = {
         "strategy.error_feedback=true",
         "network.downlink_bits=1",
         "train.adaptive_work=4",
+    ],
+    "flights": [
+        "strategy.name=ecsq",
+        "strategy.error_feedback=true",
+        "strategy.bits=1",
+        "network.downlink_bits=1",
+        "server.buffer=2",
+        "server.max_staleness=2",
+        "clients.dropout=0.2",
+        "clients.cohort=4",
     ],
     "ef21": ["strategy.name=ecsq", "strategy.error_feedback=ef21", "strategy.bits=1", "server.optimizer=adam"],
 }

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.clock import client_time
 from fedlq_ray.federation.task import Task
 from fedlq_ray.seeding import numpy_rng
@@ -45,6 +46,24 @@ def member(task: Task, client: int, downlink_bytes: int) -> Member:
     latency = 0.0 if network.uplink_free else profile.latency_ms / 1e3
     rate = math.inf if network.uplink_free else profile.uplink_mbps * 1e6 / 8
     return Member(client, samples, time.total_s + latency, rate, updates=task.config.updates)
+
+
+def require_deadline(task: Task) -> None:
+    """Requires that a client can meet `server.deadline_s`, where a step stops those that do not.
+
+    Raises:
+        ConfigError: not even the fastest client could, with an upload of no bytes.
+    """
+    deadline_s = task.config.server.deadline_s
+    if deadline_s is None or task.config.continuous or task.config.clients.variation:
+        return
+    first = min((member(task, client, 0) for client in range(task.clients.count)), key=lambda m: m.fixed_s)
+    if first.fixed_s > deadline_s:
+        raise ConfigError(
+            f"server.deadline_s: no client can meet {deadline_s:g} s; the fastest, client {first.client}, needs "
+            f"{first.fixed_s:.3g} s without any bytes; raise it, or let clients be under way over several steps "
+            "(server.max_staleness=null)"
+        )
 
 
 def samples_of_member(task: Task, member: Member) -> int:

@@ -63,6 +63,10 @@ class Traffic:
         flying: by client.
         ended: since the last step, in the order of their ends.
         now_s: the simulated time.
+        arrived: how many updates have arrived since the last step.
+        late: the deadline has passed.
+        vacant: there may be a client to ask.
+        wake_s: when the next client becomes available, if there is room for it.
         held, memories: of the clients whose flights have ended, on top of those of `state`.
     """
 
@@ -76,7 +80,7 @@ class Traffic:
         self.memories: dict[int, Any] = {}
         deadline_s = self.config.server.deadline_s
         self.deadline_s = math.inf if deadline_s is None else state.sim_time_s + deadline_s
-        self.arrived, self.late = 0, False
+        self.arrived, self.late, self.vacant, self.wake_s = 0, False, False, math.inf
         self._ends = Queue[Ended]()
         self._awaited = Queue[Flight]()  # by the time before which they cannot end
         for flight in state.flights:
@@ -85,6 +89,7 @@ class Traffic:
 
     def ask(self) -> None:
         """Asks idle clients, as many as may be under way; if nobody is available or under way, time passes."""
+        self.vacant, self.wake_s = False, math.inf
         while (room := self.task.clients.cohort - len(self.flying)) > 0:
             idle = self._idle()
             if len(idle):
@@ -93,13 +98,19 @@ class Traffic:
                 held = {**self.state.held, **self.held} if self.held else self.state.held
                 for flight in plan(self.rules, self.state, held, chosen, dispatch=dispatch, at_s=self.now_s):
                     self._depart(flight)
-                return
             if self.flying or not self._pass_time():
-                return
+                break
+        if self.config.continuous and len(self.flying) < min(self.task.clients.cohort, self.task.clients.count):
+            self.wake_s = self._next_return_s()
+
+    def _next_return_s(self) -> float:
+        """When the next client that is not under way becomes available."""
+        idle = (client for client in range(self.task.clients.count) if client not in self.flying)
+        return min(self.task.availability.returns_s(client, self.now_s) for client in idle)
 
     def _pass_time(self) -> bool:
         """Jumps to when the next client becomes available; False if the server's step comes first."""
-        found = min(self.task.availability.returns_s(c, self.now_s) for c in range(self.task.clients.count))
+        found = self._next_return_s()
         if self.arrived and (math.isinf(found) or found >= self.deadline_s):
             self.late |= math.isinf(found)  # nobody will come any more: the step takes what has arrived
             return False
@@ -145,33 +156,32 @@ class Traffic:
             return True
         return not self.flying and not self.config.continuous
 
-    def advance(self) -> bool:
-        """Moves on by the events that are certain; False if the next one depends on an answer of the host."""
-        moved = False
-        while not self.full:
-            event = self._next()
-            if event is None:
-                return moved
-            moved = True
-            if isinstance(event, float):
-                self.now_s, self.late = max(self.now_s, event), True
-            else:
-                self._end(event)
-            if self.config.continuous and not self.full:
-                self.ask()
-        return moved
+    def advance(self) -> None:
+        """Moves on by all events that are certain: until the server takes its step, or an answer of the host is needed.
 
-    def _next(self) -> Ended | float | None:
-        """The next event: the end of a flight, or the deadline; None if that is not certain yet."""
-        for flight in [flight for flight in self._awaited.items.values() if not flight.awaited]:
-            del self._awaited.items[flight.order]
-            self._watch(flight)
-        first_s, first = self._ends.first()
-        # The bytes of a plan may fill the deadline to the last bit: rounding does not make them late.
-        deadline_s = math.inf if self.late else self.deadline_s * (1 + 1e-9)
-        if self._awaited.items and self._awaited.first()[0] <= min(first_s, deadline_s):
-            return None
-        return first if first and first_s <= deadline_s else self.deadline_s
+        A place that is free is filled when nothing more can happen at the same time, so that after a step it gets the
+        new model.
+        """
+        while not self.full:
+            for flight in [flight for flight in self._awaited.items.values() if not flight.awaited]:
+                del self._awaited.items[flight.order]
+                self._watch(flight)
+            end_s, ended = self._ends.first()
+            bound_s, _ = self._awaited.first()
+            deadline_s = math.inf if self.late else self.deadline_s
+            if self.vacant and min(end_s, bound_s, deadline_s) > self.now_s:
+                self.ask()
+                continue
+            # The bytes of a plan may fill the deadline to the last bit: rounding does not make them late.
+            tolerant_s = deadline_s * (1 + 1e-9)
+            if bound_s <= min(end_s, tolerant_s, self.wake_s):
+                return
+            if ended and end_s <= min(tolerant_s, self.wake_s):
+                self._end(ended)
+            elif self.wake_s < deadline_s:
+                self.now_s, self.vacant, self.wake_s = self.wake_s, True, math.inf
+            else:
+                self.now_s, self.late = max(self.now_s, deadline_s), True
 
     def _end(self, ended: Ended) -> None:
         flight = ended.flight
@@ -180,6 +190,7 @@ class Traffic:
         self._ends.items.pop(flight.order, None)
         self._awaited.items.pop(flight.order, None)
         self.ended.append(ended)
+        self.vacant = self.config.continuous
         if ended.fetched and flight.offer.coded:
             self.held[flight.client] = flight.offer.model
         if flight.awaited and flight.job:  # it left, or is stopped, before it was trained

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedlq_ray.config.load import Config, digest, load_run, parse, to_yaml
 from fedlq_ray.config.parts import require_picklable
 from fedlq_ray.errors import ConfigError, FedLQError
+from fedlq_ray.federation.cohorts import require_deadline
 from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
 from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.task import Parts, Task, Workplace, prepare
@@ -52,6 +53,7 @@ def simulate(
         session.anticipate()
     rundir.require_trackable(config)
     task = prepare(config, parts)
+    require_deadline(task)
     _require_host(task, parts.strategy)
     place = Workplace(task)
     make(place.setting, parts.strategy)  # reports a wrong strategy before anything is written

@@ -84,6 +84,17 @@ def test_python_takes_what_means_the_same():
         ({"train": {"lr": -1, "momentum": math.nan}}, r"^train\.lr: .*\ntrain\.momentum: .*finite"),
         ({"strategy": {"levels": {1, 2}}}, r"^strategy\.levels: "),
         ({"clients": {"cohort": 9, "count": 3}}, r"^clients\.cohort \(9\) must not be larger"),
+        ({"server": {"buffer": 11}}, r"^server\.buffer \(11\) must not be larger than clients\.cohort \(10\)"),
+        ({"server": {"max_staleness": 2}}, r"^server\.max_staleness: .*; set server\.buffer or server\.deadline_s$"),
+        (
+            {"server": {"buffer": 5, "max_staleness": None}, "train": {"adaptive_work": 2}},
+            r"^train\.adaptive_work .*server\.max_staleness=0$",
+        ),
+        (
+            {"server": {"buffer": 5, "max_staleness": None}, "strategy": {"name": "signsgd"}},
+            r"^strategy\.name=signsgd: .*server\.max_staleness=0$",
+        ),
+        ({"server": {"deadline_s": 0}}, r"^server\.deadline_s: .*greater than 0"),
     ],
 )
 def test_python_has_the_same_messages(settings, message):

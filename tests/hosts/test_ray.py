@@ -44,6 +44,15 @@ def test_hosting_changes_no_byte_in_bfloat16():
     assert serial == packed != plain
 
 
+def test_hosting_changes_no_byte_of_an_asynchronous_run():
+    """Clients are under way over steps, in any number of actors, and replies come in any order."""
+    more = ["server.buffer=2", "server.max_staleness=2", "clients.dropout=0.2", "clients.cohort=4", "rounds=8"]
+    more += ["network.downlink_bits=1", "network.bill=both", "tracking.uri=null", "clients.variation=0.5"]
+    expected = contents(run(*more, "clients.hosting=serial"))
+    for hosting, actors in (("packed", 1), ("packed", 2), ("packed", 5), ("dedicated", "null")):
+        assert contents(run(*more, f"clients.hosting={hosting}", f"clients.actors={actors}")) == expected, hosting
+
+
 @pytest.mark.parametrize(
     "settings",
     [

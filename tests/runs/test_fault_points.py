@@ -29,7 +29,7 @@ def git_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     provenance.commit()
 
 
-@pytest.mark.parametrize(("kind", "stride"), [("fedlq", ONE), ("rd", OTHERS), ("ef21", OTHERS)])
+@pytest.mark.parametrize(("kind", "stride"), [("fedlq", ONE), ("rd", OTHERS), ("ef21", OTHERS), ("flights", OTHERS)])
 def test_killed_at_every_point(kind: str, stride: int, whole: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
     for number in itertools.count(1, stride):
         out = tmp_path / str(number)
