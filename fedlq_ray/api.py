@@ -24,6 +24,7 @@ from fedlq_ray.problems import GivenProblem
 from fedlq_ray.quantization import GivenQuantizer
 from fedlq_ray.runs import simulation
 from fedlq_ray.strategies import GivenStrategy
+from fedlq_ray.training.own import GivenLocal
 
 if TYPE_CHECKING:
     from fedlq_ray.analysis.compare import Row
@@ -74,6 +75,7 @@ def simulate(
     strategy: GivenStrategy | None = None,
     quantizer: GivenQuantizer | None = None,
     problem: GivenProblem | None = None,
+    local: GivenLocal | None = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
@@ -87,13 +89,15 @@ def simulate(
         strategy: a Strategy, a factory that may take `setting`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
         problem: a Problem, its class, or a name; it replaces `problem`.
+        local: a function (module, batches, context) that trains a client (fedlq_ray.training.own), an object that is
+            called like it, its class, or a name; it replaces `train.local`.
         watch: called with each event (fedlq_ray.federation.events).
         parent: a comparison that this run belongs to, for MLflow: any text; the part after the last / is its name.
     Raises:
         ConfigError: the user's input is wrong; nothing was written.
         FedLQError: the run failed; the folder has the results so far.
     """
-    parts = Parts(model, data, strategy, quantizer, problem)
+    parts = Parts(model, data, strategy, quantizer, problem, local)
     return Result.of(simulation.simulate(config, parts, watch=watch, parent=parent))
 
 
@@ -106,6 +110,7 @@ def resume(
     strategy: GivenStrategy | None = None,
     quantizer: GivenQuantizer | None = None,
     problem: GivenProblem | None = None,
+    local: GivenLocal | None = None,
     watch: Callable[[Event], None] | None = None,
     parent: str | None = None,
 ) -> Result:
@@ -114,7 +119,7 @@ def resume(
     Args:
         folder: the run's folder.
         overrides: key=value settings: more `rounds`, or settings that cannot change a result, such as clients.hosting.
-        model, data, strategy, quantizer, problem: as given to `simulate`.
+        model, data, strategy, quantizer, problem, local: as given to `simulate`.
         watch: as for `simulate`.
         parent: as given to `simulate`, for a run that was killed before it stored its parent.
     Raises:
@@ -122,7 +127,7 @@ def resume(
         CheckpointError: there are checkpoints, but none can be used.
         FedLQError: the run failed again.
     """
-    parts = Parts(model, data, strategy, quantizer, problem)
+    parts = Parts(model, data, strategy, quantizer, problem, local)
     return Result.of(simulation.resume(folder, overrides, parts, watch=watch, parent=parent))
 
 

@@ -22,9 +22,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The files that take longest, in the order in which they start: none is left for one process at the end.
 LONGEST = (
     "hosts/test_ray_faults.py", "cluster/test_jobs.py", "runs/test_output.py", "hosts/test_ray.py",
-    "sweeps/test_many.py", "docs/test_docs_code.py", "cli/test_cli.py", "test_wheel.py", "runs/test_fault_points.py",
+    "sweeps/test_many.py", "docs/test_docs_code.py", "models/test_adapters.py",
+    "cli/test_cli.py", "test_wheel.py", "runs/test_fault_points.py",
     "tracking/test_tracking_faults.py", "test_startup.py", "tracking/test_tracking.py", "sweeps/test_sweep.py",
-    "runs/test_resume.py", "cluster/test_nodes.py", "hosts/test_ray_points.py", "hosts/test_forkserver.py",
+    "runs/test_resume.py", "training/test_own.py",
+    "cluster/test_nodes.py", "hosts/test_ray_points.py", "hosts/test_forkserver.py",
     "analysis/test_compare.py", "hosts/test_raysession.py", "docs/test_notebooks.py", "docs/test_site.py",
     "quantization/test_contract.py", "quantization/test_eden.py", "significance/test_bounds.py",
 )  # fmt: skip

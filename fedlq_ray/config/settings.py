@@ -119,6 +119,9 @@ class TrainConfig(Section):
         "arithmetic of a training step; bfloat16 (autocast) is faster on GPUs and on processors with "
         "instructions for it, and slower on others; weights, updates and evaluations are float32 in any case",
     )
+    local: Text | None = key(
+        None, "your own local training, as module:function; null: the package's, with the settings below"
+    )
     optimizer: Literal["sgd", "adam", "adamw"] = key(
         "sgd", "the clients' optimizer; its state is fresh in each round, and never sent"
     )

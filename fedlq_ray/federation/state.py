@@ -27,7 +27,7 @@ class ServerState:
         held: by client, the model (d,) that it holds, if the downlink is coded.
         tracked: by client, the server's EF21 vector (d,).
         strategy: the strategy's own state.
-        memories: by client, its error-feedback memory, in the host's form.
+        memories: by client, its memory (`training/own.py`), in the host's form.
         dispatches: how often clients were asked.
         flights: the clients under way, if a step does not wait for all.
         selection: the state of the selection of clients.

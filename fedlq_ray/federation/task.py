@@ -28,7 +28,9 @@ from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, GivenQu
 from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure
 from fedlq_ray.strategies import GivenStrategy, Probe, Setting
-from fedlq_ray.training.local import Evaluation, Plan, Reply, client_round, evaluate
+from fedlq_ray.training import own
+from fedlq_ray.training.local import Evaluation, Plan, Reply, Trainer, client_round, evaluate
+from fedlq_ray.training.own import GivenLocal, Local, OwnTraining
 from fedlq_ray.training.sgd import LocalSGD
 
 
@@ -44,6 +46,7 @@ class Task:
         statistics: names of the buffers that training changes, which are sent like parameters.
         names: the clients' ids, if the data has them.
         notes: sentences on how the data were read.
+        local: the user's own local training, if any.
     """
 
     config: Config
@@ -60,6 +63,7 @@ class Task:
     statistics: frozenset[str] = frozenset()
     names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    local: Local | None = None
     availability: Availability = Always()
 
     @property
@@ -100,6 +104,7 @@ class Parts:
     strategy: GivenStrategy | None = None
     quantizer: GivenQuantizer | None = None
     problem: GivenProblem | None = None
+    local: GivenLocal | None = None
 
 
 def prepare(config: Config, parts: Parts = Parts()) -> Task:
@@ -110,6 +115,8 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     """
     expand(config.checkpoint.path or "", "checkpoint.path")
     how = config.data
+    local = own.find(config.train.local if parts.local is None else parts.local)
+    own.require_float32(local, config.train)
     problem = find_problem(config.problem if parts.problem is None else parts.problem)
     with seeded(config.seed, "data"):  # a user's function may draw from global generators
         if parts.data is not None:
@@ -130,8 +137,10 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
             named, dataset.input_shape, dataset.num_classes, config.model.args,
             vocabulary=dataset.vocabulary, output_shape=wanted,
         )  # fmt: skip
+        if local is not None:
+            own.set_up(local, module)
     with seeded(config.seed, "trial"):
-        statistics = try_step(module, dataset, kept, config, problem)
+        statistics = try_step(module, dataset, kept, config, problem, local)
         flops = training_flops(module, dataset.input_shape, dataset.vocabulary)
     layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
     builtin = parts.model is None and config.model.name in ("auto", *MODELS)
@@ -140,7 +149,7 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     notes = (dataset.description, *([split.note] if split.note else []))
     return Task(
         config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, problem, statistics, names,
-        notes,
+        notes, local,
     )  # fmt: skip
 
 
@@ -199,8 +208,12 @@ class Workplace:
         return self.task.flat_model(self.task.config.train.device)
 
     @functools.cached_property
-    def sgd(self) -> LocalSGD:
-        return LocalSGD(self.model, self.task.config.train, self.task.problem, record=self.task.builtin)
+    def trainer(self) -> Trainer:
+        task, settings = self.task, self.task.config.train
+        if task.local is None:
+            return LocalSGD(self.model, settings, task.problem, record=task.builtin)
+        numbers = {"clients": len(task.shards), "cohort": task.clients.cohort, "seed": task.config.seed}
+        return OwnTraining(task.local, self.model, settings, task.problem, **numbers)
 
     def initial_weights(self) -> Tensor:
         """The initial flat vector (d,)."""
@@ -221,7 +234,7 @@ class Workplace:
     def train(self, job: Job, weights: Tensor, memory: Tensor | None) -> tuple[Reply, Tensor | None]:
         shard = self.task.shards[job.client]
         return client_round(
-            self.sgd,
+            self.trainer,
             self.task.data.x_train[shard],
             self.task.data.y_train[shard],
             normalise=self.normalise,

@@ -20,6 +20,8 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel, copied, float_buffers, require_logits, require_trainable
 from fedlq_ray.problems import Problem
 from fedlq_ray.seeding import numpy_rng, seeded
+from fedlq_ray.training import own
+from fedlq_ray.training.own import Local, OwnTraining
 from fedlq_ray.training.sgd import LocalSGD, batch_sizes, samples_of
 
 
@@ -62,7 +64,12 @@ def smallest_batch(shards: Sequence[NDArray[np.int64]], settings: TrainConfig) -
 
 
 def try_step(
-    module: nn.Module, data: Dataset, shards: Sequence[NDArray[np.int64]], config: Any, problem: Problem
+    module: nn.Module,
+    data: Dataset,
+    shards: Sequence[NDArray[np.int64]],
+    config: Any,
+    problem: Problem,
+    local: Local | None = None,
 ) -> frozenset[str]:
     """Trains a copy of the model for the smallest step that the settings allow.
 
@@ -72,6 +79,7 @@ def try_step(
         module: the model with its initial weights; it is not changed.
         shards: each client's indices into the training data.
         config: the run's settings.
+        local: the user's own local training, if any, which then takes the step.
     Returns:
         Names of the model's statistics: the float buffers of its state_dict that the step changed.
     Raises:
@@ -93,6 +101,11 @@ def try_step(
             raise ConfigError(f"model.name: a training step fails: {told}") from exc
         count = f"{smallest.samples} sample{'s' * (smallest.samples > 1)}"
         raise ConfigError(f"model.name: a training step on {count} fails ({told}); {smallest.why(settings)}") from exc
+    if local is not None:
+        flat = FlatModel(copied(module), statistics=statistics)
+        numbers = {"clients": len(shards), "cohort": config.clients.cohort, "seed": config.seed}
+        training = OwnTraining(local, flat, settings, problem, **numbers)
+        return statistics | _changed_by(training, data, chosen, smallest.client)
     _require_movement(module, data, chosen, settings, statistics, config.seed, problem)
     return statistics
 
@@ -201,10 +214,7 @@ def _require_movement(
 ) -> None:
     """Raises ConfigError unless a client's step changes the flat vector's parameters, and the model can be saved."""
     model = FlatModel(copied(module), statistics=statistics)
-    try:
-        save(model.state_dict())
-    except Exception as exc:  # an extra state that is not a tensor, or a type that the format lacks
-        raise ConfigError(f"model.name: its state_dict cannot be saved in model.safetensors: {exc}") from exc
+    _require_saved(model)
     before = model.read()[: model.num_parameters]
     x, y = data.x_train[chosen], data.y_train[chosen]
     LocalSGD(model, settings, problem).train(
@@ -221,3 +231,54 @@ def _require_movement(
         raise ConfigError(
             f"train.lr: a step at {settings.lr:g} changes no weight: it is below the resolution of float32"
         )
+
+
+def _require_saved(model: FlatModel) -> None:
+    try:
+        save(model.state_dict())
+    except Exception as exc:  # an extra state that is not a tensor, or a type that the format lacks
+        raise ConfigError(f"model.name: its state_dict cannot be saved in model.safetensors: {exc}") from exc
+
+
+def _changed_by(training: OwnTraining, data: Dataset, chosen: NDArray[np.int64], client: int) -> frozenset[str]:
+    """Names of the further float buffers that a user's own local training changes, in two rounds of a client.
+
+    Raises:
+        ConfigError: it fails, returns something else, changes no parameter, or differs when it is repeated.
+    """
+    model, name = training.model, own.name(training.local)
+    _require_saved(model)
+    frozen = {key: p.detach().clone() for key, p in model.module.named_parameters() if not p.requires_grad}
+    start, changed = model.read(), set[str]()
+    memory: Tensor | None = None
+    for round in (0, 1):  # the second with the state that the first left
+        ends = []
+        for _ in range(2):
+            model.load(start)
+            with seeded(training.seed, "trial", round):
+                _, state = training.train(
+                    data.x_train[chosen], data.y_train[chosen], normalise=lambda x: inputs(x, data.mean, data.std),
+                    samples=len(chosen), rng=numpy_rng(training.seed, "trial"), round=round, client=client,
+                    state=own.unpacked(memory)[1],
+                )  # fmt: skip
+            changed |= set(model.changed_constants())
+            ends.append(model.read() - start)
+        first, again = ends
+        if bool((again - first).norm() > 1e-3 * first.norm()):
+            raise ConfigError(
+                f"train.local: {name} trains otherwise when it is repeated with the same batches and context; draw "
+                "numbers from context.rng, and keep what a client needs later in its state"
+            )
+        try:
+            memory = own.packed(None, state)
+        except Exception as exc:  # a type that the format lacks
+            raise ConfigError(f"train.local: the state that {name} returns cannot be kept: {exc}") from exc
+    if not bool(first[: model.num_parameters].any()):
+        raise ConfigError(
+            f"train.local: {name} changes no parameter of the module; it must train the module in place, and train.lr "
+            "must not be below the resolution of float32"
+        )
+    for key, value in frozen.items():
+        if not torch.equal(model.module.get_parameter(key), value):
+            raise ConfigError(f"train.local: {name} changes parameter {key}, which is frozen, and not sent")
+    return frozenset(changed)

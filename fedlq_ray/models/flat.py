@@ -151,7 +151,7 @@ class FlatModel:
         spots = [torch.arange(at, at + size) for at, size in zip([0, *ends], sizes, strict=False)]
         self._spots = None if sum(sizes) == ends[-1] else torch.cat(spots).to(device)
         layers, flat = [], 0
-        self._owned: list[tuple[nn.Parameter, Tensor]] = []  # each parameter with its gradient's view
+        self._owned: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # each parameter, its view and its gradient's
         for name, parameters in owned:
             start = flat
             for parameter in parameters:
@@ -160,7 +160,7 @@ class FlatModel:
                 view.copy_(parameter.data)
                 parameter.data = view
                 parameter.grad = _storage_view(self.grad[at : at + size], parameter.shape)
-                self._owned.append((parameter, parameter.grad))
+                self._owned.append((parameter, view, parameter.grad))
                 flat += size
             layers.append(Layer(name, start, flat))
         self._views: list[tuple[nn.Module, str, Tensor]] = []
@@ -227,7 +227,7 @@ class FlatModel:
 
     def detached(self) -> list[str]:
         """Names of trainable parameters whose values or gradients are no longer in `storage` and `grad`."""
-        views = {id(parameter): gradient for parameter, gradient in self._owned}
+        views = {id(parameter): gradient for parameter, _, gradient in self._owned}
         first, last = self.storage.data_ptr(), self.storage.data_ptr() + self.storage.nbytes
         return [
             name
@@ -235,6 +235,14 @@ class FlatModel:
             if parameter.requires_grad
             and (parameter.grad is not views.get(id(parameter)) or not first <= parameter.data_ptr() < last)
         ]
+
+    def attach(self) -> None:
+        """Makes parameters and gradients views of `storage` and `grad` again, with the parameters' present values."""
+        for parameter, view, gradient in self._owned:
+            if (parameter.data_ptr(), parameter.stride()) != (view.data_ptr(), view.stride()):
+                parameter.data = view.copy_(parameter.data)
+            parameter.grad = gradient
+            parameter.requires_grad_(True)
 
     def changed_constants(self) -> list[str]:
         """Names of float buffers of the state_dict that are not statistics but differ from their initial values."""

@@ -14,7 +14,7 @@ from fedlq_ray.strategies import Strategy
 
 _FREE = {"rounds", *WITHOUT_EFFECT}
 FROZEN = "frozen parameters"
-_GIVEN = ("data", "model", "strategy", "quantizer", "problem")  # parts that may be given as objects
+_GIVEN = ("data", "model", "strategy", "quantizer", "problem", "local")  # parts that may be given as objects
 
 
 def identity(task: Task, strategy: Strategy) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def identity(task: Task, strategy: Strategy) -> dict[str, Any]:
         "model": f"{sum(layer.size for layer in task.layers)} numbers in {len(layers)} layers ({digest})",
         **frozen,
         "problem": _name(task.problem),
+        "local": None if task.local is None else _name(task.local),
         "strategy": _name(strategy),
         "quantizer": _name(family.quantizer if isinstance(family, Always) else family),
     }
@@ -52,6 +53,8 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
         return
     told = [f"{name} was {json.dumps(before[name])} and is {json.dumps(now[name])}" for name in changed]
     given = [name for name in _GIVEN if name in changed or name == "model" and FROZEN in changed]
+    if "local" in given:  # it may give the model buffers
+        given = [name for name in given if name != "model"]
     if given:
         objects = ", ".join(f"{name}=..." for name in given)
         told.append(f"give the {' and '.join(given)} that it began with (in Python: resume(..., {objects}))")

@@ -116,6 +116,7 @@ def _require_host(task: Task, strategy: GivenStrategy | None) -> None:
                 "strategy.quantizer": task.quantizer,
                 "strategy.name": strategy,
                 "problem": task.problem,
+                "train.local": task.local,
             }
         )
     elif task.config.train.device == "cuda":

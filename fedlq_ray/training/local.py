@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlq_ray.errors import ClientError, DivergedError, PayloadError
+from fedlq_ray.errors import ClientError, ConfigError, DivergedError, PayloadError
 from fedlq_ray.models import FlatModel, Layer
 from fedlq_ray.problems import Classification, Problem, score
 from fedlq_ray.quantization import Family, Segment, send
 from fedlq_ray.quantization.registry import NUMBERS
 from fedlq_ray.seeding import numpy_rng, seeded, torch_rng
+from fedlq_ray.training.own import OwnTraining, State, packed, unpacked
 from fedlq_ray.training.payloads import MEMORIES, PAYLOADS, Feedback
 from fedlq_ray.training.sgd import LocalSGD, samples_of
 
@@ -54,6 +55,7 @@ class Reply:
         encode_s: wall seconds of quantizing, which are written only to timing.json.
         moved: whether training changed a parameter.
         square: |update|^2.
+        keeps: whether the client has a new memory.
     """
 
     payload: bytes
@@ -63,10 +65,14 @@ class Reply:
     encode_s: float
     moved: bool = True
     square: float = 0.0
+    keeps: bool = False
+
+
+Trainer = LocalSGD | OwnTraining
 
 
 def client_round(
-    sgd: LocalSGD,
+    trainer: Trainer,
     x: NDArray[Any],
     y: NDArray[Any],
     *,
@@ -83,39 +89,39 @@ def client_round(
     """Runs one client's round: (weights, memory, plan, seed) to (payload, memory).
 
     Args:
-        sgd: with a model of the right shape; its weights do not matter.
+        trainer: with a model of the right shape; its weights do not matter.
         x, y: the client's training shard, as stored.
         weights: the global flat vector (d,) float32; it is not changed.
-        memory: of error feedback, (d,) float32, or None before the first.
+        memory: as `own.packed` returns it: of error feedback, (d,) float32, or with a state; None before the first.
         samples: to train on; the update, except buffers, is scaled to the base work (FedNova).
         custom: the user's quantizer by level, if any.
     Returns:
-        The reply, and the new memory (None without error feedback).
+        The reply, and the new memory (None without error feedback and state).
     Raises:
         ClientError: training or a user's part failed, or training diverged; the message names the layer.
     """
-    model, kept = sgd.model, MEMORIES[plan.error_feedback]
+    model, kept = trainer.model, MEMORIES[plan.error_feedback]
+    before, state = unpacked(memory)
     try:
         gpus = [] if model.device.type == "cpu" else [model.device]
         # Dropout, users' models and users' quantizers draw from the global generators.
         with seeded(seed, "model", round, client, gpus=gpus):
             model.load(weights)
-            rng = numpy_rng(seed, "batches", round, client)
-            loss = sgd.train(x, y, normalise=normalise, samples=samples, rng=rng, round=round)
+            work = {"normalise": normalise, "samples": samples, "rng": numpy_rng(seed, "batches", round, client)}
+            loss, state = _train(trainer, x, y, work, state, round, client)
             trained = model.read()  # the rest is the same for every training device
             _require_finite(trained, model.layers, round, client)
             _require_constants(model, round, client)
             started = time.perf_counter()
-            update, moved = _update(sgd, trained - weights, len(y), samples)
-            sent = kept.before(PAYLOADS[plan.payload].of(weights, update), memory)
-            segments = plan.segments(sent) if callable(plan.segments) else plan.segments
-            _require_known(segments, custom, round, client)
+            update, moved = _update(trainer, trained - weights, len(y), samples)
+            sent = kept.before(PAYLOADS[plan.payload].of(weights, update), before)
+            segments = _known_segments(plan, sent, custom, round, client)
             noise = torch_rng(seed, "quantize", round, client)
             payload, received = send(
                 sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
             )
         lost = sent - received
-        memory = kept.after(sent, received, memory)
+        memory = packed(kept.after(sent, received, before), state, before)
         encode_s = time.perf_counter() - started
     except ClientError:
         raise
@@ -123,24 +129,44 @@ def client_round(
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, samples, _square(lost), encode_s, moved, _square(update))
+    reply = Reply(payload, loss, samples, _square(lost), encode_s, moved, _square(update), memory is not None)
     return reply, memory
+
+
+def _train(
+    trainer: Trainer,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    work: Mapping[str, Any],
+    state: State | None,
+    round: int,
+    client: int,
+) -> tuple[float, State | None]:
+    """The mean loss, and the client's next state."""
+    if isinstance(trainer, LocalSGD):
+        return trainer.train(x, y, **work, round=round), state
+    try:
+        return trainer.train(x, y, **work, round=round, client=client, state=state)
+    except ConfigError as exc:
+        raise ClientError(str(exc), round=round, client=client) from exc
 
 
 def _square(vector: Tensor) -> float:
     return float(vector.double().square().sum())
 
 
-def _update(sgd: LocalSGD, update: Tensor, shard: int, samples: int) -> tuple[Tensor, bool]:
+def _update(trainer: Trainer, update: Tensor, shard: int, samples: int) -> tuple[Tensor, bool]:
     """The update scaled to the base work, except buffers (FedNova), and whether training changed a parameter."""
-    parameters = update[: sgd.model.num_parameters]
+    parameters = update[: trainer.model.num_parameters]
     moved = bool(parameters.any())
-    parameters *= sgd.settings.local_epochs * samples_of(shard, sgd.settings) / samples
+    settings = trainer.settings
+    parameters *= settings.local_epochs * samples_of(shard, settings) / samples
     return update, moved
 
 
-def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: int, client: int) -> None:
-    """Requires quantizers that the server decodes: this package's, and the user's if `strategy.quantizer` names it."""
+def _known_segments(plan: Plan, sent: Tensor, custom: Family | None, round: int, client: int) -> tuple[Segment, ...]:
+    """The plan's segments, whose quantizers the server decodes: this package's, and `strategy.quantizer`."""
+    segments = plan.segments(sent) if callable(plan.segments) else plan.segments
     for kind in {type(segment.quantizer) for segment in segments}.difference(NUMBERS):
         if custom is None or type(custom(1)) is not kind:
             raise ClientError(
@@ -148,6 +174,7 @@ def _require_known(segments: tuple[Segment, ...], custom: Family | None, round: 
                 round=round,
                 client=client,
             )
+    return segments
 
 
 def _require_constants(model: FlatModel, round: int, client: int) -> None:

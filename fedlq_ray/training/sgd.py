@@ -51,6 +51,42 @@ def steps_of(shard: int, samples: int, settings: TrainConfig) -> int:
     return sum(len(batch_sizes(size, settings.batch_size)) for size in _passes(shard, samples, settings))
 
 
+class Batches:
+    """A client's batches in a round, as (inputs, targets) on the model's device; the same ones each time.
+
+    Args:
+        x, y: inputs (n, ...) and targets (n, ...) as stored.
+        normalise: converts stored inputs to the model's inputs, float32 or int64, on the model's device.
+        samples: number of samples to process, in as many passes as needed.
+        rng: source of the order of samples.
+    Attributes:
+        seen: number of samples in all batches.
+    """
+
+    def __init__(
+        self,
+        x: NDArray[Any],
+        y: NDArray[Any],
+        normalise: Callable[[NDArray[Any]], Tensor],
+        samples: int,
+        rng: np.random.Generator,
+        settings: TrainConfig,
+    ) -> None:
+        self._x, self._y, self._normalise, self._size = x, y, normalise, settings.batch_size
+        self._orders = [rng.permutation(len(y))[:size] for size in _passes(len(y), samples, settings)]
+        self.seen = sum(map(len, self._orders))
+
+    def __len__(self) -> int:
+        return sum(len(batch_sizes(len(order), self._size)) for order in self._orders)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for order in self._orders:
+            inputs = self._normalise(self._x[order])
+            targets = torch.from_numpy(self._y[order]).to(inputs.device)
+            for batch in _batches(len(order), self._size):
+                yield inputs[batch], targets[batch]
+
+
 def lr_at(settings: TrainConfig, round: int) -> float:
     """The clients' learning rate in a round."""
     match settings.lr_schedule:
@@ -108,10 +144,7 @@ class LocalSGD:
         """Train on one shard; returns the mean loss over all samples seen.
 
         Args:
-            x, y: inputs (n, ...) and targets (n, ...) as stored.
-            normalise: converts stored inputs to the model's inputs, float32, on the model's device.
-            samples: number of samples to process, in as many passes as needed.
-            rng: source of the order of samples.
+            x, y, normalise, samples, rng: as for `Batches`.
             round: decides the learning rate.
         """
         self.lr = lr_at(self.settings, round)
@@ -123,14 +156,11 @@ class LocalSGD:
             self.velocity.zero_()
         if self.anchor is not None:
             self.anchor.copy_(self.model.storage[: len(self.anchor)])
-        step, seen = self._replay if self.record else self._step, 0
-        for size in _passes(len(y), samples, self.settings):
-            order = rng.permutation(len(y))[:size]
-            inputs, labels = normalise(x[order]), torch.from_numpy(y[order]).to(self.model.device)
-            for batch in _batches(len(order), self.settings.batch_size):
-                step(inputs[batch], labels[batch])
-            seen += len(order)
-        return float(self.loss) / seen
+        step = self._replay if self.record else self._step
+        batches = Batches(x, y, normalise, samples, rng, self.settings)
+        for inputs, targets in batches:
+            step(inputs, targets)
+        return float(self.loss) / batches.seen
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         model, settings = self.model, self.settings

@@ -101,7 +101,9 @@ class RayHost:
             del self.under_way[done[0]]
             attempt.slot.replied(attempt.order.job.samples)
             try:
-                answer: Answer | None = Answer(attempt.order.job, _get(done[0]), self._kept(attempt))
+                reply = _get(done[0])
+                kept = self._kept(attempt) if reply.keeps else None
+                answer: Answer | None = Answer(attempt.order.job, reply, kept)
             except (*DIED, ObjectLostError, ClientError) as exc:
                 answer = self._failed(exc, attempt, running)
             if answer and not attempt.withdrawn:
@@ -125,8 +127,6 @@ class RayHost:
 
     def _kept(self, attempt: Attempt) -> Any:
         """The client's next memory; with several nodes, a copy here survives the loss of another node."""
-        if not attempt.order.job.plan.error_feedback:
-            return None
         return attempt.kept if len(self.pool.nodes.known) == 1 else ray.put(_get(attempt.kept))
 
     def _failed(self, exc: Exception, attempt: Attempt, running: bool) -> Answer | None:
