@@ -126,7 +126,7 @@ def depart(
         link=conditions(task.profiles[client], seed=task.config.seed, round=dispatch, client=client),
         offer=offer,
         sends=plan is not None,
-        job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member)) if plan and answers else None,
+        job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member), version) if plan and answers else None,
     )
 
 

@@ -183,12 +183,18 @@ def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
 
 @dataclass(frozen=True)
 class Job:
-    """One client's part in a round: what it sends, and how many samples it trains on."""
+    """One client's part in a round: what it sends, and how many samples it trains on.
+
+    Attributes:
+        round: the dispatch that asked it; with the client, the key of all randomness.
+        step: of the server at that moment; in a synchronous run, the round.
+    """
 
     round: int
     client: int
     plan: Plan
     samples: int
+    step: int = 0
 
     @property
     def key(self) -> tuple[int, int]:
@@ -246,6 +252,7 @@ class Workplace:
             round=job.round,
             client=job.client,
             custom=self.task.quantizer,
+            step=job.step,
         )
 
     def evaluate(self, weights: Tensor) -> Evaluation:

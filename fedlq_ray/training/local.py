@@ -85,6 +85,7 @@ def client_round(
     round: int,
     client: int,
     custom: Family | None = None,
+    step: int | None = None,
 ) -> tuple[Reply, Tensor | None]:
     """Runs one client's round: (weights, memory, plan, seed) to (payload, memory).
 
@@ -95,6 +96,7 @@ def client_round(
         memory: as `own.packed` returns it: of error feedback, (d,) float32, or with a state; None before the first.
         samples: to train on; the update, except buffers, is scaled to the base work (FedNova).
         custom: the user's quantizer by level, if any.
+        step: of the server; it decides the learning rate. None: the round.
     Returns:
         The reply, and the new memory (None without error feedback and state).
     Raises:
@@ -108,6 +110,7 @@ def client_round(
         with seeded(seed, "model", round, client, gpus=gpus):
             model.load(weights)
             work = {"normalise": normalise, "samples": samples, "rng": numpy_rng(seed, "batches", round, client)}
+            work["step"] = round if step is None else step
             loss, state = _train(trainer, x, y, work, state, round, client)
             trained = model.read()  # the rest is the same for every training device
             _require_finite(trained, model.layers, round, client)
@@ -144,7 +147,7 @@ def _train(
 ) -> tuple[float, State | None]:
     """The mean loss, and the client's next state."""
     if isinstance(trainer, LocalSGD):
-        return trainer.train(x, y, **work, round=round), state
+        return trainer.train(x, y, **work), state
     try:
         return trainer.train(x, y, **work, round=round, client=client, state=state)
     except ConfigError as exc:

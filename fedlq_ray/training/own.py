@@ -42,7 +42,7 @@ class Context:
         start: the trainable parameters by name, as the server sent them; copies.
         state: the tensors that this client's training returned last; empty at first.
         rng: a generator of this round and client. PyTorch's, NumPy's and Python's own are seeded too.
-        round, client: their numbers, from 0.
+        round, client: their numbers, from 0; where the server does not wait for all, the number of the dispatch.
         clients, cohort: how many clients there are, and how many take part in a round.
     """
 
@@ -158,12 +158,14 @@ class OwnTraining:
         round: int,
         client: int,
         state: State | None,
+        step: int = 0,
     ) -> tuple[float, State | None]:
         """Trains on one shard: the mean loss, and the client's next state on the CPU.
 
         Args:
             x, y, normalise, samples, rng: as for `Batches`.
             state: the client's last state, or None before the first.
+            step: of the server; it decides the learning rate.
         Raises:
             ConfigError: the function fails, returns something else, or changes what it must leave alone.
         """
@@ -173,7 +175,7 @@ class OwnTraining:
         frozen = [(key, p, p._version) for key, p in module.named_parameters() if not p.requires_grad]
         context = Context(
             self.settings,
-            lr_at(self.settings, round),
+            lr_at(self.settings, step),
             self.problem.loss,
             {key: p.detach().clone() for key, p in trained},
             {key: value.to(model.device) for key, value in (state or {}).items()},

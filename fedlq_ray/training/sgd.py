@@ -87,15 +87,15 @@ class Batches:
                 yield inputs[batch], targets[batch]
 
 
-def lr_at(settings: TrainConfig, round: int) -> float:
-    """The clients' learning rate in a round."""
+def lr_at(settings: TrainConfig, step: int) -> float:
+    """The clients' learning rate in a step of the server; in a synchronous run, a round."""
     match settings.lr_schedule:
         case "exponential":
-            lr = settings.lr * settings.lr_decay**round
+            lr = settings.lr * settings.lr_decay**step
         case "steps":
-            lr = settings.lr * settings.lr_decay ** (round // settings.lr_rounds)
+            lr = settings.lr * settings.lr_decay ** (step // settings.lr_rounds)
         case "cosine":
-            way = min(round / settings.lr_rounds, 1.0)
+            way = min(step / settings.lr_rounds, 1.0)
             lr = settings.lr_min + (settings.lr - settings.lr_min) * (1 + math.cos(math.pi * way)) / 2
         case _:
             lr = settings.lr
@@ -139,15 +139,15 @@ class LocalSGD:
         normalise: Callable[[NDArray[Any]], Tensor],
         samples: int,
         rng: np.random.Generator,
-        round: int = 0,
+        step: int = 0,
     ) -> float:
         """Train on one shard; returns the mean loss over all samples seen.
 
         Args:
             x, y, normalise, samples, rng: as for `Batches`.
-            round: decides the learning rate.
+            step: of the server; it decides the learning rate.
         """
-        self.lr = lr_at(self.settings, round)
+        self.lr = lr_at(self.settings, step)
         if self.settings.optimizer != "sgd":
             self.adam = _adam(self.model, self.settings, self.lr)
         self.model.module.train()
@@ -156,10 +156,10 @@ class LocalSGD:
             self.velocity.zero_()
         if self.anchor is not None:
             self.anchor.copy_(self.model.storage[: len(self.anchor)])
-        step = self._replay if self.record else self._step
+        take = self._replay if self.record else self._step
         batches = Batches(x, y, normalise, samples, rng, self.settings)
         for inputs, targets in batches:
-            step(inputs, targets)
+            take(inputs, targets)
         return float(self.loss) / batches.seen
 
     def _step(self, x: Tensor, y: Tensor) -> None:

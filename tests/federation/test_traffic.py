@@ -265,3 +265,12 @@ def test_all_times_scale_with_the_rates(chosen, factor):
     )  # fmt: skip
     for one, other in zip(records_of(task), records_of(slow), strict=True):
         assert other.sim_time_s == one.sim_time_s * factor and other.cohort == one.cohort
+
+
+def test_the_learning_rate_falls_by_steps_not_by_how_often_clients_are_asked():
+    task = timed_task([1.0, 1.5, 2.0], "server.buffer=2", "server.max_staleness=null", "rounds=6")
+    host = Untrained(task)
+    seen = []
+    host.pick = lambda n: seen.append((host.waiting[0][0].step, host.waiting[0][0].round)) or 0
+    steps_of(task, host)
+    assert {step for step, _ in seen} <= set(range(6)) and max(dispatch for _, dispatch in seen) > 6
