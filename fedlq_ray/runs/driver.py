@@ -1,7 +1,7 @@
 """Drives a run: the rounds on a host, the journal, the checkpoints, and MLflow."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def drive(
     if before or faults:
         yield Resumed(records, faults)
     tracker = Tracker(tracking, config, records) if tracking else None
+    of_clients: Mapping[str, float] = {}
     status, told, heard, reached = "FAILED", set[int](), True, False
     try:
         with rundir.Journal(folder, len(records)) as journal:
@@ -71,13 +72,15 @@ def drive(
                 saver.finish(completed)
             if saver.failure:
                 yield Warned(saver.failure)
+        if completed and task.test_clients is not None:
+            of_clients = host.evaluate(host.publish(state.weights)).result().value.of_clients
         status = "FINISHED" if completed else "KILLED"
     except (KeyboardInterrupt, GeneratorExit):  # a second interrupt, here or in the caller
         status, heard = "KILLED", False
         raise
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
-    yield Ended(state.weights.numpy(), completed, vars(timing), tracked)
+    yield Ended(state.weights.numpy(), completed, vars(timing), tracked, of_clients)
 
 
 def drive_serially(
