@@ -125,7 +125,8 @@ def resnet18_gn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 def mobilenetv2_gn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """torchvision's MobileNetV2 (Sandler et al., CVPR 2018) with GroupNorm and without dropout, for images of 32x32:
-    the first convolution and the blocks of 24 channels have stride 1. 2,236,682 parameters on 3x32x32 with 10 classes."""
+    the first convolution and the blocks of 24 channels have stride 1. 2,236,682 parameters on 3x32x32 with 10
+    classes."""
     channels, _, _ = _image("mobilenetv2_gn", input_shape, 8)
     # Expansion, channels, blocks, stride of the first block.
     blocks = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]

@@ -45,7 +45,6 @@ def drive(
     if before or faults:
         yield Resumed(records, faults)
     tracker = Tracker(tracking, config, records) if tracking else None
-    of_clients: Mapping[str, float] = {}
     status, told, heard, reached = "FAILED", set[int](), True, False
     try:
         with rundir.Journal(folder, len(records)) as journal:
@@ -72,8 +71,7 @@ def drive(
                 saver.finish(completed)
             if saver.failure:
                 yield Warned(saver.failure)
-        if completed and task.test_clients is not None:
-            of_clients = host.evaluate(host.publish(state.weights)).result().value.of_clients
+        of_clients = _of_clients(task, host, state) if completed else {}
         status = "FINISHED" if completed else "KILLED"
     except (KeyboardInterrupt, GeneratorExit):  # a second interrupt, here or in the caller
         status, heard = "KILLED", False
@@ -81,6 +79,14 @@ def drive(
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
     yield Ended(state.weights.numpy(), completed, vars(timing), tracked, of_clients)
+
+
+def _of_clients(task: Task, host: Host, state: ServerState) -> Mapping[str, float]:
+    """The main metric by the test samples' client; empty if they have none."""
+    if task.test_clients is None:
+        return {}
+    found: Mapping[str, float] = host.evaluate(host.publish(state.weights)).result().value.of_clients
+    return found
 
 
 def drive_serially(
