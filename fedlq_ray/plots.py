@@ -1,6 +1,8 @@
 """Figures of runs, drawn by matplotlib in colours that colour-blind readers can distinguish (Okabe and Ito)."""
 
+import csv
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +99,52 @@ def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarr
     at = {"time": [r.sim_time_s for r in records], "bytes": sent, "round": [r.round + 1 for r in records]}
     evaluated = [i for i, r in enumerate(records) if r.main is not None]
     return np.asarray(at[against], float)[evaluated], np.array([records[i].main for i in evaluated], float)
+
+
+def test_clients(folder: Path, goal: Goal) -> list[float]:
+    """The main metric of each client of a run's test samples (test_clients.csv), the worst first; empty if there are
+    none, or one is not finite."""
+    file = folder / "test_clients.csv"
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as table:
+        values = [float(row[goal.metric]) for row in csv.DictReader(table)]
+    return sorted(values, key=goal.merit) if all(map(math.isfinite, values)) else []
+
+
+def by_client(values: Sequence[float], goal: Goal = Goal()) -> Figure:
+    """Plots the main metric per client of the test samples, the worst first."""
+    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    draw_clients(axis, {"": values}, goal)
+    return figure
+
+
+def draw_clients(axis: Any, runs: Mapping[str, Sequence[float]], goal: Goal = Goal()) -> None:
+    """Draws each run's values per client, the worst first, with a dotted line at their mean and a thick one at the mean
+    of the worst tenth; a single run's are named."""
+    ends = []
+    for index, (name, values) in enumerate(runs.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        dash = DASHES[(index + index // len(COLOURS)) % len(DASHES)]
+        ordered = goal.scale * np.array(sorted(values, key=goal.merit))
+        share = 100 * np.arange(len(ordered) + 1) / len(ordered)
+        axis.stairs(ordered, share, baseline=None, color=colour, linestyle=dash, linewidth=1.8)
+        worst = goal.worst(values)
+        mean, low = goal.scale * float(np.mean(values)), goal.scale * float(np.mean(worst))
+        axis.hlines(mean, 0, 100, color=colour, linestyle=":", linewidth=1)
+        axis.hlines(low, 0, 100 * len(worst) / len(values), color=colour, linewidth=4)
+        if len(runs) == 1:
+            unit = " %" if goal.percent else ""
+            for x, y, text in ((100, mean, f"mean {mean:.3g}{unit}"), (12, low, f"worst tenth {low:.3g}{unit}")):
+                side = "right" if x == 100 else "left"
+                axis.text(x, y, text, color=MUTED, ha=side, va="bottom" if x == 100 else "center")
+        else:
+            ends.append((100.0, float(ordered[-1]), name, colour))
+    axis.axvspan(0, 10, color=MUTED, alpha=0.12, linewidth=0)
+    axis.set(xlabel="clients of the test samples, worst first, %", ylabel=f"test {goal.label}", xlim=(0, 100))
+    axis.grid(alpha=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+    name_ends(axis, ends)
 
 
 def name_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -129,7 +129,7 @@ def test_accuracy_of_clients_by_hand():
     x, y = torch.ones(6, 1), torch.tensor([0, 0, 0, 1, 0, 1])  # logits (x, -x): class 0 for all
     found = evaluate(flat, torch.tensor([1.0, -1.0, 0.0, 0.0]), x, y, clients=np.array(["a", "a", "b", "b", "c", "c"]))
     expected = {"accuracy": 4 / 6, "accuracy_of_clients": 4 / 6, "accuracy_of_worst_clients": 0.5}
-    assert found.metrics == pytest.approx(expected)
+    assert found.metrics == pytest.approx(expected) and found.of_clients == {"a": 1.0, "b": 0.5, "c": 0.5}
 
 
 def test_linear_regression_is_as_good_as_ridge_regression(tmp_path):

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fedlq_ray import plots
-from fedlq_ray.analysis import bound, figures, svg, tables
+from fedlq_ray.analysis import bound, by_client, figures, svg, tables
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.figures import Runs, Shown
 from fedlq_ray.analysis.runs import by_population
@@ -113,6 +113,8 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
 def _behaviour(runs: Runs, where: str) -> list[str]:
     """Explanations of the results: bits, significance, stragglers."""
     parts = []
+    if fair := by_client.shown(runs):
+        parts += ["<h2>Clients that the model serves well or badly</h2>", _grid([fair], f"clients{where}")]
     shown, told = figures.bits(runs)
     if shown or told:
         parts += ["<h2>Bits by layer and client</h2>", *[f"<p>{escape(line)}</p>" for line in told]]

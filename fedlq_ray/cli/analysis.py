@@ -82,9 +82,9 @@ def compare(
 def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | None, out: str) -> None:
     """Write a report on runs: one HTML file that needs no network.
 
-    RUNS are named as for `fedlq compare`. The report shows accuracy against simulated time, traffic and rounds, bits by
-    layer and client, significance by layer, the clients that a round waited for, labels by client, settings, versions
-    and the command that repeats it.
+    RUNS are named as for `fedlq compare`. The report shows accuracy against simulated time, traffic and rounds,
+    accuracy per client where test samples have clients, bits by layer and client, significance by layer, the clients
+    that a round waited for, labels by client, settings, versions and the command that repeats it.
     """
     from fedlq_ray.analysis import compare as comparing
     from fedlq_ray.analysis import report as reporting

@@ -48,7 +48,8 @@ class DataConfig(Section):
 class ModelConfig(Section):
     name: Text = key(
         "auto",
-        "auto, mlp, cnn, cnn_large, lenet5, resnet8_gn, vgg9, lstm, transformer, torchvision:NAME, or module:function",
+        "auto, mlp, cnn, cnn_large, lenet5, resnet8_gn, resnet18_gn, resnet20_gn, mobilenetv2_gn, vgg9, alexnet, lstm, "
+        "transformer, torchvision:NAME, or module:function",
     )
     args: Args = key({}, "arguments of the model's function")
 

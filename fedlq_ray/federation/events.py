@@ -1,6 +1,7 @@
 """Events of a run, one small class each; `simulate(watch=...)` and `fedlq watch` receive them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,12 +69,14 @@ class Ended:
         completed: all configured rounds are done, or the target is reached.
         timing: wall seconds by name.
         tracked: MLflow's error, or None.
+        of_clients: the main metric by the test samples' client, of a completed run's weights; empty if they have none.
     """
 
     weights: NDArray[np.float32]
     completed: bool
     timing: dict[str, list[float]]
     tracked: str | None
+    of_clients: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ class Task:
         """The settings of clients, with the number that the data led to: `data.partition=natural` may have fewer."""
         return self.config.clients.model_copy(update={"count": len(self.shards)})
 
+    @property
+    def test_clients(self) -> NDArray[np.str_] | None:
+        """Whose each test sample is, (n,); None if they belong to nobody, or evaluations are of other samples."""
+        return self.data.clients_test if self.config.evaluate_on == "test" else None
+
     @functools.cached_property
     def frozen_digest(self) -> str | None:
         """16 hex digits that change with any frozen parameter; None without frozen parameters."""
@@ -264,8 +269,7 @@ class Workplace:
             else:
                 self._evaluated_on = self._training_samples(np.concatenate(self.task.held))
         with seeded(self.task.config.seed, "evaluate", gpus=self._gpus):
-            ids = self.task.data.clients_test if self.task.config.evaluate_on == "test" else None
-            return evaluate(self.model, weights, *self._evaluated_on, self.task.problem, ids)
+            return evaluate(self.model, weights, *self._evaluated_on, self.task.problem, self.task.test_clients)
 
     @property
     def _gpus(self) -> list[torch.device]:

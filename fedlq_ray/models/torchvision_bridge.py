@@ -63,10 +63,10 @@ def build_torchvision(name: str, input_shape: tuple[int, ...], num_classes: int,
         module: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **args)
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"model.name: torchvision:{name}: {exc}") from exc
-    return _traced(module, input_shape) or module
+    return traced(module, input_shape) or module
 
 
-def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module | None:
+def traced(module: nn.Module, input_shape: tuple[int, ...]) -> nn.Module | None:
     """Returns the module as a graph that unpickles without torchvision, or None if the graph is not equivalent."""
     try:
         graph = torch.fx.symbolic_trace(module)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from fedlq_ray.config import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models.flops import example
 from fedlq_ray.models.text import lstm, transformer
-from fedlq_ray.models.torchvision_bridge import build_torchvision
+from fedlq_ray.models.torchvision_bridge import build_torchvision, import_torchvision, traced
 
 
 def _image(name: str, input_shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
@@ -64,7 +65,8 @@ def cnn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def lenet5(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """LeNet-5 (LeCun et al., Proc. IEEE 1998), with ReLU and max pooling, unpadded."""
+    """LeNet-5 (LeCun et al., Proc. IEEE 1998), with ReLU and max pooling, unpadded: NIID-Bench's simple CNN (Li et al.,
+    ICDE 2022)."""
     return _ConvNet(_image("lenet5", input_shape, 16), (6, 16), (120, 84, num_classes))
 
 
@@ -84,17 +86,63 @@ class _ResidualBlock(nn.Module):
 
 def resnet8_gn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """ResNet of 8 layers (He et al., CVPR 2016, CIFAR's family with n = 1), GroupNorm in place of batch-norm."""
-    channels, _, _ = _image("resnet8_gn", input_shape, 8)
+    return _small_resnet("resnet8_gn", input_shape, num_classes, 1)
+
+
+def resnet20_gn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """ResNet of 20 layers (He et al., CVPR 2016, CIFAR's family with n = 3), GroupNorm in place of batch-norm."""
+    return _small_resnet("resnet20_gn", input_shape, num_classes, 3)
+
+
+def _small_resnet(name: str, input_shape: tuple[int, ...], num_classes: int, each: int) -> nn.Module:
+    """CIFAR's ResNet of 6 x `each` + 2 layers: three stages of `each` blocks, of 16, 32 and 64 channels."""
+    channels, _, _ = _image(name, input_shape, 8)
     model = nn.Sequential()
     model.add_module("conv1", nn.Conv2d(channels, 16, 3, 1, 1, bias=False))
     model.add_module("norm1", nn.GroupNorm(8, 16))
     model.add_module("relu1", nn.ReLU())
-    for index, (before, after, stride) in enumerate(((16, 16, 1), (16, 32, 2), (32, 64, 2)), 1):
-        model.add_module(f"block{index}", _ResidualBlock(before, after, stride))
+    before, index = 16, 0
+    for after in (16, 32, 64):
+        for _ in range(each):
+            index += 1
+            model.add_module(f"block{index}", _ResidualBlock(before, after, 1 if before == after else 2))
+            before = after
     model.add_module("pool", nn.AdaptiveAvgPool2d(1))
     model.add_module("flatten", nn.Flatten())
     model.add_module("fc", nn.Linear(64, num_classes))
     return model
+
+
+def resnet18_gn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """torchvision's ResNet-18 (He et al., CVPR 2016) with GroupNorm, for images of 32x32: the first convolution is 3x3
+    with stride 1, and no pooling follows it. 11,173,962 parameters on 3x32x32 with 10 classes."""
+    channels, _, _ = _image("resnet18_gn", input_shape, 8)
+    model = import_torchvision().models.resnet18(num_classes=num_classes, norm_layer=partial(nn.GroupNorm, 8))
+    model.conv1 = _first_convolution(channels, 64)
+    model.maxpool = nn.Identity()
+    return traced(model, input_shape) or model
+
+
+def mobilenetv2_gn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """torchvision's MobileNetV2 (Sandler et al., CVPR 2018) with GroupNorm and without dropout, for images of 32x32:
+    the first convolution and the blocks of 24 channels have stride 1. 2,236,682 parameters on 3x32x32 with 10
+    classes."""
+    channels, _, _ = _image("mobilenetv2_gn", input_shape, 8)
+    # Expansion, channels, blocks, stride of the first block.
+    blocks = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    model = import_torchvision().models.mobilenet_v2(
+        num_classes=num_classes, inverted_residual_setting=blocks, norm_layer=partial(nn.GroupNorm, 8)
+    )
+    model.features[0][0] = _first_convolution(channels, 32)
+    model.classifier[0] = nn.Identity()
+    return traced(model, input_shape) or model
+
+
+def _first_convolution(channels: int, after: int) -> nn.Conv2d:
+    """A 3x3 convolution with stride 1, initialised as torchvision's models initialise theirs."""
+    layer = nn.Conv2d(channels, after, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer
 
 
 def vgg9(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -117,6 +165,31 @@ def vgg9(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         model.add_module(f"fc{index}", nn.Linear(before, after))
         model.add_module(f"relu_fc{index}", nn.ReLU())
     model.add_module("fc3", nn.Linear(512, num_classes))
+    return _initialised(model)
+
+
+def alexnet(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """AlexNet (Krizhevsky et al., NIPS 2012) for images of 32x32, without dropout: 3x3 convolutions with stride 1, the
+    size that FedLQ's group uses (35.9 M parameters). Fully connected layers have 94 % of the 35,855,178 parameters on
+    3x32x32 with 10 classes. Its weights are initialised as vgg9's."""
+    channels, height, width = _image("alexnet", input_shape, 8)
+    model = nn.Sequential()
+    for index, after in enumerate((64, 192, 384, 256, 256), 1):
+        model.add_module(f"conv{index}", nn.Conv2d(channels, after, 3, padding=1))
+        model.add_module(f"relu{index}", nn.ReLU())
+        if index in (1, 2, 5):
+            model.add_module(f"pool{index}", nn.MaxPool2d(2))
+        channels = after
+    model.add_module("flatten", nn.Flatten())
+    for index, before in enumerate((channels * (height // 8) * (width // 8), 4096), 1):
+        model.add_module(f"fc{index}", nn.Linear(before, 4096))
+        model.add_module(f"relu_fc{index}", nn.ReLU())
+    model.add_module("fc3", nn.Linear(4096, num_classes))
+    return _initialised(model)
+
+
+def _initialised(model: nn.Sequential) -> nn.Module:
+    """Draws the weights of convolutions and fully connected layers as in He et al., ICCV 2015."""
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -150,7 +223,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
     "lenet5": lenet5,
     "resnet8_gn": resnet8_gn,
+    "resnet18_gn": resnet18_gn,
+    "resnet20_gn": resnet20_gn,
+    "mobilenetv2_gn": mobilenetv2_gn,
     "vgg9": vgg9,
+    "alexnet": alexnet,
 }
 _AUTO: dict[tuple[int, ...], str] = {(1, 28, 28): "cnn", (3, 32, 32): "resnet8_gn"}
 

@@ -39,6 +39,11 @@ class Goal:
     def best(self, values: Iterable[float]) -> float | None:
         return max(values, key=self.merit, default=None)
 
+    def worst(self, values: Iterable[float]) -> list[float]:
+        """The tenth of the values that is worst, at least one; the worst first."""
+        ordered = sorted(values, key=self.merit)
+        return ordered[: max(1, len(ordered) // 10)]
+
     def shown(self, value: float) -> str:
         """The value as text, such as 87.12 % or 41.3."""
         return f"{value:.2%}" if self.percent else f"{value:.4g}"

@@ -72,13 +72,22 @@ def drive(
                 saver.finish(completed)
             if saver.failure:
                 yield Warned(saver.failure)
+        of_clients = _of_clients(task, host, state) if completed else {}
         status = "FINISHED" if completed else "KILLED"
     except (KeyboardInterrupt, GeneratorExit):  # a second interrupt, here or in the caller
         status, heard = "KILLED", False
         raise
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
-    yield Ended(state.weights.numpy(), completed, vars(timing), tracked)
+    yield Ended(state.weights.numpy(), completed, vars(timing), tracked, of_clients)
+
+
+def _of_clients(task: Task, host: Host, state: ServerState) -> Mapping[str, float]:
+    """The main metric by the test samples' client; empty if they have none."""
+    if task.test_clients is None:
+        return {}
+    found: Mapping[str, float] = host.evaluate(host.publish(state.weights)).result().value.of_clients
+    return found
 
 
 def _snapshot(step: Step, identity: Mapping[str, Any], journal: str) -> dict[str, Any]:

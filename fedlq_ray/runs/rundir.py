@@ -86,6 +86,19 @@ def describe_clients(folder: Path, task: Task) -> None:
     write_durably(folder / "clients.csv", file.getvalue())
 
 
+def describe_test_clients(folder: Path, task: Task, of_clients: Mapping[str, float]) -> None:
+    """Writes test_clients.csv, with one row per client of the test samples: its id, its samples, and the main metric of
+    the final model on them. Writes nothing if test samples have no clients."""
+    if task.test_clients is None or not of_clients:
+        return
+    names, counts = np.unique(task.test_clients, return_counts=True)
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerow(["client", "samples", task.problem.goal.metric])
+    table.writerows([str(name), int(count), of_clients[str(name)]] for name, count in zip(names, counts, strict=True))
+    write_durably(folder / "test_clients.csv", file.getvalue())
+
+
 def require_trackable(config: Config, before: "Run | None" = None) -> None:
     """Requires that a run can be tracked.
 

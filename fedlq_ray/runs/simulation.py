@@ -217,6 +217,7 @@ def _finish(task: Task, folder: Path, records: list[Record], ended: Ended, timin
     rundir.save_model(folder, flat)
     summary: dict[str, Any] = {}
     if ended.completed:
+        rundir.describe_test_clients(folder, task, ended.of_clients)
         summary = rundir.summarise(task.config, records, rundir.sha256(weights), task.problem.goal)
         write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         storage.clear(folder, task.config)

@@ -96,7 +96,9 @@ def write(config: Config, source: Path, parent: str | None) -> None:
     track = rundir.track(folder, task, parent, {"fedlq.reclocked_from": origin})
     records = clocked(task, trained.records)
     write_durably(folder / "rounds.jsonl", "".join(json.dumps(r.to_json(), allow_nan=False) + "\n" for r in records))
-    shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+    for name in ("model.safetensors", "test_clients.csv"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
     write_durably(folder / "timing.json", json.dumps({"reclocked_from": origin, "status": "FINISHED"}, indent=1))
     summary = rundir.summarise(config, records, trained.summary["weights_sha256"], task.problem.goal)
     write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")

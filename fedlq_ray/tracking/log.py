@@ -27,7 +27,10 @@ from fedlq_ray.federation.record import Record
 from fedlq_ray.problems import goal_of
 from fedlq_ray.tracking import stores
 
-FILES = ("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors")
+FILES = (
+    *("config.yaml", "clients.csv", "rounds.jsonl", "summary.json", "timing.json", "model.safetensors"),
+    "test_clients.csv",
+)
 _WAIT_S = 30.0  # that the end of a run waits for MLflow, at most
 _HURRY_S = 2.0  # the same after a second interrupt
 
@@ -262,23 +265,25 @@ def _log_files(
     folder: Path,
     module: Any,
 ) -> None:
-    """A run's files as artifacts, its summary as metrics and a note, two pictures, and the model."""
+    """A run's files as artifacts, its summary as metrics and a note, its pictures, and the model."""
     from fedlq_ray import plots
 
     for name in FILES:
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
+    summary = None
     if (folder / "summary.json").exists():
-        _log_summary(
-            client, run_id, tracking, config, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        )
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        _log_summary(client, run_id, tracking, config, summary)
     with tempfile.TemporaryDirectory() as made, (folder / "clients.csv").open(newline="", encoding="utf-8") as table:
         counts = [[int(v) for k, v in row.items() if k.startswith("label_")] for row in csv.DictReader(table)]
         if counts and counts[0]:
             plots.labels(counts, Path(made) / "labels.png")
-        goal = goal_of(config.problem)
+        goal = goal_of(config.problem, summary)
         curves = plots.accuracy({config.strategy.name: [records]}, config.target, config.network.bill, goal=goal)
         plots.save(curves, Path(made) / "accuracy.png")
+        if by_client := plots.test_clients(folder, goal):
+            plots.save(plots.by_client(by_client, goal), Path(made) / "test_clients.png")
         for picture in sorted(Path(made).iterdir()):
             client.log_artifact(run_id, str(picture))
     if module is not None and (folder / "model.safetensors").exists() and tracking.dataset:

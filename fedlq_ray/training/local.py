@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -208,10 +208,12 @@ def _require_finite(vector: Tensor, layers: tuple[Layer, ...], round: int, clien
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The problem's metrics by name, the main one first, and the mean loss."""
+    """The problem's metrics by name, the main one first, and the mean loss; and the main metric by client, if samples
+    have clients."""
 
     metrics: Mapping[str, float]
     loss: float
+    of_clients: Mapping[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -245,19 +247,24 @@ def evaluate(
     """
     scores = sample_scores(model, weights, x, y, problem)
     found = summarise(problem, scores)
-    return (
-        found if clients is None else replace(found, metrics={**found.metrics, **_of_clients(problem, scores, clients)})
-    )
+    if clients is None:
+        return found
+    of_clients, metric = _of_clients(problem, scores, clients), problem.goal.metric
+    means = {
+        f"{metric}_of_clients": fmean(of_clients.values()),
+        f"{metric}_of_worst_clients": fmean(problem.goal.worst(of_clients.values())),
+    }
+    return Evaluation({**found.metrics, **means}, found.loss, of_clients)
 
 
 def _of_clients(problem: Problem, scores: Mapping[str, Tensor], clients: NDArray[np.str_]) -> dict[str, float]:
-    metric, values = problem.goal.metric, []
+    """The main metric by client, in the order of their ids."""
+    found = {}
     for name in np.unique(clients):
         own = torch.from_numpy(np.flatnonzero(clients == name))
-        values.append(summarise(problem, {key: value[own] for key, value in scores.items()}).metrics[metric])
-    values.sort(key=problem.goal.merit)
-    worst = values[: max(1, len(values) // 10)]
-    return {f"{metric}_of_clients": fmean(values), f"{metric}_of_worst_clients": fmean(worst)}
+        scored = summarise(problem, {key: value[own] for key, value in scores.items()})
+        found[str(name)] = scored.metrics[problem.goal.metric]
+    return found
 
 
 def summarise(problem: Problem, scores: Mapping[str, Tensor]) -> Evaluation:

@@ -59,15 +59,46 @@ def test_a_first_convolution_costs_a_forward_pass_and_its_weights_gradient(modul
     assert training_flops(module, shape) == 2 * 2 * forward
 
 
-def test_a_gru_by_hand():
-    class Last(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gru = nn.GRU(4, 6, batch_first=True)
+class Outputs(nn.Module):
+    """The outputs of a recurrent layer, at all steps."""
 
-        def forward(self, x):
-            return self.gru(x)[0][:, -1]
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
 
-    forward = 7 * 3 * 6 * (4 + 6)  # seven steps, three gates
-    inputs, first = 7 * 3 * 6 * 4, 3 * 6 * 6  # no gradient of the inputs, and none of the first state
-    assert training_flops(Last(), (7, 4)) == 2 * (3 * forward - inputs - first)
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+def test_recurrent_layers_by_hand(kind, gates, directions):
+    """Seven steps of two layers of six states; the second gets the first's states of each direction."""
+    layer = Outputs(kind(4, 6, 2, batch_first=True, bidirectional=directions == 2))
+    forward = 7 * directions * gates * 6 * ((4 + 6) + (6 * directions + 6))
+    inputs, first = 7 * directions * gates * 6 * 4, 2 * directions * gates * 6 * 6
+    # No gradient of the inputs, and none of the first states; oneDNN, which runs LSTMs, computes both.
+    spared = 0 if kind is nn.LSTM and torch.backends.mkldnn.is_available() else inputs + first
+    assert training_flops(layer, (7, 4)) == 2 * (3 * forward - spared)
+
+
+def test_a_network_of_depthwise_convolutions_by_hand():
+    """MobileNetV2: a side halves before the 32, 64 and 160 channels; the first convolution's inputs get no gradient."""
+    first = 32 * 32 * 27 * 32
+    forward, before, side = first, 32, 32
+    for factor, after, blocks in ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)):
+        for index in range(blocks):
+            wide = factor * before
+            forward += side**2 * before * wide * (factor > 1)
+            side //= 2 if index == 0 and after in (32, 64, 160) else 1
+            forward += side**2 * (9 * wide + wide * after)
+            before = after
+    forward += side**2 * 320 * 1280 + 12800
+    assert training_flops(build("mobilenetv2_gn", (3, 32, 32), 10, {}), (3, 32, 32)) == 2 * (3 * forward - first)
+
+
+def test_alexnet_by_hand():
+    first = 32**2 * 27 * 64
+    convolutions = 9 * (16**2 * 64 * 192 + 8**2 * (192 * 384 + 384 * 256 + 256 * 256))
+    forward = first + convolutions + 2 * 4096**2 + 40960
+    assert training_flops(build("alexnet", (3, 32, 32), 10, {}), (3, 32, 32)) == 2 * (3 * forward - first)

@@ -25,7 +25,9 @@ def test_flops_are_those_of_hand_arithmetic():
     )
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "lenet5", "resnet8_gn", "vgg9", "torchvision:resnet18"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", "lenet5", "resnet20_gn", "mobilenetv2_gn", "vgg9", "torchvision:resnet18"]
+)
 def test_a_flat_step_equals_torch_on_the_plain_module(name):
     torch.manual_seed(0)
     plain = build(name, (3, 32, 32), 5, {})

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel, build
-from fedlq_ray.models.torchvision_bridge import _traced
+from fedlq_ray.models.torchvision_bridge import traced
 
 SMALL = "torchvision:mobilenet_v3_small"
 
@@ -58,7 +58,7 @@ class _Branches(nn.Module):
 
 def test_a_model_that_cannot_be_traced_exactly_stays_plain_and_ready_to_train():
     model = _Branches()
-    assert _traced(model, (4,)) is None
+    assert traced(model, (4,)) is None
     assert model.training and model.fc.training
 
 

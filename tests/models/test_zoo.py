@@ -17,10 +17,46 @@ TEXTS = ("lstm", "transformer")
         ("resnet8_gn", (3, 32, 32), 432 + 4608 + 13824 + 55296 + 512 + 2048 + 2 * (16 + 32 + 64 + 128) + 650),
         ("cnn_large", (1, 28, 28), 832 + 51264 + 3136 * 512 + 512 + 5130),
         ("vgg9", (3, 32, 32), 896 + 18496 + 73856 + 147584 + 295168 + 590080 + 4096 * 512 + 512 + 262656 + 5130),
+        ("resnet20_gn", (3, 32, 32), 272_282),
+        ("resnet18_gn", (3, 32, 32), 11_173_962),
+        ("mobilenetv2_gn", (3, 32, 32), 2_236_682),
+        ("alexnet", (3, 32, 32), 35_855_178),
     ],
 )
 def test_models_have_the_parameters_of_hand_arithmetic(name, shape, parameters):
     assert sum(p.numel() for p in build(name, shape, 10, {}).parameters()) == parameters
+
+
+def test_the_parameters_of_the_larger_models_are_those_of_hand_arithmetic():
+    # A block of two convolutions and two norms; then a stage of n blocks, whose first has a shortcut if it widens.
+    def stage(before, after, blocks, shortcut_norm):
+        first = 9 * before * after + 9 * after**2 + 4 * after
+        widens = before * after + 2 * after * shortcut_norm if before != after else 0
+        return first + widens + (blocks - 1) * (18 * after**2 + 4 * after)
+
+    stages = [(16, 16), (16, 32), (32, 64)]
+    assert 432 + 32 + sum(stage(*each, 3, 0) for each in stages) + 650 == 272_282
+    stages = [(64, 64), (64, 128), (128, 256), (256, 512)]
+    assert 27 * 64 + 128 + sum(stage(*each, 2, 1) for each in stages) + 5130 == 11_173_962
+    # An inverted residual: wider by a factor, a convolution per channel, narrower; each with a norm.
+    total, before = 27 * 32 + 64, 32
+    for factor, after, blocks in ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)):
+        for _ in range(blocks):
+            wide = factor * before
+            total += (before + 2) * wide * (factor > 1) + 11 * wide + (wide + 2) * after
+            before = after
+    assert total + 322 * 1280 + 1281 * 10 == 2_236_682
+    convolutions = sum((9 * a + 1) * b for a, b in ((3, 64), (64, 192), (192, 384), (384, 256), (256, 256)))
+    connected = 2 * 4097 * 4096 + 4097 * 10
+    assert convolutions + connected == 35_855_178 and round(connected / 35_855_178, 2) == 0.94
+
+
+@pytest.mark.parametrize("name", ["resnet18_gn", "mobilenetv2_gn"])
+def test_torchvisions_models_have_group_norm_alone_and_need_no_torchvision(name):
+    built = build(name, (1, 28, 28), 10, {})
+    assert isinstance(built, torch.fx.GraphModule)
+    kinds = {type(part) for part in built.modules()}
+    assert nn.GroupNorm in kinds and not kinds & {nn.BatchNorm2d, nn.Dropout} and not list(built.buffers())
 
 
 def test_models_of_texts_have_the_parameters_of_hand_arithmetic():

@@ -63,7 +63,9 @@ def test_what_is_set_for_training_is_taken_back():
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mlp", "cnn", "lenet5", "resnet8_gn", "vgg9", "torchvision:resnet18"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", "lenet5", "resnet8_gn", "mobilenetv2_gn", "vgg9", "torchvision:resnet18"]
+)
 def test_a_clients_round_is_near_the_cpus_and_the_same_again(name):
     found = []
     with reproducible("cuda"):
