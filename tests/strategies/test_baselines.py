@@ -238,8 +238,7 @@ def test_fedhq_gives_levels_by_budget_and_weights_by_error():
     # Bytes at b bits: 121 + 162.5 b (a layer's are whole: 13, 50, 100 a bit). Budgets 446, 892, 1421: 2, 4 (of 1, 2, 3,
     # 4, 6, 8: 6 would take 1099), 8.
     assert [levels(plans[c])[0] for c in (0, 3, 6)] == [2, 4, 8]
-    weights = [plan.weight for plan in plans.values()]
-    assert shares_of(cohort(), weights) == pytest.approx([0.1, 0.2, 0.7])
+    assert shares_of(cohort(), [plan.weight for plan in plans.values()]) == pytest.approx([0.1, 0.2, 0.7])
     x = vector()
     strategy.learn(0, news(update=x))
     for bits, q in strategy.errors.items():
@@ -249,8 +248,7 @@ def test_fedhq_gives_levels_by_budget_and_weights_by_error():
         bound = sum(len(p) * step**2 / 4 for p, step in zip(pieces, steps, strict=True))
         energy = sum(float(p.square().sum()) for p in pieces)
         assert 0 < q < 1.2 * bound / energy
-    q = strategy.errors
-    wanted = np.array([10 / (1 + q[2]), 20 / (1 + q[4]), 70 / (1 + q[8])])
+    wanted = np.array([samples / (1 + strategy.errors[bits]) for samples, bits in ((10, 2), (20, 4), (70, 8))])
     weights = [plan.weight for plan in strategy.plan(0, cohort()).values()]
     assert shares_of(cohort(), weights) == pytest.approx(wanted / wanted.sum())
     # Of those that answered alone: the shares still add up to one, and the coarse client has less than its samples ask.
