@@ -18,6 +18,7 @@ from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.federation.cohorts import require_deadline
 from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
 from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.task import Parts, Task, Workplace, prepare
 from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.hosts.ray import session
@@ -54,6 +55,7 @@ def simulate(
     rundir.require_trackable(config)
     task = prepare(config, parts)
     require_deadline(task)
+    selection_of(task)  # reports a wrong one before anything is written
     _require_host(task, parts.strategy)
     place = Workplace(task)
     make(place.setting, parts.strategy)  # reports a wrong strategy before anything is written

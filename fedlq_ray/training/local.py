@@ -85,7 +85,7 @@ def client_round(
     round: int,
     client: int,
     custom: Family | None = None,
-    step: int | None = None,
+    step: int = 0,
 ) -> tuple[Reply, Tensor | None]:
     """Runs one client's round: (weights, memory, plan, seed) to (payload, memory).
 
@@ -96,7 +96,7 @@ def client_round(
         memory: as `own.packed` returns it: of error feedback, (d,) float32, or with a state; None before the first.
         samples: to train on; the update, except buffers, is scaled to the base work (FedNova).
         custom: the user's quantizer by level, if any.
-        step: of the server; it decides the learning rate. None: the round.
+        step: of the server; it decides the learning rate.
     Returns:
         The reply, and the new memory (None without error feedback and state).
     Raises:
@@ -109,8 +109,8 @@ def client_round(
         # Dropout, users' models and users' quantizers draw from the global generators.
         with seeded(seed, "model", round, client, gpus=gpus):
             model.load(weights)
-            work = {"normalise": normalise, "samples": samples, "rng": numpy_rng(seed, "batches", round, client)}
-            work["step"] = round if step is None else step
+            rng = numpy_rng(seed, "batches", round, client)
+            work = {"normalise": normalise, "samples": samples, "rng": rng, "step": step}
             loss, state = _train(trainer, x, y, work, state, round, client)
             trained = model.read()  # the rest is the same for every training device
             _require_finite(trained, model.layers, round, client)
