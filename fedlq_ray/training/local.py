@@ -123,7 +123,6 @@ def client_round(
             payload, received = send(
                 sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
             )
-        lost = sent - received
         memory = packed(kept.after(sent, received, before), state, before)
         encode_s = time.perf_counter() - started
     except ClientError:
@@ -132,7 +131,9 @@ def client_round(
         raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
         raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, samples, _square(lost), encode_s, moved, _square(update), memory is not None)
+    reply = Reply(
+        payload, loss, samples, _square(sent - received), encode_s, moved, _square(update), memory is not None
+    )
     return reply, memory
 
 
