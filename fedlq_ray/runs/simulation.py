@@ -220,7 +220,7 @@ def _finish(task: Task, folder: Path, records: list[Record], ended: Ended, timin
     summary: dict[str, Any] = {}
     if ended.completed:
         rundir.describe_test_clients(folder, task, ended.of_clients)
-        summary = rundir.summarise(task.config, records, rundir.sha256(weights), task.problem.goal)
+        summary = rundir.summarise(task.config, records, rundir.sha256(weights), task.problem.goal, ended.under_way)
         write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         storage.clear(folder, task.config)
     return Outcome(records, summary, weights, folder)
