@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 class DataConfig(Section):
     name: Text = key(
         "digits",
-        "digits, shakespeare, diabetes, fashion-mnist, mnist, cifar10, cifar100, npz, leaf, table, or your own as "
+        "digits, shakespeare, diabetes, fashion-mnist, mnist, cifar10, cifar100, npz, leaf, table, hf, or your own as "
         "module:function",
     )
     path: Text | None = key(None, "file or folder of the data; required for npz, else searched in the usual places")
@@ -151,6 +151,9 @@ class TrainConfig(Section):
         1.0, "above 1, a cohort's members train for equally long: from 1 / sqrt(w) to w times the base, "
         "sqrt(w) in the mean; updates are normalised by work (FedNova)", ge=1, le=100,
     )  # fmt: skip
+    augment: Literal["none", "flip", "crop", "flip_crop"] = key(
+        "none", "random changes of training images: flip left and right, or shift by up to 4 pixels (pad and crop)"
+    )
     max_samples: int | None = key(None, "maximum samples per pass, drawn again each round", unit="samples", ge=1)
 
 

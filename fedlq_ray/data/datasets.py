@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlq_ray.config import parts
 from fedlq_ray.data.arrays import ARRAYS, CLIENTS, Array, Dataset, as_dataset
-from fedlq_ray.data.readers import leaf, table
+from fedlq_ray.data.readers import hugging_face, leaf, table
 from fedlq_ray.data.text import shakespeare
 from fedlq_ray.errors import ConfigError, first_line
 from fedlq_ray.files import expand
@@ -182,6 +182,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "npz": _npz,
     "leaf": leaf,
     "table": table,
+    "hf": hugging_face,
 }
 
 

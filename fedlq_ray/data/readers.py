@@ -1,4 +1,4 @@
-"""Readers of data that name their clients: LEAF's folders, and tables with a client column."""
+"""Readers of data that name their clients: LEAF's folders, tables, and folders of Hugging Face's `datasets`."""
 
 import json
 from collections.abc import Sequence
@@ -114,6 +114,92 @@ def table(
     x, y = features.to_numpy(np.float32), rows[targets if len(targets) > 1 else targets[0]].to_numpy()
     made: dict[str, Any] = {"x_train": x[~held], "y_train": y[~held], "x_test": x[held], "y_test": y[held]}
     return made | ({"clients_train": ids[~held], "clients_test": ids[held]} if client else {})
+
+
+def hugging_face(
+    path: str | None,
+    target: str = "label",
+    features: str | Sequence[str] | None = None,
+    client: str | None = None,
+    test: str | float | None = None,
+) -> dict[str, Any]:
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` of Hugging Face's `datasets` wrote.
+
+    Args:
+        target: the column to predict.
+        features: the column of samples (images, or arrays of one shape), or several columns of numbers; None: all but
+            the target's and the client's.
+        client: the column that says whose sample a row is.
+        test: the split to test on, or the share of each client's rows, the last ones. None: the split `test`, or a
+            fifth if there is none. The split `train` is trained on.
+    Raises:
+        ConfigError: the library is missing, the folder cannot be read, or lacks a split or column.
+    """
+    try:
+        import datasets
+    except ImportError as exc:
+        raise ConfigError(
+            "data.name=hf needs the library datasets, which is not installed: pip install 'fedlq-ray[hf]'"
+        ) from exc
+    if path is None:
+        raise ConfigError("data.path: data.name=hf needs a folder that save_to_disk wrote")
+    try:
+        found = datasets.load_from_disk(path)
+    except Exception as exc:  # the library raises many kinds
+        raise ConfigError(f"data.path: {path}: is not a folder that save_to_disk wrote ({first_line(exc)})") from exc
+    splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    named = test if isinstance(test, str) else "test" if test is None and "test" in splits else None
+    for split in ("train", *([named] if named else [])):
+        if split not in splits:
+            raise ConfigError(f"data.path: {path} has no split {split!r}; it has {', '.join(splits)}")
+    columns = [features] if isinstance(features, str) else None if features is None else list(features)
+    read = {
+        part: _columns(splits[split].with_format("numpy"), path, target, columns, client)
+        for part, split in (("train", "train"), *([("test", named)] if named else []))
+    }
+    if "test" not in read:
+        share = 0.2 if test is None else test
+        if isinstance(share, str) or not 0 < share < 1:
+            raise ConfigError(f"data.args: test must be the name of a split or between 0 and 1, got {share!r}")
+        x, y, ids = read["train"]
+        held = _last(ids, share)
+        read = {"train": (x[~held], y[~held], ids[~held]), "test": (x[held], y[held], ids[held])}
+    made = {f"{name}_{part}": one for part, own in read.items() for name, one in zip("xy", own[:2], strict=True)}
+    return made | ({f"clients_{part}": own[2] for part, own in read.items()} if client else {})
+
+
+def _columns(
+    rows: Any, path: str, target: str, features: list[str] | None, client: str | None
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The samples, the targets, and whose sample each is, of a split in NumPy's format."""
+    names = list(rows.column_names)
+    chosen = [n for n in names if n not in (target, client)] if features is None else features
+    for name in (target, *chosen, *([client] if client else [])):
+        if name not in names:
+            raise ConfigError(f"data.args: {path} has no column {name!r}; it has {', '.join(names)}")
+    if not chosen or not len(rows):
+        raise ConfigError(f"data.path: {path}: has no rows, or no features but {target}")
+    read = [_array(rows, name, path) for name in chosen]
+    if len(read) > 1 and any(one.ndim > 1 for one in read):
+        raise ConfigError(
+            f"data.args: {path}: several columns are features, and one holds arrays; name one of "
+            f"{', '.join(chosen)} as features"
+        )
+    x = read[0] if len(read) == 1 else np.stack(read, 1)
+    ids = np.array([str(one) for one in rows[client]]) if client else np.full(len(rows), "")
+    return (x[:, None] if x.ndim == 1 else x), _array(rows, target, path), ids
+
+
+def _array(rows: Any, name: str, path: str) -> NDArray[Any]:
+    """A column of numbers, arrays or images, which all have one shape."""
+    values = rows[name][:]
+    try:
+        found = np.stack([np.asarray(one) for one in values])
+    except ValueError as exc:
+        raise ConfigError(f"data.path: {path}: the rows of column {name!r} are not of one shape") from exc
+    if found.dtype.kind not in "iufb":
+        raise ConfigError(f"data.path: {path}: column {name!r} is not numeric; encode texts first, with Dataset.map")
+    return found
 
 
 def _last(ids: NDArray[Any], share: float) -> NDArray[np.bool_]:

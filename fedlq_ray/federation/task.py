@@ -29,6 +29,7 @@ from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure
 from fedlq_ray.strategies import GivenStrategy, Probe, Setting
 from fedlq_ray.training import own
+from fedlq_ray.training.augment import require_images
 from fedlq_ray.training.local import Evaluation, Plan, Reply, Trainer, client_round, evaluate
 from fedlq_ray.training.own import GivenLocal, Local, OwnTraining
 from fedlq_ray.training.sgd import LocalSGD
@@ -128,6 +129,7 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
             dataset = as_dataset(parts.data, layout=how.layout, problem=problem)
         else:
             dataset = load(how.name, how.path, how.args, how.layout, problem)
+    require_images(config.train.augment, dataset.input_shape)
     count, strata = len(dataset.y_train), problem.strata(dataset.y_train)
     split = partition(count, strata, dataset.clients_train, how, clients=config.clients.count, seed=config.seed)
     _require_cohort(config, split)

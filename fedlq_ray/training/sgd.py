@@ -14,6 +14,7 @@ from torch import Tensor
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.models import FlatModel
 from fedlq_ray.problems import Classification, Problem
+from fedlq_ray.training.augment import augmented
 
 _WARM_UP = 3  # steps before recording, in which libraries choose their kernels and allocate their memory
 
@@ -74,14 +75,18 @@ class Batches:
     ) -> None:
         self._x, self._y, self._normalise, self._size = x, y, normalise, settings.batch_size
         self._orders = [rng.permutation(len(y))[:size] for size in _passes(len(y), samples, settings)]
+        self._how = settings.augment
+        self._seed = 0 if self._how == "none" else int(rng.integers(2**63))
         self.seen = sum(map(len, self._orders))
 
     def __len__(self) -> int:
         return sum(len(batch_sizes(len(order), self._size)) for order in self._orders)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for order in self._orders:
+        for number, order in enumerate(self._orders):
             inputs = self._normalise(self._x[order])
+            if self._how != "none":
+                inputs = augmented(inputs, self._how, np.random.default_rng([self._seed, number]))
             targets = torch.from_numpy(self._y[order]).to(inputs.device)
             for batch in _batches(len(order), self._size):
                 yield inputs[batch], targets[batch]
