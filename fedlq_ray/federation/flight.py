@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +42,7 @@ class Flight:
         link: the client's profile in this flight.
         offer: the model that it fetches.
         sends: whether it has a plan; without one it fetches nothing, and ends at once.
-        job: what it trains and sends; None if it has no plan or drops out.
+        job: what it trains and sends; None if it has no plan, drops out, or leaves before it could send anything.
     """
 
     member: Member
@@ -114,10 +114,9 @@ class Ended:
 def depart(
     task: Task, member: Member, dispatch: int, version: int, start_s: float, offer: Offer, plan: Plan | None
 ) -> Flight:
-    """A client's flight."""
+    """A client's flight. A client that drops out, or leaves before it could send anything, does not train."""
     client = member.client
-    answers = plan is not None and not cohorts.drops_out(task, dispatch, client)
-    return Flight(
+    flight = Flight(
         member=member,
         dispatch=dispatch,
         version=version,
@@ -126,8 +125,11 @@ def depart(
         link=conditions(task.profiles[client], seed=task.config.seed, round=dispatch, client=client),
         offer=offer,
         sends=plan is not None,
-        job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member), version) if plan and answers else None,
+        job=None,
     )
+    if plan is None or cohorts.drops_out(task, dispatch, client) or earliest_s(task, flight) > flight.leaves_s:
+        return flight
+    return replace(flight, job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member), version))
 
 
 def samples(task: Task, flight: Flight) -> int:
@@ -155,7 +157,7 @@ def earliest_s(task: Task, flight: Flight) -> float:
 
 def end(task: Task, flight: Flight) -> Ended | None:
     """How a flight ends unless it is stopped; None if that is not known before the host answers."""
-    if flight.awaited and earliest_s(task, flight) <= flight.leaves_s:
+    if flight.awaited:
         return None
     how: End = "dropped_out" if flight.sends else "idle"
     sent = 0

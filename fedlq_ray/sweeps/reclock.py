@@ -32,6 +32,8 @@ def key(config: Config) -> str:
 
 def reclockable(config: Config) -> bool:
     """Whether training is independent of the clock."""
+    if not config.synchronous:  # the clock decides which updates a step has, and which clients are there
+        return False
     if (
         config.train.adaptive_work > 1 or getattr(config.strategy, "budget", None) == "deadline"
     ):  # late clients may be left out

@@ -8,64 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from untrained import SMALL, Untrained, records_of, steps_of, timed_task
 
 from fedlq_ray import simulate
 from fedlq_ray.config.load import load
-from fedlq_ray.errors import ClientError, ConfigError
-from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.host import Answer
+from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Workplace, prepare
-from fedlq_ray.hosts.serial import SerialHost
-from fedlq_ray.quantization import encode
+from fedlq_ray.federation.task import Workplace
 from fedlq_ray.runs.checkpoint import pack, unpack
 from fedlq_ray.strategies import make
-from fedlq_ray.training.local import Reply
-
-SMALL = [
-    "clients.hosting=serial", "tracking.uri=null", "target=null", "evaluate_every=1000", "network.uplink_free=true",
-    "strategy.name=fedavg", "model.name=mlp", "model.args.hidden=[2]", "train.max_samples=16",
-]  # fmt: skip
-
-
-class Untrained(SerialHost):
-    """Answers with a payload of the client's number, untrained, and the next job by `pick`."""
-
-    def __init__(self, task, pick=lambda n: 0):
-        super().__init__(task)
-        self.pick, self.trained, self.failing = pick, Counter(), set()
-
-    def result(self):
-        job, weights, _ = self.waiting.pop(self.pick(len(self.waiting)))
-        self.trained[job.key] += 1
-        if job.key in self.failing:
-            return Answer(job, ClientError("it fails", round=job.round, client=job.client), None)
-        sent = torch.full((len(weights),), 1e-3 * (1 + job.client))
-        where = {"kind": "update", "round": job.round, "client": job.client, "rng": torch.Generator()}
-        return Answer(job, Reply(encode(sent, job.plan.segments, **where), 1.0, job.samples, 0.0, 0.0), None)
-
-
-def timed_task(seconds, *overrides):
-    """A task whose clients take so many seconds each, and nothing else takes time."""
-    count = len(seconds)
-    made = prepare(load(None, [*SMALL, f"clients.count={count}", f"clients.cohort={count}", *overrides]))
-    made = replace(made, flops=1e9)  # so that quotients are exact
-    samples = [cohorts.samples_of_member(made, cohorts.member(made, client, 0)) for client in range(count)]
-    profiles = [
-        replace(profile, compute_gflops=own / wanted)
-        for profile, own, wanted in zip(made.profiles, samples, seconds, strict=True)
-    ]
-    return replace(made, profiles=profiles)
-
-
-def steps_of(task, host=None, state=None):
-    strategy = make(Workplace(task).setting)
-    return list(run(task, strategy, host or Untrained(task), state or begin(task, strategy), Timing()))
-
-
-def records_of(task, host=None, state=None):
-    return [step.record for step in steps_of(task, host, state)]
 
 
 def test_two_clients_and_a_step_per_update_have_these_times_and_this_staleness():
