@@ -294,12 +294,12 @@ def config(folder: Path, out: str, **sections) -> Config:
 
 @pytest.fixture
 def there(tmp_path):
-    """Each client comes for 0.3 to 1 s, over and over."""
+    """Each client comes for 0.05 to 0.3 s, over and over."""
     rng = np.random.default_rng(3)
     with (tmp_path / "there.csv").open("w", encoding="utf-8") as file:
         file.write(HEADER)
         for client in range(8):
-            ends = np.cumsum(rng.uniform(0.3, 1.0, 200)).round(3)
+            ends = np.cumsum(rng.uniform(0.05, 0.3, 400)).round(3)
             file.writelines(f"{client},{a},{b}\n" for a, b in zip(ends[::2], ends[1::2], strict=True))
     return tmp_path
 
