@@ -215,6 +215,10 @@ class NetworkConfig(Section):
         gt=0,
         le=32,
     )
+    bandwidth: Text | None = key(
+        None, "a CSV of rates over time, with columns client, t_s, uplink_mbps and downlink_mbps, which hold from t_s "
+        "on; strategies plan with the profiles; null: the rates of the profiles", affects="clock",
+    )  # fmt: skip
     uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit", affects="clock")
 
 

@@ -201,16 +201,13 @@ def availability(config: Config, count: int, names: Sequence[str] | None) -> tup
 
 def _read(path: str, count: int, names: Sequence[str] | None) -> Intervals:
     """Reads a user's file: `client` (number, or id if the data has ids), `from_s` and `to_s`, rows in any order."""
-    numbers = {name: client for client, name in enumerate(names or map(str, range(count)))}
-    known = f"0 to {count - 1}" if names is None else f"the ids in clients.csv, such as {names[0]!r}"
+    known = rows.Clients(count, names)
     of_clients: list[list[tuple[float, float, str]]] = [[] for _ in range(count)]
     columns = ("client", "from_s", "to_s")
     for where, row in rows.read(path, _KEY, required=columns, instead="always, daily or a CSV file"):
-        client = numbers.get(row["client"].strip())
-        if client is None:
-            raise ConfigError(f"{where}, column client: there is no client {row['client'].strip()!r}; known: {known}")
-        start, stop = _seconds(where, row, "from_s"), _seconds(where, row, "to_s")
-        if math.isinf(start) or stop <= start:
+        client, start = known.number(where, row), rows.amount(where, row, "from_s", "seconds, 0 or more")
+        stop = rows.amount(where, row, "to_s", "seconds, 0 or more, or inf", endless=True)
+        if stop <= start:
             raise ConfigError(f"{where}: to_s must be after from_s, got from_s={start:g}, to_s={stop:g}")
         of_clients[client].append((start, stop, where))
     for intervals in of_clients:
@@ -219,13 +216,3 @@ def _read(path: str, count: int, names: Sequence[str] | None) -> Intervals:
             if other < stop:
                 raise ConfigError(f"{where}: overlaps the client's interval from {start:g} to {stop:g} s")
     return Intervals(tuple(merged([(start, stop) for start, stop, _ in intervals]) for intervals in of_clients))
-
-
-def _seconds(where: str, row: dict[str, str], column: str) -> float:
-    try:
-        value = float(row[column])
-    except ValueError:
-        value = math.nan
-    if not value >= 0:
-        raise ConfigError(f"{where}, column {column}: must be seconds, 0 or more, or inf, got {row[column]!r}")
-    return value

@@ -2,7 +2,8 @@
 
 import csv
 import difflib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 from fedlq_ray.errors import ConfigError
 
@@ -59,3 +60,39 @@ def _header(where: str, cells: Sequence[str], needed: Sequence[str], optional: S
     if len(set(header)) < len(header):
         raise ConfigError(f"{where}: a column occurs twice, got {', '.join(header)}")
     return header
+
+
+class Clients:
+    """The clients that a file's column `client` may name: by number, or by id if the data has ids."""
+
+    def __init__(self, count: int, names: Sequence[str] | None) -> None:
+        self._numbers = {name: client for client, name in enumerate(names or map(str, range(count)))}
+        self._known = f"0 to {count - 1}" if names is None else f"the ids in clients.csv, such as {names[0]!r}"
+
+    def number(self, where: str, row: Mapping[str, str]) -> int:
+        """The client's number. Raises ConfigError if there is no such client."""
+        name = row["client"].strip()
+        if name not in self._numbers:
+            raise ConfigError(f"{where}, column client: there is no client {name!r}; known: {self._known}")
+        return self._numbers[name]
+
+
+def amount(
+    where: str, row: Mapping[str, str], column: str, rule: str, *, above: bool = False, endless: bool = False
+) -> float:
+    """A cell's number, at least 0.
+
+    Args:
+        rule: what it must be, for messages.
+        above: whether it must be more than 0.
+        endless: whether it may be inf.
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        value = float(row[column])
+    except ValueError:
+        value = math.nan
+    if not value >= 0 or above and not value or not endless and math.isinf(value):
+        raise ConfigError(f"{where}, column {column}: must be {rule}, got {row[column]!r}")
+    return value

@@ -18,6 +18,7 @@ from fedlq_ray.config.settings import ClientsConfig
 from fedlq_ray.data import Dataset, GivenData, Split, as_dataset, hold_out, inputs, load, partition
 from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.federation.availability import Always, Availability, availability
+from fedlq_ray.federation.bandwidth import Bandwidth, bandwidth
 from fedlq_ray.federation.profiles import Profile, load_profiles
 from fedlq_ray.federation.trial import try_step
 from fedlq_ray.files import expand
@@ -65,6 +66,7 @@ class Task:
     notes: tuple[str, ...] = ()
     local: Local | None = None
     availability: Availability = Always()
+    bandwidth: Bandwidth = Bandwidth()
 
     @property
     def always_available(self) -> bool:
@@ -155,7 +157,7 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     notes = (dataset.description, *([split.note] if split.note else []), *said)
     return Task(
         config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, problem, statistics, names,
-        notes, local, available,
+        notes, local, available, bandwidth(config.network.bandwidth, profiles, names),
     )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ def key(config: Config) -> str:
 
 def reclockable(config: Config) -> bool:
     """Whether training is independent of the clock."""
+    if config.network.bandwidth is not None:  # the clock of a round depends on those before it
+        return False
     if not config.synchronous:  # the clock decides which updates a step has, and which clients are there
         return False
     if (
