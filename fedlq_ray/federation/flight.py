@@ -172,7 +172,8 @@ def _transferred(task: Task, flight: Flight, way: Literal["uplink", "downlink"],
     """Bytes of a transfer so long after it began: none while its latency lasts."""
     latency_s = flight.link.latency_ms / 1e3
     if (rates := task.bandwidth.of_clients.get(flight.client)) is None:
-        return math.floor(max(0.0, for_s - latency_s) * getattr(flight.link, f"{way}_mbps") * 1e6 / 8)
+        mbps: float = getattr(flight.link, f"{way}_mbps")
+        return math.floor(max(0.0, for_s - latency_s) * mbps * 1e6 / 8)
     course: Course = getattr(rates, way)
     return math.floor(course.megabits(at_s + latency_s, at_s + for_s) * _factor(task, flight) * 1e6 / 8)
 
