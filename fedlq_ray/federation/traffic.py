@@ -8,6 +8,7 @@ that has yet to be answered can end before it, so real time changes nothing, and
 
 import heapq
 import math
+from collections import Counter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,6 +21,9 @@ from fedlq_ray.federation.host import Answer, Host
 from fedlq_ray.federation.planning import Rules, plan
 from fedlq_ray.federation.state import ServerState
 
+FRUITLESS = (
+    2000  # flights in a row without an update, after which a step will never come: at a dropout of 0.99, p = 2e-9
+)
 Landings = dict[tuple[int, int], Landing]  # of jobs that the host has yet to answer, by (dispatch, client)
 
 
@@ -211,6 +215,12 @@ class Traffic:
             self.arrived += 1
             if (answer := flight.landing.answer) and answer.memory is not None:
                 self.memories[flight.client] = answer.memory
+        if not self.arrived and len(self.ended) >= FRUITLESS:
+            how = ", ".join(f"{name}: {n}" for name, n in sorted(Counter(e.how for e in self.ended).items()))
+            raise FedLQError(
+                f"step {self.state.round}: {FRUITLESS} clients were asked since the last step, and no update arrived "
+                f"({how}); look at clients.availability and clients.dropout"
+            )
 
     def close(self) -> list[Ended]:
         """Stops the flights that this step makes too stale; all that have ended since the last step, in order."""

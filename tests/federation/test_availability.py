@@ -236,6 +236,19 @@ def test_asynchronous_clients_are_asked_as_they_come():
     assert records[2].client_end == ["arrived", "left"]
 
 
+@pytest.mark.parametrize(("own", "how"), [("clients.dropout=1", "dropped_out"), ("clients.dropout=0", "left")])
+def test_a_run_in_which_no_update_ever_arrives_ends_with_an_error(own, how):
+    free = ["server.buffer=2", "server.max_staleness=null", "rounds=2", own]
+    short = [(t, t + 0.5) for t in range(3000)]
+    task = timed_task([1.0, 2.0], *free)
+    with pytest.raises(FedLQError) as caught:
+        records_of(with_times(task, short, short) if how == "left" else task)
+    assert str(caught.value) == (
+        f"step 0: 2000 clients were asked since the last step, and no update arrived ({how}: 2000); "
+        "look at clients.availability and clients.dropout"
+    )
+
+
 AIR = st.fixed_dictionaries(
     {
         "buffer": st.sampled_from([None, 1, 2]),
