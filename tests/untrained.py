@@ -1,4 +1,4 @@
-"""Flights on the clock without training: tasks whose clients take given times, and a host that trains nothing."""
+"""Runs whose clients take exact times and are not trained, for tests of the clock and of who is asked."""
 
 from collections import Counter
 from dataclasses import replace

@@ -210,6 +210,9 @@ def _row(label: str, runs: Sequence[Finished], outcome: Outcome) -> Row:
             found = done if len(done) == len(runs) or not metric.of_all else []
             known = [None if (value := metric.of_run(summary)) is None else value / metric.per for summary in found]
             values[metric.name] = Spread.of(known)
+        if metric.of_records:
+            whole = [metric.of_records(run.records) for run in runs if run.summary is not None and run.records]
+            values[metric.name] = Spread.of(whole)
     if goal != Goal():
         values[f"final_{goal.metric}"] = Spread.of([summary.get(f"final_{goal.metric}") for summary in done])
     return Row(

@@ -212,9 +212,9 @@ def _layer_client_bits(run: Finished, layers: Sequence[str]) -> NDArray[np.float
         if not record.client_bits_per_parameter:
             return None
         found = np.array([record.client_bits_per_parameter[layer] for layer in layers], float)
-        members = record.cohort
-        total[:, members] += np.nan_to_num(found)
-        times[:, members] += np.isfinite(found)
+        for column, client in enumerate(record.cohort):  # who may occur twice
+            total[:, client] += np.nan_to_num(found[:, column])
+            times[:, client] += np.isfinite(found[:, column])
     return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
 
 
@@ -294,6 +294,7 @@ def _of_significance(run: Finished) -> tuple[str, str]:
 
 def timelines(runs: Runs) -> list[Shown]:
     """Shows how clients spent one round of each run; it is the same round of the same seed for all runs."""
+    runs = {label: seeds for label, seeds in runs.items() if seeds[0].config.synchronous}  # the others: flights.py
     first = next((seeds[0] for seeds in runs.values() if seeds[0].records), None)
     if first is None:
         return []

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fedlq_ray import plots
-from fedlq_ray.analysis import bound, by_client, figures, svg, tables
+from fedlq_ray.analysis import bound, by_client, figures, flights, svg, tables
 from fedlq_ray.analysis.compare import CONFIDENCE, Row
 from fedlq_ray.analysis.figures import Runs, Shown
 from fedlq_ray.analysis.runs import by_population
@@ -122,6 +122,8 @@ def _behaviour(runs: Runs, where: str) -> list[str]:
     shown = figures.significance(runs)
     if shown:
         parts += ["<h2>Significance by layer</h2>", _grid(shown, f"significance{where}")]
+    if flown := flights.shown(runs):
+        parts += ["<h2>Clients under way</h2>", _grid(flown, f"flights{where}")]
     if charged := bound.shown(runs):
         parts += ["<h2>Convergence bound against training</h2>", _grid([charged], f"bound{where}")]
     shown = figures.timelines(runs)

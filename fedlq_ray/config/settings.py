@@ -86,6 +86,11 @@ class ClientsConfig(Section):
         {}, "Ray's labels that an actor's node must have, such as {market-type: spot}", affects="nothing"
     )
     profiles: Text = key("mixed", "a population's name, or a CSV with one row per client", affects="clock")
+    selection: Text = key(
+        "random",
+        "which idle clients are asked: random, oort, tifl, power_of_choice, fastest, or your own as module:class",
+    )
+    selection_args: Args = key({}, "arguments of the selection")
     availability: Text = key(
         "always",
         "when clients are there: always; daily, a pattern with the settings of `daily`; or a CSV with columns client, "

@@ -45,7 +45,9 @@ def member(task: Task, client: int, downlink_bytes: int) -> Member:
     )
     latency = 0.0 if network.uplink_free else profile.latency_ms / 1e3
     rate = math.inf if network.uplink_free else profile.uplink_mbps * 1e6 / 8
-    return Member(client, samples, time.total_s + latency, rate, updates=task.config.updates)
+    server = task.config.server
+    server_lr = server.lr if server.optimizer == "none" else 1.0
+    return Member(client, samples, time.total_s + latency, rate, updates=task.config.updates, server_lr=server_lr)
 
 
 def require_deadline(task: Task) -> None:

@@ -69,6 +69,7 @@ class Ended:
         completed: all configured rounds are done, or the target is reached.
         timing: wall seconds by name.
         tracked: MLflow's error, or None.
+        under_way: clients whose flights had not ended.
         of_clients: the main metric by the test samples' client, of a completed run's weights; empty if they have none.
     """
 
@@ -76,6 +77,7 @@ class Ended:
     completed: bool
     timing: dict[str, list[float]]
     tracked: str | None
+    under_way: int = 0
     of_clients: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -1,6 +1,6 @@
 """Every metric of a run, in one table: MLflow's names, docs/metrics.md and the columns of comparisons come from it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ class Metric:
         of_layers: the same for a metric of each layer, by layer's name.
         of_names: several metrics with names of their own.
         of_run: the value of a finished run.
+        of_records: the value of a finished run, in `unit`, where its summary does not have it.
         sums: the value of a round is added to those of the rounds before.
         per: the divisor that turns a value into `unit`.
         of_all: a comparison has it only where every seed finished.
@@ -32,6 +33,7 @@ class Metric:
     of_layers: Callable[[Record], Mapping[str, float]] | None = None
     of_names: Callable[[Record], Mapping[str, float]] | None = None
     of_run: Callable[[Summary], float | None] | None = None
+    of_records: Callable[[Sequence[Record]], float | None] | None = None
     sums: bool = False
     per: float = 1
     of_all: bool = False
@@ -41,6 +43,32 @@ class Metric:
     def shown(self) -> str:
         """The name in documents."""
         return f"{self.name}/LAYER" if self.of_layers else self.name
+
+
+def waiting_s(record: Record) -> float | None:
+    """Seconds that a client whose update arrived waits for the step, mean; None if none arrived, or it is not known."""
+    times = zip(record.client_download_s, record.client_compute_s, record.client_upload_s, strict=True)
+    took = [sum(own) for own in times]
+    if record.client_end:
+        ends = zip(record.client_start_s, took, record.client_end, strict=True)
+        waited = [record.sim_time_s - start - own for start, own, how in ends if how == "arrived"]
+    else:
+        waited = [
+            max(took) - own for client, own in zip(record.cohort, took, strict=False) if client in record.answered
+        ]
+    return mean(waited)
+
+
+def staleness(record: Record) -> float | None:
+    """Mean staleness of the updates that arrived; None if none did, or the run is synchronous."""
+    each = zip(record.client_staleness, record.client_end, strict=True)
+    return mean(old for old, how in each if how == "arrived")
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the known values; None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 METRICS = (
@@ -107,6 +135,32 @@ METRICS = (
         per=1e6,
     ),
     Metric("round_uplink_mb", "MB", "payloads of this round", of_round=lambda r: r.uplink_bytes, per=1e6),
+    Metric(
+        "waiting_s",
+        "s",
+        "how long a client whose update arrived waited for the server's step, mean over the clients of the step. In a "
+        "synchronous run, that is for the slowest; it shows what stragglers cost",
+        of_round=lambda r: waiting_s(r),
+        of_records=lambda rs: mean(waiting_s(r) for r in rs),
+    ),
+    Metric(
+        "staleness",
+        "steps",
+        "steps that the server took while the clients of this step's updates were under way, mean; only where a step "
+        "does not wait for all",
+        of_round=lambda r: staleness(r),
+        of_records=lambda rs: mean(staleness(r) for r in rs),
+    ),
+    Metric(
+        "wasted_mb",
+        "MB",
+        "bytes so far, in both directions, of clients that were under way and whose update did not arrive; only where "
+        "a step does not wait for all. `uplink_mb` and `downlink_mb` include them",
+        of_round=lambda r: r.wasted_bytes,
+        of_records=lambda rs: None if rs[-1].wasted_bytes is None else sum(r.wasted_bytes or 0 for r in rs) / 1e6,
+        sums=True,
+        per=1e6,
+    ),
     Metric(
         "bits_per_parameter",
         "bits",

@@ -14,7 +14,8 @@ from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.downlink import Downlink, Shared
 from fedlq_ray.federation.flight import Flight, depart
-from fedlq_ray.federation.selection import Asking, Selection, chosen, selection_of
+from fedlq_ray.federation.selection import Asking, Selection, chosen
+from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task, Workplace
 from fedlq_ray.seeding import numpy_rng

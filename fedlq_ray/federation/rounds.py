@@ -24,7 +24,7 @@ from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.host import Future, Host
 from fedlq_ray.federation.planning import Rules, probe, shares_of
 from fedlq_ray.federation.record import Record
-from fedlq_ray.federation.selection import selection_of
+from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.server import Moments
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task

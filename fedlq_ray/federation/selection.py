@@ -41,6 +41,8 @@ class Selection(Generic[State]):
     The state is a plain value, as that of a strategy: `init` makes it, and `learn` returns the next one.
     """
 
+    timeless = False  # does not depend on any time; your own class must declare it
+
     def init(self) -> State:
         """The state before the first step."""
         return None  # type: ignore[return-value]  # a selection without state is a Selection[None]
@@ -57,6 +59,8 @@ class Selection(Generic[State]):
 class Uniformly(Selection[None]):
     """Draws clients uniformly, without replacement."""
 
+    timeless = True
+
     def choose(self, state: None, asking: Asking) -> Sequence[int]:
         drawn: list[int] = asking.rng.choice(asking.idle, asking.count, replace=False).tolist()
         return drawn
@@ -68,21 +72,20 @@ def draw(task: Task, dispatch: int) -> list[int]:
     return chosen(Uniformly(), None, Asking(idle, task.clients.cohort, dispatch, 0.0, rng))
 
 
-def selection_of(task: Task) -> Selection:
-    """The selection that the settings name."""
-    return Uniformly()
-
-
 def chosen(selection: Selection, state: Any, asking: Asking) -> list[int]:
     """The clients that a selection asks, ascending.
 
     Raises:
-        FedLQError: it chose clients that are not idle, one twice, or another number of them.
+        FedLQError: it failed, or chose clients that are not idle, one twice, or another number of them.
     """
-    found = sorted(int(client) for client in selection.choose(state, asking))
+    where = f"step {asking.step}: {type(selection).__name__}.choose"
+    try:
+        found = sorted(int(client) for client in selection.choose(state, asking))
+    except Exception as exc:  # a user's selection may raise anything
+        raise FedLQError(f"{where} failed: {type(exc).__name__}: {exc}") from exc
     if len(set(found)) != asking.count or not np.isin(found, asking.idle).all():
         raise FedLQError(
-            f"step {asking.step}: {type(selection).__name__}.choose returned {found}; it must return {asking.count} "
-            f"different clients of the {len(asking.idle)} that are idle and available"
+            f"{where} returned {found}; it must return {asking.count} different clients of the {len(asking.idle)} that "
+            "are idle and available"
         )
     return found

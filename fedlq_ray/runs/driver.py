@@ -79,7 +79,7 @@ def drive(
         raise
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
-    yield Ended(state.weights.numpy(), completed, vars(timing), tracked, of_clients)
+    yield Ended(state.weights.numpy(), completed, vars(timing), tracked, len(state.flights), of_clients)
 
 
 def _of_clients(task: Task, host: Host, state: ServerState) -> Mapping[str, float]:

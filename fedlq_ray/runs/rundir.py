@@ -185,9 +185,15 @@ def sha256(weights: NDArray[np.float32]) -> str:
     return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
 
 
-def summarise(config: Config, records: list[Record], weights_sha256: str, goal: Goal = Goal()) -> dict[str, Any]:
-    """The summary of a completed run; bytes and times count from the first round. If the main metric is not accuracy,
-    `goal` says what it is."""
+def summarise(
+    config: Config, records: list[Record], weights_sha256: str, goal: Goal = Goal(), under_way: int = 0
+) -> dict[str, Any]:
+    """The summary of a completed run; bytes and times count from the first round.
+
+    Args:
+        goal: what the main metric is, if it is not accuracy.
+        under_way: clients whose flights had not ended.
+    """
     values = [r.main for r in records if r.main is not None]
     reached = next((r for r in records if goal.reaches(r.main, config.target)), None)
     return {
@@ -203,6 +209,8 @@ def summarise(config: Config, records: list[Record], weights_sha256: str, goal: 
         "config_sha256": digest(config),
         "bill": config.network.bill,
         **({} if goal == Goal() else {"goal": asdict(goal)}),
+        **({} if config.synchronous else {"wasted_bytes": sum(r.wasted_bytes or 0 for r in records)}),
+        **({} if config.synchronous else {"under_way": under_way}),
     }
 
 

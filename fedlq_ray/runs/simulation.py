@@ -18,6 +18,7 @@ from fedlq_ray.errors import ConfigError, FedLQError
 from fedlq_ray.federation.cohorts import require_deadline
 from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
 from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.task import Parts, Task, Workplace, prepare
 from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.hosts.ray import session
@@ -54,6 +55,7 @@ def simulate(
     rundir.require_trackable(config)
     task = prepare(config, parts)
     require_deadline(task)
+    selection_of(task)  # reports a wrong one before anything is written
     _require_host(task, parts.strategy)
     place = Workplace(task)
     make(place.setting, parts.strategy)  # reports a wrong strategy before anything is written
@@ -218,7 +220,7 @@ def _finish(task: Task, folder: Path, records: list[Record], ended: Ended, timin
     summary: dict[str, Any] = {}
     if ended.completed:
         rundir.describe_test_clients(folder, task, ended.of_clients)
-        summary = rundir.summarise(task.config, records, rundir.sha256(weights), task.problem.goal)
+        summary = rundir.summarise(task.config, records, rundir.sha256(weights), task.problem.goal, ended.under_way)
         write_durably(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         storage.clear(folder, task.config)
     return Outcome(records, summary, weights, folder)

@@ -37,6 +37,7 @@ class Member:
         work: its samples as a multiple of those it must train on (`train.adaptive_work`); fixed_s includes it.
         updates: if it is planned alone, because no step waits for all clients: how many updates make a step. None: the
             cohort makes it.
+        server_lr: factor of the server's step along the mean update.
     """
 
     client: int
@@ -45,6 +46,7 @@ class Member:
     uplink_bytes_per_s: float
     work: float = 1.0
     updates: int | None = None
+    server_lr: float = 1.0
 
 
 Chosen = TypeVar("Chosen", bound=StrategyConfig, default=Any, covariant=True)

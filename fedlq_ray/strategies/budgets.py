@@ -54,11 +54,11 @@ def thrifty(
 ) -> tuple[float, float]:
     """The floor and the cap, in bytes, that minimise tau G (G sum_n B_n)^thrift.
 
-    G = 1 + noise_cost x (round + 1) x w x sum_n p_n^2 noise(b_n), with w the mean work of the cohort, is the growth of
-    the bound on convergence (docs/theory.md) by the noise: after T rounds, the ratio of its quantization term to its
-    first term is, up to a factor, the sum over rounds of that sum. Noise therefore costs little at first, and later
-    rounds need more bits. An update that is w times as long carries w^2 times the noise, and 1 / w times as many rounds
-    go the same way.
+    G = 1 + noise_cost x (round + 1) x (w s)^2 x sum_n p_n^2 noise(b_n), with w the mean work of the cohort and s the
+    server's learning rate, is the growth of the bound on convergence (docs/theory.md) by the noise. After T rounds, the
+    first term of the bound is in proportion to 1 / (w s T), and its quantization term to w s. So up to a factor their
+    ratio is the sum over rounds of (w s)^2 sum_n p_n^2 noise(b_n): noise costs little at first, and later rounds need
+    more bits.
     tau G stands for the simulated time to an accuracy, G sum_n B_n for the bytes. If no rate up to the cap can be sent,
     both are the cap's.
     """
@@ -75,7 +75,7 @@ def thrifty(
     for cap in [chosen[1]] if config.cap_bits is not None else floors[:, 0].tolist():
         sent = np.minimum(np.maximum(room, floors), cap)
         heard = noise(np.maximum((sent - zero) / (one - zero), rates[0])) @ shares
-        growth = 1 + config.noise_cost * (round + 1) * work * heard
+        growth = 1 + config.noise_cost * (round + 1) * (work * cohort[0].server_lr) ** 2 * heard
         cost = np.where(floors <= cap, tau, np.inf)[:, 0] * growth * (growth * sent.sum(1)) ** config.thrift
         if cost.min() < best:
             best, chosen = float(cost.min()), (float(floors[cost.argmin(), 0]), cap)

@@ -18,6 +18,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.accounting import clock
 from fedlq_ray.federation.clock import round_time
 from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.selections import SELECTIONS
 from fedlq_ray.federation.task import Task, prepare
 from fedlq_ray.files import write_durably
 from fedlq_ray.runs import rundir
@@ -34,7 +35,8 @@ def reclockable(config: Config) -> bool:
     """Whether training is independent of the clock."""
     if config.network.bandwidth is not None:  # the clock of a round depends on those before it
         return False
-    if not config.synchronous:  # the clock decides which updates a step has, and which clients are there
+    selection = parts.find("clients.selection", config.clients.selection, SELECTIONS)
+    if not config.synchronous or getattr(selection, "__dict__", {}).get("timeless") is not True:
         return False
     if (
         config.train.adaptive_work > 1 or getattr(config.strategy, "budget", None) == "deadline"

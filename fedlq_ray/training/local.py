@@ -85,7 +85,7 @@ def client_round(
     round: int,
     client: int,
     custom: Family | None = None,
-    step: int | None = None,
+    step: int = 0,
 ) -> tuple[Reply, Tensor | None]:
     """Runs one client's round: (weights, memory, plan, seed) to (payload, memory).
 
@@ -96,7 +96,7 @@ def client_round(
         memory: as `own.packed` returns it: of error feedback, (d,) float32, or with a state; None before the first.
         samples: to train on; the update, except buffers, is scaled to the base work (FedNova).
         custom: the user's quantizer by level, if any.
-        step: of the server; it decides the learning rate. None: the round.
+        step: of the server; it decides the learning rate.
     Returns:
         The reply, and the new memory (None without error feedback and state).
     Raises:
@@ -104,35 +104,32 @@ def client_round(
     """
     model, kept = trainer.model, MEMORIES[plan.error_feedback]
     before, state = unpacked(memory)
+    where = {"round": round, "client": client}
     try:
         gpus = [] if model.device.type == "cpu" else [model.device]
         # Dropout, users' models and users' quantizers draw from the global generators.
         with seeded(seed, "model", round, client, gpus=gpus):
             model.load(weights)
-            work = {"normalise": normalise, "samples": samples, "rng": numpy_rng(seed, "batches", round, client)}
-            work["step"] = round if step is None else step
+            rng = numpy_rng(seed, "batches", round, client)
+            work = {"normalise": normalise, "samples": samples, "rng": rng, "step": step}
             loss, state = _train(trainer, x, y, work, state, round, client)
-            trained = model.read()  # the rest is the same for every training device
-            _require_finite(trained, model.layers, round, client)
-            _require_constants(model, round, client)
+            trained = _trained(model, round, client)  # the rest is the same for every training device
             started = time.perf_counter()
             update, moved = _update(trainer, trained - weights, len(y), samples)
             sent = kept.before(PAYLOADS[plan.payload].of(weights, update), before)
             segments = _known_segments(plan, sent, custom, round, client)
             noise = torch_rng(seed, "quantize", round, client)
-            payload, received = send(
-                sent, segments, kind=plan.payload, round=round, client=client, rng=noise, custom=custom
-            )
-        lost = sent - received
+            payload, received = send(sent, segments, kind=plan.payload, rng=noise, custom=custom, **where)
         memory = packed(kept.after(sent, received, before), state, before)
         encode_s = time.perf_counter() - started
     except ClientError:
         raise
     except PayloadError as exc:
-        raise ClientError(f"its quantized payload cannot be read back: {exc}", round=round, client=client) from exc
+        raise ClientError(f"its quantized payload cannot be read back: {exc}", **where) from exc
     except Exception as exc:  # a user's model or quantizer may raise anything
-        raise ClientError(f"{type(exc).__name__}: {exc}", round=round, client=client) from exc
-    reply = Reply(payload, loss, samples, _square(lost), encode_s, moved, _square(update), memory is not None)
+        raise ClientError(f"{type(exc).__name__}: {exc}", **where) from exc
+    lost = _square(sent - received)
+    reply = Reply(payload, loss, samples, lost, encode_s, moved, _square(update), memory is not None)
     return reply, memory
 
 
@@ -152,6 +149,14 @@ def _train(
         return trainer.train(x, y, **work, round=round, client=client, state=state)
     except ConfigError as exc:
         raise ClientError(str(exc), round=round, client=client) from exc
+
+
+def _trained(model: FlatModel, round: int, client: int) -> Tensor:
+    """The trained flat vector, checked."""
+    trained = model.read()
+    _require_finite(trained, model.layers, round, client)
+    _require_constants(model, round, client)
+    return trained
 
 
 def _square(vector: Tensor) -> float:

@@ -35,10 +35,6 @@ LAYERS = (Layer("a", 0, 100), Layer("b", 100, 500), Layer("c", 500, 1300), Layer
 ALL = (AdaQuantFL, DAdaQuant, FedDQ, AdaGQ, FedHQ, FedMPQ, FedFQ, LGreCo, Kimad)
 
 
-def shares(members, plans):
-    return shares_of(members, [plans[member.client].weight for member in members])
-
-
 def setting(made=None, **config):
     """Of a strategy, or of one that reads every setting."""
     name = next((name for name, kind in STRATEGIES.items() if kind is made), config.pop("name", "own:any"))
@@ -83,7 +79,7 @@ def test_plans_cover_the_vector_and_what_changes_pickles(made):
             pieces = segments(pickle.loads(pickle.dumps(plan)), x)
             assert [pieces[0].start, *[p.stop for p in pieces]] == [0, 100, 500, 1300, 1310]
             assert payload(plan, x) == payload(plan, x)
-        assert sum(shares(cohort(), plans)) == pytest.approx(1)
+        assert sum(shares_of(cohort(), [p.weight for p in plans.values()])) == pytest.approx(1)
         strategy.learn(round, news(1 / (round + 1), vector(round)))
         copy = pickle.loads(pickle.dumps(strategy))
         again, here = copy.plan(round + 1, cohort()), strategy.plan(round + 1, cohort())
@@ -242,7 +238,7 @@ def test_fedhq_gives_levels_by_budget_and_weights_by_error():
     # Bytes at b bits: 121 + 162.5 b (a layer's are whole: 13, 50, 100 a bit). Budgets 446, 892, 1421: 2, 4 (of 1, 2, 3,
     # 4, 6, 8: 6 would take 1099), 8.
     assert [levels(plans[c])[0] for c in (0, 3, 6)] == [2, 4, 8]
-    assert shares(cohort(), strategy.plan(0, cohort())) == pytest.approx([0.1, 0.2, 0.7])
+    assert shares_of(cohort(), [plan.weight for plan in plans.values()]) == pytest.approx([0.1, 0.2, 0.7])
     x = vector()
     strategy.learn(0, news(update=x))
     for bits, q in strategy.errors.items():
@@ -252,11 +248,11 @@ def test_fedhq_gives_levels_by_budget_and_weights_by_error():
         bound = sum(len(p) * step**2 / 4 for p, step in zip(pieces, steps, strict=True))
         energy = sum(float(p.square().sum()) for p in pieces)
         assert 0 < q < 1.2 * bound / energy
-    q = strategy.errors
-    wanted = np.array([10 / (1 + q[2]), 20 / (1 + q[4]), 70 / (1 + q[8])])
-    assert shares(cohort(), strategy.plan(0, cohort())) == pytest.approx(wanted / wanted.sum())
+    wanted = np.array([samples / (1 + strategy.errors[bits]) for samples, bits in ((10, 2), (20, 4), (70, 8))])
+    weights = [plan.weight for plan in strategy.plan(0, cohort()).values()]
+    assert shares_of(cohort(), weights) == pytest.approx(wanted / wanted.sum())
     # Of those that answered alone: the shares still add up to one, and the coarse client has less than its samples ask.
-    answered = shares(cohort()[:2], strategy.plan(0, cohort()))
+    answered = shares_of(cohort()[:2], weights[:2])
     assert sum(answered) == pytest.approx(1) and answered[0] < 10 / 30
 
 

@@ -1,0 +1,165 @@
+"""Which clients are asked: each selection on cases made by hand, and in runs."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from untrained import SMALL, Untrained, records_of, timed_task
+
+from fedlq_ray import ConfigError, FedLQError, simulate
+from fedlq_ray.config.load import load
+from fedlq_ray.federation import rounds
+from fedlq_ray.federation.selection import Asking, Selection, chosen
+from fedlq_ray.federation.selections import SELECTIONS, Explored, Oort, PowerOfChoice, TiFL, selection_of
+from fedlq_ray.federation.state import ServerState
+from fedlq_ray.federation.task import Workplace
+from fedlq_ray.runs.checkpoint import pack, unpack
+from fedlq_ray.strategies import make
+from fedlq_ray.sweeps.reclock import reclockable
+
+TASK = timed_task([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+
+
+def asking(idle=range(10), count=3, step=0, seed=0):
+    return Asking(np.array(list(idle)), count, step, 0.0, np.random.default_rng(seed))
+
+
+def named(name, task=TASK, **args):
+    clients = task.config.clients.model_copy(update={"selection": name, "selection_args": args})
+    return selection_of(replace(task, config=task.config.model_copy(update={"clients": clients})))
+
+
+@given(
+    st.sampled_from(sorted(SELECTIONS)), st.sets(st.integers(0, 9), min_size=1), st.integers(0, 30), st.integers(0, 99)
+)
+def test_each_returns_as_many_idle_clients_as_are_asked_for(name, idle, step, seed):
+    selection = named(name)
+    for count in range(1, len(idle) + 1):
+        found = chosen(selection, selection.init(), asking(sorted(idle), count, step, seed))
+        assert len(set(found)) == count and set(found) <= idle and found == sorted(found)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize(
+    "steps", [[], ["clients.cohort=5", "server.buffer=3"], ["server.buffer=2", "server.max_staleness=null"]]
+)
+def test_a_run_that_is_resumed_asks_the_same_clients(name, steps):
+    task = timed_task(
+        [1.0, 2.5, 1.5, 4.0, 3.0, 2.0], "clients.cohort=3", *steps, f"clients.selection={name}", "rounds=30"
+    )
+    records, strategy = records_of(task), make(Workplace(task).setting)
+    for step in rounds.run(task, strategy, Untrained(task), rounds.begin(task, strategy), rounds.Timing()):
+        if step.state.round == 25:
+            step.settle()
+            saved = unpack(pack(step.state.snapshot()))
+            break
+    state = ServerState.from_snapshot(saved, rounds.begin(task, strategy), task)
+    assert [*records[:25], *records_of(task, None, state)] == records
+    if name == "fastest" and not steps:
+        assert {tuple(record.cohort) for record in records} == {(0, 2, 5)}
+
+
+def test_power_of_choice_takes_the_largest_losses_of_its_candidates():
+    selection = named("power_of_choice", candidates=10)
+    losses = {client: float(client) for client in range(9)}  # client 9 is not known, and counts as infinite
+    assert chosen(selection, losses, asking()) == [7, 8, 9]
+    few = PowerOfChoice(TASK, candidates=1)  # as many as are asked: a draw by data alone
+    assert len({tuple(chosen(few, losses, asking(seed=seed))) for seed in range(20)}) > 5
+
+
+def test_oort_s_utility_by_hand():
+    oort = Oort(TASK)
+    known = Explored({0: 10.0, 1: 10.0, 2: 1000.0}, {0: 1.0, 1: 4.0, 2: 1.0}, {0: 8, 1: 8, 2: 2}, 50.0, (0.0, 0.0))
+    found = oort.utilities(known, np.array([0, 1, 2]), 9)
+    temporal = [math.sqrt(0.1 * math.log(10) / last) for last in (9, 9, 3)]
+    clipped = float(np.quantile([10, 10, 1000], 0.9))
+    assert found == pytest.approx([10 + temporal[0], (10 + temporal[1]) * (1 / 4) ** 2, clipped + temporal[2]])
+
+
+def test_oort_explores_at_first_and_prefers_what_is_useful_later():
+    oort = Oort(TASK)
+    assert len(chosen(oort, oort.init(), asking(count=10))) == 10
+    every = dict.fromkeys(range(8), 1.0)
+    state = Explored(every | {3: 50.0, 4: 50.0}, every, dict.fromkeys(range(8), 0), 30.0, (0.0, 0.0))
+    late = [chosen(oort, state, asking(count=5, step=200, seed=seed)) for seed in range(20)]
+    assert all({3, 4} <= set(found) for found in late)
+    assert {len(set(found) & {8, 9}) for found in late} == {1}  # a fifth is new
+
+
+def test_the_pacer_accepts_slower_clients_when_less_is_gained():
+    oort = Oort(TASK, window=2)
+    state = replace(oort.init(), gained=(1.0, 5.0))
+    assert oort.learn(state, 0, []).percentile == 30 and oort.learn(state, 1, []).percentile == 35
+    assert oort.learn(replace(state, gained=(6.0, 5.0)), 1, []).percentile == 30
+
+
+def test_tifl_asks_one_tier_and_no_tier_without_credits():
+    tifl = TiFL(TASK, tiers=5)
+    start = tifl.init()
+    pairs = {tuple(chosen(tifl, start, asking(count=2, seed=seed))) for seed in range(40)}
+    assert pairs == {(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)}
+    poor = replace(start, credits=(0, 0, 3, 0, 0))
+    assert {tuple(chosen(tifl, poor, asking(count=2, seed=seed))) for seed in range(10)} == {(4, 5)}
+    assert chosen(tifl, poor, asking(idle=[0, 5, 6, 9], count=2)) in ([5, 6], [0, 5])  # the nearest fill up
+
+
+class Own(Selection[int]):
+    """Asks the last idle clients; counts its steps."""
+
+    def __init__(self, step=1):
+        self.step = step
+
+    def init(self):
+        return 0
+
+    def choose(self, state, asking):
+        return asking.idle[-asking.count :]
+
+    def learn(self, state, step, ended):
+        return state + self.step
+
+
+class Wrong(Selection):
+    def choose(self, state, asking):
+        return [0, 0, 1]
+
+
+def test_your_own_is_found_by_its_path_and_checked():
+    task = timed_task([1.0] * 6, "clients.cohort=2", f"clients.selection={__name__}:Own", "rounds=3")
+    assert [record.cohort for record in records_of(task)] == [[4, 5]] * 3
+    with pytest.raises(FedLQError, match=r"step 0: Wrong.choose returned \[0, 0, 1\]; it must return 3 different"):
+        chosen(Wrong(), None, asking())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["clients.selection=ort"], r"clients\.selection: no 'ort'; known: random, oort, .*did you mean 'oort'"),
+        (
+            ["clients.selection=tifl", "clients.selection_args={tier: 3}"],
+            r"clients\.selection: takes no 'tier'; .*tiers",
+        ),
+        (["clients.selection=tifl", "clients.selection_args={tiers: 51}"], r"selection_args: tiers must be from 1 to"),
+        (["clients.selection=oort", "clients.selection_args={window: 0}"], r"selection_args: oort needs alpha"),
+        (
+            ["clients.selection=power_of_choice", "clients.selection_args={candidates: 0}"],
+            r"candidates must be at least",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        simulate(load(None, [*SMALL, "clients.cohort=4", *settings, f"out={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clock_is_computed_again_only_where_it_decides_nothing():
+    def decided(*settings):
+        return not reclockable(load(None, ["strategy.name=fedavg", *settings]))
+
+    assert not decided() and not decided("clients.selection=power_of_choice")
+    assert decided("clients.selection=oort") and decided("clients.selection=fastest")
+    assert decided("server.buffer=5") and decided("server.deadline_s=3")
