@@ -218,8 +218,8 @@ class Traffic:
         if fruitless and len(self.ended) >= max(FRUITLESS, 100 * self.task.clients.cohort):
             how = ", ".join(f"{name}: {n}" for name, n in sorted(Counter(e.how for e in self.ended).items()))
             raise FedLQError(
-                f"step {self.state.round}: {len(self.ended)} clients were asked since the last step, and no update arrived "
-                f"({how}); look at clients.availability and clients.dropout"
+                f"step {self.state.round}: {len(self.ended)} clients were asked since the last step, and no update "
+                f"arrived ({how}); look at clients.availability and clients.dropout"
             )
 
     def close(self) -> list[Ended]:
