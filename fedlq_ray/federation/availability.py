@@ -102,7 +102,8 @@ class Daily:
     Sources: Bonawitz et al. (MLSys 2019) report four times as many devices by night as by day, which is the default
     swing. Of the slots in the trace of 136 thousand phones by Yang et al. (WWW 2021), half last at most 5 minutes and
     70 % at most 10, as Abdelmoniem et al. (EuroSys 2023) describe it; a log-normal length with these quantiles has
-    sigma = ln(2) / 0.524. How many sessions a day has, and which hour is the busiest, are assumptions.
+    sigma = ln(2) / 0.524. We could not check these figures against the papers' texts or the trace. How many sessions a
+    day has, and which hour is the busiest, are assumptions.
     """
 
     pattern: DailyConfig
