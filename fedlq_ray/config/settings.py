@@ -91,7 +91,11 @@ class ClientsConfig(Section):
         "which idle clients are asked: random, oort, tifl, power_of_choice, fastest, or your own as module:class",
     )
     selection_args: Args = key({}, "arguments of the selection")
-    availability: Text = key("always", "when clients are there: always, or a CSV with columns client, from_s and to_s")
+    availability: Text = key(
+        "always",
+        "when clients are there: always; daily, a pattern with the settings of `daily`; or a CSV with columns client, "
+        "from_s and to_s",
+    )
     variation: float = key(
         0.0, "sigma of the log-normal variation of bandwidth and compute by round", ge=0, le=3, affects="clock"
     )
@@ -114,6 +118,26 @@ class ClientsConfig(Section):
         "without the client (record: skipped); a client that merely timed out is never skipped: the run fails",
         affects="nothing",
     )
+
+
+class DailyConfig(Section):
+    """The pattern of `clients.availability=daily`."""
+
+    sessions: float = key(10.0, "sessions that begin per client and day", ge=0.1, le=1000)
+    minutes: Positive = key(5.0, "median length of a session; lengths are log-normal", unit="min", le=1440)
+    sigma: float = key(1.32, "sigma of the length", ge=0, le=5)
+    swing: float = key(
+        4.0, "how much more often sessions begin at the busiest hour than at the calmest, 12 hours apart", ge=1, le=1000
+    )
+    peak_hour: float = key(2.0, "the busiest hour", unit="h", ge=0, lt=24)
+    start_hour: float = key(
+        0.0, "the hour at which a run starts; it matters, because a run lasts minutes and the pattern a day", unit="h",
+        ge=0, lt=24,
+    )  # fmt: skip
+    day_s: Positive = key(
+        86400.0, "simulated seconds per day; fewer compress the pattern, lengths of sessions included", unit="s",
+        le=1e9,
+    )  # fmt: skip
 
 
 class TrainConfig(Section):
@@ -199,6 +223,10 @@ class NetworkConfig(Section):
         gt=0,
         le=32,
     )
+    bandwidth: Text | None = key(
+        None, "a CSV of rates over time, with columns client, t_s, uplink_mbps and downlink_mbps, which hold from t_s "
+        "on; strategies plan with the profiles; null: the rates of the profiles", affects="clock",
+    )  # fmt: skip
     uplink_free: bool = key(False, "uploads take no time: the infinite-bandwidth limit", affects="clock")
 
 
@@ -262,6 +290,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     clients: ClientsConfig = ClientsConfig()
+    daily: DailyConfig = DailyConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
     strategy: Chosen = FedLQ()

@@ -57,7 +57,7 @@ def require_deadline(task: Task) -> None:
         ConfigError: not even the fastest client could, with an upload of no bytes.
     """
     deadline_s = task.config.server.deadline_s
-    if deadline_s is None or task.config.continuous or task.config.clients.variation:
+    if deadline_s is None or task.config.continuous or task.config.clients.variation or task.bandwidth.of_clients:
         return
     first = min((member(task, client, 0) for client in range(task.clients.count)), key=lambda m: m.fixed_s)
     if first.fixed_s > deadline_s:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlq_ray.errors import ClientError
 from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.bandwidth import Course
 from fedlq_ray.federation.clock import ClientTime, client_time, conditions
 from fedlq_ray.federation.downlink import Offer
 from fedlq_ray.federation.host import Answer
@@ -42,7 +43,7 @@ class Flight:
         link: the client's profile in this flight.
         offer: the model that it fetches.
         sends: whether it has a plan; without one it fetches nothing, and ends at once.
-        job: what it trains and sends; None if it has no plan or drops out.
+        job: what it trains and sends; None if it has no plan, drops out, or leaves before it could send anything.
     """
 
     member: Member
@@ -114,10 +115,9 @@ class Ended:
 def depart(
     task: Task, member: Member, dispatch: int, version: int, start_s: float, offer: Offer, plan: Plan | None
 ) -> Flight:
-    """A client's flight."""
+    """A client's flight. A client that drops out, or leaves before it could send anything, does not train."""
     client = member.client
-    answers = plan is not None and not cohorts.drops_out(task, dispatch, client)
-    return Flight(
+    flight = Flight(
         member=member,
         dispatch=dispatch,
         version=version,
@@ -126,8 +126,11 @@ def depart(
         link=conditions(task.profiles[client], seed=task.config.seed, round=dispatch, client=client),
         offer=offer,
         sends=plan is not None,
-        job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member), version) if plan and answers else None,
+        job=None,
     )
+    if plan is None or cohorts.drops_out(task, dispatch, client) or earliest_s(task, flight) > flight.leaves_s:
+        return flight
+    return replace(flight, job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member), version))
 
 
 def samples(task: Task, flight: Flight) -> int:
@@ -137,15 +140,42 @@ def samples(task: Task, flight: Flight) -> int:
 
 def times(task: Task, flight: Flight, uplink_bytes: int) -> ClientTime:
     """How long a flight takes if it sends so many bytes."""
-    network = task.config.network
-    return client_time(
+    network, fetches = task.config.network, flight.offer.num_bytes if flight.sends else 0
+    found = client_time(
         flight.link,
         flops=task.flops * samples(task, flight),
         uplink_bytes=uplink_bytes,
-        downlink_bytes=flight.offer.num_bytes if flight.sends else 0,
+        downlink_bytes=fetches,
         bill=network.bill,
         uplink_free=network.uplink_free,
     )
+    if (rates := task.bandwidth.of_clients.get(flight.client)) is None:
+        return found
+    # The rates over time, in place of the profile's. What takes no time still takes none.
+    latency_s, factor = flight.link.latency_ms / 1e3, _factor(task, flight)
+
+    def transfer_s(num_bytes: int, course: Course, at_s: float) -> float:
+        return latency_s + course.seconds(8e-6 * num_bytes / factor, at_s + latency_s)
+
+    download_s = transfer_s(fetches, rates.downlink, flight.start_s) if found.download_s else 0.0
+    sends_s = flight.start_s + download_s + found.compute_s
+    upload_s = transfer_s(uplink_bytes, rates.uplink, sends_s) if found.upload_s else 0.0
+    return ClientTime(download_s, found.compute_s, upload_s)
+
+
+def _factor(task: Task, flight: Flight) -> float:
+    """What the conditions of a flight multiply its client's rates by."""
+    return flight.link.uplink_mbps / task.profiles[flight.client].uplink_mbps
+
+
+def _transferred(task: Task, flight: Flight, way: Literal["uplink", "downlink"], at_s: float, for_s: float) -> int:
+    """Bytes of a transfer so long after it began: none while its latency lasts."""
+    latency_s = flight.link.latency_ms / 1e3
+    if (rates := task.bandwidth.of_clients.get(flight.client)) is None:
+        mbps: float = getattr(flight.link, f"{way}_mbps")
+        return math.floor(max(0.0, for_s - latency_s) * mbps * 1e6 / 8)
+    course: Course = getattr(rates, way)
+    return math.floor(course.megabits(at_s + latency_s, at_s + for_s) * _factor(task, flight) * 1e6 / 8)
 
 
 def earliest_s(task: Task, flight: Flight) -> float:
@@ -155,7 +185,7 @@ def earliest_s(task: Task, flight: Flight) -> float:
 
 def end(task: Task, flight: Flight) -> Ended | None:
     """How a flight ends unless it is stopped; None if that is not known before the host answers."""
-    if flight.awaited and earliest_s(task, flight) <= flight.leaves_s:
+    if flight.awaited:
         return None
     how: End = "dropped_out" if flight.sends else "idle"
     sent = 0
@@ -169,16 +199,15 @@ def end(task: Task, flight: Flight) -> Ended | None:
 
 
 def cut(task: Task, flight: Flight, how: End, at_s: float) -> Ended:
-    """A flight that ends before its time, with what it has transferred: nothing while a transfer's latency lasts."""
+    """A flight that ends before its time, with what it has transferred."""
     whole, left = times(task, flight, 0), at_s - flight.start_s
     download_s = min(whole.download_s, left)
     compute_s = min(whole.compute_s, left - download_s)
     upload_s = left - download_s - compute_s
-    latency_s, link = flight.link.latency_ms / 1e3, flight.link
     fetched = flight.offer.num_bytes if flight.sends else 0
     if left < whole.download_s:
-        fetched = min(fetched, math.floor(max(0.0, left - latency_s) * link.downlink_mbps * 1e6 / 8))
-    sent = math.floor(max(0.0, upload_s - latency_s) * link.uplink_mbps * 1e6 / 8)
+        fetched = min(fetched, _transferred(task, flight, "downlink", flight.start_s, left))
+    sent = _transferred(task, flight, "uplink", at_s - upload_s, upload_s)
     if isinstance(reply := getattr(flight.landing.answer, "reply", None), Reply):
         sent = min(sent, len(reply.payload))
     return Ended(flight, how, at_s, ClientTime(download_s, compute_s, upload_s), sent, fetched)

@@ -17,7 +17,8 @@ from fedlq_ray.config.load import Config
 from fedlq_ray.config.settings import ClientsConfig
 from fedlq_ray.data import Dataset, GivenData, Split, as_dataset, hold_out, inputs, load, partition
 from fedlq_ray.errors import ConfigError, FedLQError
-from fedlq_ray.federation.availability import Always, Availability
+from fedlq_ray.federation.availability import Always, Availability, availability
+from fedlq_ray.federation.bandwidth import Bandwidth, bandwidth
 from fedlq_ray.federation.profiles import Profile, load_profiles
 from fedlq_ray.federation.trial import try_step
 from fedlq_ray.files import expand
@@ -46,7 +47,7 @@ class Task:
         problem: what clients train for.
         statistics: names of the buffers that training changes, which are sent like parameters.
         names: the clients' ids, if the data has them.
-        notes: sentences on how the data were read.
+        notes: sentences on how the data and the clients' availability were read.
         local: the user's own local training, if any.
     """
 
@@ -66,6 +67,7 @@ class Task:
     notes: tuple[str, ...] = ()
     local: Local | None = None
     availability: Availability = Always()
+    bandwidth: Bandwidth = Bandwidth()
 
     @property
     def always_available(self) -> bool:
@@ -137,6 +139,8 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     profiles = load_profiles(
         config.clients.profiles, count=len(split.shards), seed=config.seed, variation=config.clients.variation
     )
+    names = None if split.names is None else tuple(split.names)
+    available, said = availability(config, len(split.shards), names)
     named = config.model.name if parts.model is None else parts.model
     with seeded(config.seed, "weights"):
         wanted = problem.output_shape(dataset.y_train[:2], dataset.num_classes)[1:]
@@ -152,11 +156,10 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     layers = FlatModel(copy.deepcopy(module), statistics=statistics).layers
     builtin = parts.model is None and config.model.name in ("auto", *MODELS)
     quantizers = family(getattr(config.strategy, "quantizer", "minmax"), parts.quantizer)
-    names = None if split.names is None else tuple(split.names)
-    notes = (dataset.description, *([split.note] if split.note else []))
+    notes = (dataset.description, *([split.note] if split.note else []), *said)
     return Task(
         config, dataset, kept, held, profiles, module, layers, builtin, flops, quantizers, problem, statistics, names,
-        notes, local,
+        notes, local, available, bandwidth(config.network.bandwidth, profiles, names),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ that has yet to be answered can end before it, so real time changes nothing, and
 
 import heapq
 import math
+from collections import Counter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedlq_ray.federation.host import Answer, Host
 from fedlq_ray.federation.planning import Rules, plan
 from fedlq_ray.federation.state import ServerState
 
+FRUITLESS = 2000  # so many flights in a row without an update end a run; at a dropout of 0.99 they have p = 2e-9
 Landings = dict[tuple[int, int], Landing]  # of jobs that the host has yet to answer, by (dispatch, client)
 
 
@@ -211,6 +213,14 @@ class Traffic:
             self.arrived += 1
             if (answer := flight.landing.answer) and answer.memory is not None:
                 self.memories[flight.client] = answer.memory
+        # Where many are under way, the first to end may all be some that drop out.
+        fruitless = self.config.continuous and not self.arrived
+        if fruitless and len(self.ended) >= max(FRUITLESS, 100 * self.task.clients.cohort):
+            how = ", ".join(f"{name}: {n}" for name, n in sorted(Counter(e.how for e in self.ended).items()))
+            raise FedLQError(
+                f"step {self.state.round}: {len(self.ended)} clients were asked since the last step, and no update "
+                f"arrived ({how}); look at clients.availability and clients.dropout"
+            )
 
     def close(self) -> list[Ended]:
         """Stops the flights that this step makes too stale; all that have ended since the last step, in order."""

@@ -8,12 +8,15 @@ from typing import Any
 
 from fedlq_ray.config.load import WITHOUT_EFFECT, flat
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.federation.availability import Intervals
 from fedlq_ray.federation.task import Task
 from fedlq_ray.quantization import Always
 from fedlq_ray.strategies import Strategy
 
 _FREE = {"rounds", *WITHOUT_EFFECT}
 FROZEN = "frozen parameters"
+TIMES = "the file of clients.availability"
+RATES = "the file of network.bandwidth"
 _GIVEN = ("data", "model", "strategy", "quantizer", "problem", "local")  # parts that may be given as objects
 
 
@@ -23,12 +26,16 @@ def identity(task: Task, strategy: Strategy) -> dict[str, Any]:
     layers = [[layer.name, layer.size] for layer in task.layers]
     digest = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:8]
     family = task.quantizer
+    times = {TIMES: task.availability.digest} if isinstance(task.availability, Intervals) else {}
+    rates = {RATES: task.bandwidth.digest} if task.bandwidth.of_clients else {}
     frozen = {} if task.frozen_digest is None else {FROZEN: task.frozen_digest}
     return {
         **{path: value for path, value in settings if path not in _FREE},
         "data": task.data_digest,
         "model": f"{sum(layer.size for layer in task.layers)} numbers in {len(layers)} layers ({digest})",
         **frozen,
+        **times,
+        **rates,
         "problem": _name(task.problem),
         "local": None if task.local is None else _name(task.local),
         "strategy": _name(strategy),
@@ -58,6 +65,8 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
     if given:
         objects = ", ".join(f"{name}=..." for name in given)
         told.append(f"give the {' and '.join(given)} that it began with (in Python: resume(..., {objects}))")
-    if any(name not in (*_GIVEN, FROZEN) for name in changed):
+    if TIMES in changed or RATES in changed:
+        told.append("restore the file")
+    if any(name not in (*_GIVEN, FROZEN, TIMES, RATES) for name in changed):
         told.append("set config.yaml back")
     raise ConfigError(f"{folder}: cannot resume as a different run: {'; '.join(told)}")

@@ -33,6 +33,8 @@ def key(config: Config) -> str:
 
 def reclockable(config: Config) -> bool:
     """Whether training is independent of the clock."""
+    if config.network.bandwidth is not None:  # the clock of a round depends on those before it
+        return False
     selection = parts.find("clients.selection", config.clients.selection, SELECTIONS)
     if not config.synchronous or getattr(selection, "__dict__", {}).get("timeless") is not True:
         return False

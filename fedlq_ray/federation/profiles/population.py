@@ -9,18 +9,14 @@ import difflib
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib import resources
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING
 
 from fedlq_ray.errors import ConfigError
+from fedlq_ray.federation import rows
 from fedlq_ray.files import expand
 from fedlq_ray.seeding import numpy_rng
-
-if TYPE_CHECKING:
-    import _csv  # the type of csv.reader(...) has no public name
 
 _KEY = "clients.profiles"
 _REQUIRED = ("uplink_mbps", "downlink_mbps", "latency_ms", "compute_gflops")
@@ -39,7 +35,7 @@ class Profile:
     device: str = ""
 
 
-_COLUMNS = tuple(field.name for field in fields(Profile))
+_OPTIONAL = tuple(field.name for field in fields(Profile) if field.name not in _REQUIRED)
 
 
 @dataclass(frozen=True)
@@ -132,54 +128,12 @@ def _log_uniform(span: tuple[float, float], uniform: float) -> float:
 
 
 def _read(path: str, *, count: int, variation: float) -> list[Profile]:
-    """Reads the first `count` rows of a user's file; lines without values are not rows."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte-order mark first
-            reader = csv.reader(file, strict=True)
-            try:
-                header = _header(path, next(reader, []))
-                rows = islice(_rows(path, reader, header), count)
-                profiles = [_profile(where, row, variation) for where, row in rows]
-            except csv.Error as exc:
-                raise ConfigError(f"{_KEY}: {path}, line {reader.line_num}: not well-formed CSV ({exc})") from exc
-    except OSError as exc:
-        raise ConfigError(f"{_KEY}: cannot read {path}: {exc.strerror}; give a population or a CSV file") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{_KEY}: {path} is not UTF-8 text ({exc.reason}); save it as CSV, UTF-8") from exc
+    """Reads the first `count` rows of a user's file."""
+    found = rows.read(path, _KEY, required=_REQUIRED, optional=_OPTIONAL, instead="a population or a CSV file")
+    profiles = [_profile(where, row, variation) for where, row in islice(found, count)]
     if len(profiles) < count:
         raise ConfigError(f"{_KEY}: {path} has {len(profiles)} rows for {count} clients; it needs one row per client")
     return profiles
-
-
-def _header(path: str, cells: list[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    where, required = f"{_KEY}: {path}, line 1", f"required: {', '.join(_REQUIRED)}"
-    if not any(header):
-        raise ConfigError(f"{where}: no header row; {required}")
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-        raise ConfigError(f"{where}: separate the columns with commas, got {header[0]!r}; {required}")
-    extra = [name for name in header if name not in _COLUMNS]
-    missing = [name for name in _REQUIRED if name not in header]
-    if missing:
-        near = {name: difflib.get_close_matches(name, extra, n=1) for name in missing}
-        hints = "".join(f"; is {match[0]!r} meant as {name!r}?" for name, match in near.items() if match)
-        raise ConfigError(f"{where}: no column {', '.join(missing)}; {required}{hints}")
-    if extra:
-        raise ConfigError(f"{where}: unknown column {', '.join(map(repr, extra))}; known: {', '.join(_COLUMNS)}")
-    if len(set(header)) < len(header):
-        raise ConfigError(f"{where}: a column occurs twice, got {', '.join(header)}")
-    return header
-
-
-def _rows(path: str, reader: "_csv.Reader", header: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields each row's location, for messages, and its cells by column."""
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        where = f"{_KEY}: {path}, line {reader.line_num}"
-        if len(cells) != len(header):
-            raise ConfigError(f"{where}: {len(cells)} values for {len(header)} columns, {', '.join(header)}")
-        yield where, dict(zip(header, cells, strict=True))
 
 
 def _profile(where: str, row: dict[str, str], variation: float) -> Profile:
