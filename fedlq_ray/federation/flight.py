@@ -17,6 +17,7 @@ from fedlq_ray.federation.downlink import Offer
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.profiles import Profile
 from fedlq_ray.federation.task import Job, Task
+from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER
 from fedlq_ray.strategies import Member
 from fedlq_ray.training.local import Plan, Reply
 
@@ -44,6 +45,7 @@ class Flight:
         offer: the model that it fetches.
         sends: whether it has a plan; without one it fetches nothing, and ends at once.
         job: what it trains and sends; None if it has no plan, drops out, or leaves before it could send anything.
+        least_bytes: that its payload has at least, by its plan.
     """
 
     member: Member
@@ -55,6 +57,7 @@ class Flight:
     offer: Offer
     sends: bool
     job: Job | None
+    least_bytes: int = 0
     landing: Landing = field(default_factory=Landing, compare=False)
 
     @property
@@ -130,7 +133,18 @@ def depart(
     )
     if plan is None or cohorts.drops_out(task, dispatch, client) or earliest_s(task, flight) > flight.leaves_s:
         return flight
-    return replace(flight, job=Job(dispatch, client, plan, cohorts.samples_of_member(task, member), version))
+    # A client that fails and may be skipped ends before it sends anything.
+    least = 0 if task.config.clients.on_failure == "skip_client" else least_bytes(plan)
+    job = Job(dispatch, client, plan, cohorts.samples_of_member(task, member), version)
+    return replace(flight, job=job, least_bytes=least)
+
+
+def least_bytes(plan: Plan) -> int:
+    """Bytes that a payload has at least; where its quantizers have a fixed size, all of them."""
+    if callable(plan.segments):
+        return PAYLOAD_HEADER + LAYER_HEADER
+    sizes = [segment.quantizer.size(segment.stop - segment.start) for segment in plan.segments]
+    return PAYLOAD_HEADER + sum(LAYER_HEADER + (size or 0) for size in sizes)
 
 
 def samples(task: Task, flight: Flight) -> int:
@@ -180,7 +194,7 @@ def _transferred(task: Task, flight: Flight, way: Literal["uplink", "downlink"],
 
 def earliest_s(task: Task, flight: Flight) -> float:
     """A time before which a flight cannot end, unless it leaves or is stopped; known before the host answers."""
-    return flight.start_s + times(task, flight, 0).total_s
+    return flight.start_s + times(task, flight, flight.least_bytes).total_s
 
 
 def end(task: Task, flight: Flight) -> Ended | None:
@@ -253,5 +267,5 @@ def unpacked(task: Task, saved: Mapping[str, Any], memory: Any) -> Flight:
     leaves_s = task.availability.leaves_s(client, saved["start_s"])
     return Flight(
         member, dispatch, saved["version"], saved["start_s"], leaves_s, profile,
-        offer, saved["sends"], job, landing,
+        offer, saved["sends"], job, landing=landing,
     )  # fmt: skip
