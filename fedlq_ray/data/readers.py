@@ -186,6 +186,8 @@ def _columns(
             f"{', '.join(chosen)} as features"
         )
     x = read[0] if len(read) == 1 else np.stack(read, 1)
+    if client and any(one is None or one != one for one in rows[client]):
+        raise ConfigError(f"data.path: {path}: column {client!r} has rows without a client")
     ids = np.array([str(one) for one in rows[client]]) if client else np.full(len(rows), "")
     return (x[:, None] if x.ndim == 1 else x), _array(rows, target, path), ids
 

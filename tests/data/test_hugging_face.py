@@ -76,6 +76,9 @@ def test_a_folder_of_another_kind_or_rows_of_unequal_length(tmp_path):
         load("hf", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^data\.path: data\.name=hf needs a folder"):
         load("hf")
+    nobody = datasets.Dataset.from_dict({"label": [0, 1, 2], "user": ["ann", None, "bob"], "x": [1.0, 2.0, 3.0]})
+    with pytest.raises(ConfigError, match=r"column 'user' has rows without a client"):
+        load("hf", saved(nobody, tmp_path / "nobody"), {"client": "user"})
     uneven = rows(x=[[1.0] * (1 + i % 2) for i in range(53)])
     with pytest.raises(ConfigError, match=r"the rows of column 'x' are not of one shape"):
         load("hf", saved(uneven, tmp_path / "uneven"), {"features": "x"})
