@@ -2,12 +2,14 @@
 
 The package's own loop runs, with jobs that take a second of a simulated processor each, on C simulated cores, and no
 training. Clients have the population's links and speeds. The loop may dispatch what the clock allows, so this is what
-real hosting can reach at most, where a job takes equally long on all cores. One line of JSON per setting.
+real hosting can reach at most, where a job takes equally long on all cores. The results are in asynchronous.json.
 """
 
 import heapq
 import json
+import sys
 from collections import deque
+from pathlib import Path
 
 import torch
 
@@ -17,9 +19,11 @@ from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.task import Workplace, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import encode
+from fedlq_ray.runs import provenance
 from fedlq_ray.strategies import make
 from fedlq_ray.training.local import Reply
 
+OUT = Path(__file__).with_suffix(".json")
 SETTINGS = [
     "clients.hosting=serial", "tracking.uri=null", "target=null", "evaluate_every=1000", "model.name=mlp",
     "model.args.hidden=[8]", "train.max_samples=16", "clients.count=150",
@@ -67,6 +71,7 @@ def busy(cores: int, *settings: str) -> float:
 
 
 def main() -> None:
+    rows = []
     for under_way in (10, 20, 50):
         rounds = 600 // under_way
         modes = {
@@ -78,7 +83,10 @@ def main() -> None:
             for scheme in ("fedpaq", "fedlq_rd"):  # payloads of a fixed size, and entropy-coded ones
                 settings = [f"clients.cohort={under_way}", f"strategy.name={scheme}", *own]
                 shares = {cores: round(busy(cores, *settings), 2) for cores in (2, 8, 16)}
-                print(json.dumps({"under_way": under_way, "mode": mode, "scheme": scheme, "busy": shares}), flush=True)
+                rows.append({"under_way": under_way, "mode": mode, "scheme": scheme, "busy": shares})
+                print(json.dumps(rows[-1]), flush=True)
+    about = {"command": f"python {' '.join(sys.argv)}", **provenance.made_by()}
+    OUT.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

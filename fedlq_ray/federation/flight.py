@@ -131,7 +131,8 @@ def depart(
         sends=plan is not None,
         job=None,
     )
-    if plan is None or cohorts.drops_out(task, dispatch, client) or earliest_s(task, flight) > flight.leaves_s:
+    trained_s = start_s + times(task, flight, 0).total_s
+    if plan is None or cohorts.drops_out(task, dispatch, client) or trained_s > flight.leaves_s:
         return flight
     # A client that fails and may be skipped ends before it sends anything.
     least = 0 if task.config.clients.on_failure == "skip_client" else least_bytes(plan)
@@ -193,8 +194,8 @@ def _transferred(task: Task, flight: Flight, way: Literal["uplink", "downlink"],
 
 
 def earliest_s(task: Task, flight: Flight) -> float:
-    """A time before which a flight cannot end, unless it leaves or is stopped; known before the host answers."""
-    return flight.start_s + times(task, flight, flight.least_bytes).total_s
+    """A time before which a flight cannot end, unless it is stopped; known before the host answers."""
+    return min(flight.leaves_s, flight.start_s + times(task, flight, flight.least_bytes).total_s)
 
 
 def end(task: Task, flight: Flight) -> Ended | None:

@@ -13,12 +13,12 @@ from torch import Tensor
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.downlink import Downlink, Shared
-from fedlq_ray.federation.flight import Flight, depart
-from fedlq_ray.federation.selection import Asking, Selection, chosen
+from fedlq_ray.federation.flight import Ended, Flight, depart
+from fedlq_ray.federation.selection import Asking, Selection, called, chosen
 from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task, Workplace
-from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.strategies import Member, Probe, Strategy
 from fedlq_ray.strategies.asking import asked
 from fedlq_ray.training.local import Plan
@@ -48,8 +48,15 @@ class Rules:
 
     def choose(self, state: ServerState, idle: NDArray[np.int64], count: int, dispatch: int, at_s: float) -> list[int]:
         """The clients that a dispatch asks, ascending."""
-        rng = numpy_rng(self.task.config.seed, "cohort", dispatch)
-        return chosen(self.selection, state.selection, Asking(idle, count, state.round, at_s, rng))
+        seed = self.task.config.seed
+        asking = Asking(idle, count, state.round, at_s, numpy_rng(seed, "cohort", dispatch))
+        with seeded(seed, "selection.choose", dispatch):  # a user's selection may draw from global generators
+            return chosen(self.selection, copy.deepcopy(state.selection), asking)  # and change its state in place
+
+    def learned(self, state: ServerState, ended: Sequence[Ended]) -> Any:
+        """The selection's state after a step, which took these flights."""
+        step, known = state.round, copy.deepcopy(state.selection)
+        return called(self.selection, self.task.config.seed, "learn", step, known, step, ended)
 
 
 def plan(

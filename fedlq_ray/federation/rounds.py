@@ -24,6 +24,7 @@ from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.host import Future, Host
 from fedlq_ray.federation.planning import Rules, probe, shares_of
 from fedlq_ray.federation.record import Record
+from fedlq_ray.federation.selection import called
 from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.server import Moments
 from fedlq_ray.federation.state import ServerState
@@ -86,7 +87,7 @@ def begin(task: Task, strategy: Strategy) -> ServerState:
         strategy=asked(strategy, task.config.seed, "init", 0),
         memories={},
         dispatches=0,
-        selection=selection_of(task).init(),
+        selection=called(selection_of(task), task.config.seed, "init", 0),
         shared=Shared(weights, 0, {}) if task.config.network.downlink == "shared" else None,
     )
 
@@ -243,7 +244,7 @@ def commit(
         memories={**state.memories, **traffic.memories},
         dispatches=traffic.dispatches,
         flights=tuple(sorted(traffic.flying.values(), key=lambda flight: flight.order)),
-        selection=rules.selection.learn(copy.deepcopy(state.selection), step, ended),
+        selection=rules.learned(state, ended),
         shared=rules.downlink.broadcast(traffic.shared, weights, step),
     ), record
 

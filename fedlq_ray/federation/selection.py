@@ -11,7 +11,7 @@ from typing_extensions import TypeVar
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.flight import Ended
 from fedlq_ray.federation.task import Task
-from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.seeding import numpy_rng, seeded
 
 State = TypeVar("State", default=Any)
 
@@ -70,6 +70,22 @@ def draw(task: Task, dispatch: int) -> list[int]:
     """The clients of a dispatch, ascending, where all are idle and available, and the selection is random."""
     idle, rng = np.arange(task.clients.count), numpy_rng(task.config.seed, "cohort", dispatch)
     return chosen(Uniformly(), None, Asking(idle, task.clients.cohort, dispatch, 0.0, rng))
+
+
+def called(selection: Selection, seed: int, method: str, step: int, *arguments: Any) -> Any:
+    """The result of a selection's `init` or `learn`. Global generators are seeded by method and step.
+
+    Raises:
+        FedLQError: the method raised; the message names step, class and method.
+    """
+    try:
+        with seeded(seed, f"selection.{method}", step):
+            return getattr(selection, method)(*arguments)
+    except FedLQError:
+        raise
+    except Exception as exc:  # a user's selection may raise anything
+        where = f"step {step}: {type(selection).__name__}.{method}"
+        raise FedLQError(f"{where} failed: {type(exc).__name__}: {exc}") from exc
 
 
 def chosen(selection: Selection, state: Any, asking: Asking) -> list[int]:

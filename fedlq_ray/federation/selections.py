@@ -98,11 +98,12 @@ class Oort(Selection[Explored]):
     The utility of client n is |B_n| sqrt(mean loss^2), clipped at the 0.9 quantile, plus sqrt(0.1 ln(step) / last),
     times (T / t_n)^alpha if it is slower than T. T is a percentile of the known durations; the pacer raises it by 5
     when a window of steps gained less than the one before. A share of those asked, 0.9 x 0.98^step but at least 0.2,
-    are clients that were never asked, the fast ones more often. The others are drawn in proportion to utility, from
-    those with at least 95 % of the utility of the last one that would be needed.
+    are clients that have sent nothing yet, the fast ones more often. The others are drawn in proportion to utility,
+    from those with at least 95 % of the utility of the last one that would be needed.
 
-    Departs from it: a client reports its mean loss, which stands for the root mean square over samples; no client is
-    left out because it was asked often.
+    Departs from it: a client reports its mean loss, which stands for the root mean square over samples, and counts as
+    0 if it is negative; no client is left out because it was asked often. A share that is no whole number of clients is
+    rounded up or down at random, so that it holds on average where clients are asked one at a time.
 
     Args:
         alpha: exponent of the penalty of slow clients.
@@ -111,10 +112,11 @@ class Oort(Selection[Explored]):
     """
 
     def __init__(self, task: Task, alpha: float = 2.0, window: int = 20, percentile: float = 30.0) -> None:
-        if alpha < 0 or window < 1 or not 0 < percentile <= 100:
+        numbers = all(isinstance(value, int | float) for value in (alpha, percentile))
+        if not (numbers and 0 <= alpha < math.inf and window >= 1 and 0 < percentile <= 100):
             raise ConfigError(
                 "clients.selection_args: oort needs alpha of at least 0, window of at least 1 and a percentile above 0 "
-                f"and at most 100, got {alpha:g}, {window} and {percentile:g}"
+                f"and at most 100, got {alpha!r}, {window} and {percentile!r}"
             )
         self.alpha, self.window, self.percentile = alpha, window, percentile
         self.durations, self.samples = Durations(task), samples(task)
@@ -125,8 +127,8 @@ class Oort(Selection[Explored]):
     def choose(self, state: Explored, asking: Asking) -> Sequence[int]:
         known = np.array([client for client in asking.idle.tolist() if client in state.utility], np.int64)
         fresh = np.setdiff1d(asking.idle, known)
-        explore = max(0.2, 0.9 * 0.98**asking.step)
-        new = min(len(fresh), max(round(explore * asking.count), asking.count - len(known)))
+        explore = max(0.2, 0.9 * 0.98**asking.step) * asking.count
+        new = min(len(fresh), max(math.floor(explore + asking.rng.random()), asking.count - len(known)))
         found: list[int] = []
         if new:
             speed = 1 / self.durations(state.sizes)[fresh]
@@ -152,7 +154,8 @@ class Oort(Selection[Explored]):
 
     def learn(self, state: Explored, step: int, ended: Sequence[Ended]) -> Explored:
         came = [e for e in ended if e.reply]
-        utility = {e.flight.client: self.samples[e.flight.client].item() * e.reply.train_loss for e in came if e.reply}
+        loss = {e.flight.client: max(0.0, e.reply.train_loss) for e in came if e.reply}
+        utility = {client: self.samples[client].item() * own for client, own in loss.items()}
         seconds = {e.flight.client: e.times.total_s for e in came}
         last = {e.flight.client: step for e in came}
         now, before = state.gained
@@ -188,6 +191,8 @@ def selection_of(task: Task) -> Selection:
     """
     settings = task.config.clients
     factory = parts.find("clients.selection", settings.selection, SELECTIONS)
+    if "task" in settings.selection_args:
+        raise ConfigError("clients.selection_args: 'task' is given by the run; leave it out")
     found = parts.call("clients.selection", factory, {"task": task}, settings.selection_args)
     if not isinstance(found, Selection):
         raise ConfigError(

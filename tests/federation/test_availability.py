@@ -324,6 +324,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
 def test_a_packed_run_with_a_file_has_the_bytes_of_a_serial_one_and_says_who_left(there):
     simulate(config(there, "serial", clients={"hosting": "serial"}))
     simulate(config(there, "packed", clients={"hosting": "packed", "actors": 2}))

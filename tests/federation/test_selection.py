@@ -5,13 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from untrained import SMALL, Untrained, records_of, timed_task
 
 from fedlq_ray import ConfigError, FedLQError, simulate
 from fedlq_ray.config.load import load
-from fedlq_ray.federation import rounds
+from fedlq_ray.federation import cohorts, rounds
+from fedlq_ray.federation.downlink import Offer
+from fedlq_ray.federation.flight import depart, end
+from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.selection import Asking, Selection, chosen
 from fedlq_ray.federation.selections import SELECTIONS, Explored, Oort, PowerOfChoice, TiFL, selection_of
 from fedlq_ray.federation.state import ServerState
@@ -19,12 +23,21 @@ from fedlq_ray.federation.task import Workplace
 from fedlq_ray.runs.checkpoint import pack, unpack
 from fedlq_ray.strategies import make
 from fedlq_ray.sweeps.reclock import reclockable
+from fedlq_ray.training.local import Plan, Reply
 
 TASK = timed_task([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
 
 
 def asking(idle=range(10), count=3, step=0, seed=0):
     return Asking(np.array(list(idle)), count, step, 0.0, np.random.default_rng(seed))
+
+
+def ended(client, loss):
+    """A flight that arrived with this training loss."""
+    offer, plan = Offer(torch.empty(0), 0, False), Plan("update", (), False)
+    flight = depart(TASK, cohorts.member(TASK, client, 0), 0, 0, 0.0, offer, plan)
+    flight.landing.answer = Answer(flight.job, Reply(b"", loss, flight.job.samples, 0.0, 0.0), None)
+    return end(TASK, flight)
 
 
 def named(name, task=TASK, **args):
@@ -42,7 +55,7 @@ def test_each_returns_as_many_idle_clients_as_are_asked_for(name, idle, step, se
         assert len(set(found)) == count and set(found) <= idle and found == sorted(found)
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", [*SELECTIONS, f"{__name__}:Careless"])
 @pytest.mark.parametrize(
     "steps", [[], ["clients.cohort=5", "server.buffer=3"], ["server.buffer=2", "server.max_staleness=null"]]
 )
@@ -96,6 +109,20 @@ def test_the_pacer_accepts_slower_clients_when_less_is_gained():
     assert oort.learn(replace(state, gained=(6.0, 5.0)), 1, []).percentile == 30
 
 
+def test_oort_explores_a_fifth_also_where_clients_are_asked_one_at_a_time():
+    oort, some = Oort(TASK), dict.fromkeys(range(5), 1.0)
+    state = Explored(some, some, dict.fromkeys(range(5), 0), 30.0, (0.0, 0.0))
+    new = [chosen(oort, state, asking(count=1, step=200, seed=seed))[0] >= 5 for seed in range(1000)]
+    assert sum(new) == pytest.approx(200, abs=50)  # four standard deviations
+
+
+def test_oort_takes_negative_losses():
+    oort = Oort(TASK)
+    flights = [ended(client, loss=-1.0 - client) for client in range(10)]
+    state = oort.learn(oort.init(), 0, flights)
+    assert len(chosen(oort, state, asking(count=5, step=200))) == 5
+
+
 def test_tifl_asks_one_tier_and_no_tier_without_credits():
     tifl = TiFL(TASK, tiers=5)
     start = tifl.init()
@@ -122,6 +149,35 @@ class Own(Selection[int]):
         return state + self.step
 
 
+class Careless(Selection[list[int]]):
+    """Changes its state in place, and draws from a global generator."""
+
+    def init(self):
+        return []
+
+    def choose(self, state, asking):
+        state.append(asking.step)
+        return np.random.permutation(np.roll(asking.idle, len(state)))[: asking.count]
+
+
+class Broken(Selection):
+    def __init__(self, method):
+        self.method = method
+
+    def init(self):
+        return self.fail("init")
+
+    def choose(self, state, asking):
+        return asking.idle[: asking.count]
+
+    def learn(self, state, step, ended):
+        return self.fail("learn")
+
+    def fail(self, method):
+        if method == self.method:
+            raise ValueError("own")
+
+
 class Wrong(Selection):
     def choose(self, state, asking):
         return [0, 0, 1]
@@ -134,6 +190,14 @@ def test_your_own_is_found_by_its_path_and_checked():
         chosen(Wrong(), None, asking())
 
 
+@pytest.mark.parametrize("method", ["init", "learn"])
+def test_what_your_own_raises_is_one_sentence(method):
+    own = f"clients.selection={__name__}:Broken", f"clients.selection_args={{method: {method}}}"
+    task = timed_task([1.0] * 6, "clients.cohort=2", *own, "rounds=3")
+    with pytest.raises(FedLQError, match=f"step 0: Broken.{method} failed: ValueError: own"):
+        records_of(task)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -144,6 +208,9 @@ def test_your_own_is_found_by_its_path_and_checked():
         ),
         (["clients.selection=tifl", "clients.selection_args={tiers: 51}"], r"selection_args: tiers must be from 1 to"),
         (["clients.selection=oort", "clients.selection_args={window: 0}"], r"selection_args: oort needs alpha"),
+        (["clients.selection=oort", "clients.selection_args={alpha: .nan}"], r"selection_args: oort needs alpha"),
+        (["clients.selection=oort", "clients.selection_args={alpha: fast}"], r"oort needs alpha .*, got 'fast', 20"),
+        (["clients.selection=fastest", "clients.selection_args={task: 1}"], r"selection_args: 'task' is given by"),
         (
             ["clients.selection=power_of_choice", "clients.selection_args={candidates: 0}"],
             r"candidates must be at least",

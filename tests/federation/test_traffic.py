@@ -119,6 +119,8 @@ AIR = st.fixed_dictionaries(
         "dropout": st.sampled_from([0.0, 0.3]),
         "seconds": st.lists(st.floats(0.1, 5), min_size=5, max_size=7),
         "variation": st.sampled_from([0.0, 0.8]),
+        "failure": st.sampled_from(["skip_client", "fail"]),
+        "free": st.booleans(),
     }
 )
 
@@ -132,7 +134,8 @@ def air(chosen, rounds=8):
     own = {
         "clients.cohort": chosen["cohort"], "server.buffer": chosen["buffer"], "clients.dropout": chosen["dropout"],
         "server.max_staleness": chosen["staleness"], "server.deadline_s": chosen["deadline"], "rounds": rounds,
-        "clients.variation": chosen["variation"], "clients.on_failure": "skip_client",
+        "clients.variation": chosen["variation"], "clients.on_failure": chosen["failure"],
+        "network.uplink_free": str(chosen["free"]).lower(),
     }  # fmt: skip
     text = [f"{key}={'null' if value is None else value}" for key, value in own.items()]
     return timed_task(chosen["seconds"], *text)
@@ -147,6 +150,7 @@ def test_what_holds_for_all_flights(chosen, random, failing):
     task = air(chosen)
     if task is None:
         return
+    failing = failing if chosen["failure"] == "skip_client" else set()
     host = Untrained(task)
     host.failing = failing
     steps = steps_of(task, host)
@@ -204,7 +208,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_and_trains_no_flight_again
 @MANY
 @given(AIR, st.sampled_from([0.25, 2.0, 8.0]))
 def test_all_times_scale_with_the_rates(chosen, factor):
-    task = air(chosen)
+    task = air(chosen | {"free": True})
     if task is None:
         return
     slow = replace(

@@ -34,7 +34,7 @@ def status(folder):
 
 def kept(folder):
     """Whether a run was interrupted, and can be resumed."""
-    return status(folder) == "KILLED" and len(list((folder / "checkpoints").iterdir())) > 0
+    return status(folder) == "KILLED" and len(list(folder.glob("checkpoints/*"))) > 0
 
 
 @pytest.mark.parametrize("settings", [SERIAL, pytest.param(PACKED, marks=pytest.mark.ray)], ids=["serial", "packed"])

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -298,9 +299,9 @@ def test_a_resume_does_not_train_past_the_target(tmp_path: Path) -> None:
     kept: list[int] = []
     offer = Saver.offer
 
-    def note(self: Saver, snapshot: Snapshot) -> None:
-        kept.append(snapshot["round"])
-        offer(self, snapshot)
+    def note(self: Saver, round: int, snapshot: Callable[[], Snapshot]) -> None:
+        kept.append(round)
+        offer(self, round, snapshot)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "offer", note)
