@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from untrained import SMALL, Untrained, arrived, records_of, steps_of, timed_task
+from untrained import SMALL, Untrained, arrived, records_of, timed_task
 
 from fedlq_ray import ConfigError, FedLQError, simulate
 from fedlq_ray.config.load import load
@@ -84,9 +84,6 @@ def test_a_run_that_trains_and_is_resumed_after_any_step_has_the_same_records(na
     for done, kept in enumerate(saved, start=1):
         state = ServerState.from_snapshot(unpack(kept), rounds.begin(task, strategy), task)
         assert records_of(task, SerialHost(task), state) == records[done:]
-        if done < 8:
-            again = steps_of(task, SerialHost(task), state)[-1]
-            assert pack(again.state.snapshot()) == saved[-1] or steps  # flights under way are not settled
 
 
 def test_power_of_choice_takes_the_largest_losses_of_its_candidates():
