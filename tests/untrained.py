@@ -8,13 +8,15 @@ import torch
 from fedlq_ray.config.load import load
 from fedlq_ray.errors import ClientError
 from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.downlink import Offer
+from fedlq_ray.federation.flight import depart, end
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.task import Workplace, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import encode
 from fedlq_ray.strategies import make
-from fedlq_ray.training.local import Reply
+from fedlq_ray.training.local import Plan, Reply
 
 SMALL = [
     "clients.hosting=serial", "tracking.uri=null", "target=null", "evaluate_every=1000", "network.uplink_free=true",
@@ -59,3 +61,11 @@ def steps_of(task, host=None, state=None):
 
 def records_of(task, host=None, state=None):
     return [step.record for step in steps_of(task, host, state)]
+
+
+def arrived(task, client, loss, payload=b""):
+    """A flight that arrived with this training loss and payload."""
+    offer, plan = Offer(torch.empty(0), 0, False), Plan("update", (), False)
+    flight = depart(task, cohorts.member(task, client, 0), 0, 0, 0.0, offer, plan)
+    flight.landing.answer = Answer(flight.job, Reply(payload, loss, flight.job.samples, 0.0, 0.0), None)
+    return end(task, flight)

@@ -11,16 +11,11 @@ from numpy.typing import NDArray
 from fedlq_ray.config import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation import cohorts
+from fedlq_ray.federation.durations import Durations, Floats, Sizes, sizes_of
 from fedlq_ray.federation.flight import Ended
 from fedlq_ray.federation.selection import Asking, Selection, Uniformly
 from fedlq_ray.federation.task import Task
-
-Floats = NDArray[np.float64]
-
-
-def expected_s(task: Task) -> Floats:
-    """Each client's mean seconds of training, and of latency, without the bytes of a payload, (clients,)."""
-    return np.array([cohorts.member(task, client, 0).fixed_s for client in range(task.clients.count)])
+from fedlq_ray.federation.tifl import TiFL
 
 
 def samples(task: Task) -> Floats:
@@ -28,15 +23,22 @@ def samples(task: Task) -> Floats:
     return np.array([cohorts.member(task, client, 0).samples for client in range(task.clients.count)], float)
 
 
-class Fastest(Selection[None]):
-    """The clients that train in the least time, by the means of their profiles. A bound on speed, not a fair scheme."""
+class Fastest(Selection[Sizes]):
+    """The clients of the least expected duration (`Durations`). A bound on speed, not a fair scheme."""
 
     def __init__(self, task: Task) -> None:
-        self.expected_s = expected_s(task)
+        self.durations = Durations(task)
 
-    def choose(self, state: None, asking: Asking) -> Sequence[int]:
-        found: list[int] = asking.idle[np.argsort(self.expected_s[asking.idle], kind="stable")][: asking.count].tolist()
+    def init(self) -> Sizes:
+        return self.durations.initial
+
+    def choose(self, state: Sizes, asking: Asking) -> Sequence[int]:
+        order = np.argsort(self.durations(state)[asking.idle], kind="stable")
+        found: list[int] = asking.idle[order][: asking.count].tolist()
         return found
+
+    def learn(self, state: Sizes, step: int, ended: Sequence[Ended]) -> Sizes:
+        return sizes_of(ended, state)
 
 
 class PowerOfChoice(Selection[dict[int, float]]):
@@ -79,6 +81,7 @@ class Explored:
         utility, seconds, last: by client, its statistical utility, how long its last flight took, and its step.
         percentile: of the preferred duration T.
         gained: sums of utility of this window of steps, and of the one before.
+        sizes: of the last flights that arrived.
     """
 
     utility: Mapping[int, float]
@@ -86,6 +89,7 @@ class Explored:
     last: Mapping[int, int]
     percentile: float
     gained: tuple[float, float]
+    sizes: Sizes = (0.0, 0.0)
 
 
 class Oort(Selection[Explored]):
@@ -115,10 +119,10 @@ class Oort(Selection[Explored]):
                 f"and at most 100, got {alpha!r}, {window} and {percentile!r}"
             )
         self.alpha, self.window, self.percentile = alpha, window, percentile
-        self.expected_s, self.samples = expected_s(task), samples(task)
+        self.durations, self.samples = Durations(task), samples(task)
 
     def init(self) -> Explored:
-        return Explored({}, {}, {}, self.percentile, (0.0, 0.0))
+        return Explored({}, {}, {}, self.percentile, (0.0, 0.0), self.durations.initial)
 
     def choose(self, state: Explored, asking: Asking) -> Sequence[int]:
         known = np.array([client for client in asking.idle.tolist() if client in state.utility], np.int64)
@@ -127,7 +131,7 @@ class Oort(Selection[Explored]):
         new = min(len(fresh), max(math.floor(explore + asking.rng.random()), asking.count - len(known)))
         found: list[int] = []
         if new:
-            speed = 1 / self.expected_s[fresh]
+            speed = 1 / self.durations(state.sizes)[fresh]
             found += asking.rng.choice(fresh, new, replace=False, p=speed / speed.sum()).tolist()
         if rest := asking.count - new:
             utility = self.utilities(state, known, asking.step)
@@ -161,69 +165,13 @@ class Oort(Selection[Explored]):
             seconds={**state.seconds, **seconds},
             last={**state.last, **last},
             gained=(now + sum(utility.values()), before),
+            sizes=sizes_of(ended, state.sizes),
         )
         if (step + 1) % self.window:
             return state
         now, before = state.gained
         raised = min(100.0, state.percentile + 5) if now < before else state.percentile
         return replace(state, percentile=raised, gained=(0.0, now))
-
-
-@dataclass(frozen=True)
-class Credits:
-    """What TiFL knows: the credits of each tier, and each client's last loss."""
-
-    credits: tuple[int, ...]
-    losses: Mapping[int, float]
-
-
-class TiFL(Selection[Credits]):
-    """TiFL: the clients of a step come from one tier of similar speed (Chai et al., HPDC 2020, Algorithm 2).
-
-    A tier is drawn among those with credits, in proportion to its mean loss, and pays one. At the beginning each has
-    twice its share of the steps.
-
-    Departs from it: the paper draws tiers by their accuracy on test data of their own, every few rounds; this is the
-    mean training loss that their clients reported last. If a tier has too few idle clients, neighbouring tiers fill up.
-
-    Args:
-        tiers: their number, of equally many clients.
-    """
-
-    def __init__(self, task: Task, tiers: int = 5) -> None:
-        if not 1 <= tiers <= task.clients.count:
-            raise ConfigError(f"clients.selection_args: tiers must be from 1 to the number of clients, got {tiers}")
-        order = np.argsort(expected_s(task), kind="stable")
-        self.tier = np.empty(len(order), np.int64)
-        for number, members in enumerate(np.array_split(order, tiers)):
-            self.tier[members] = number
-        self.tiers, self.steps = tiers, task.config.rounds
-
-    def init(self) -> Credits:
-        return Credits((math.ceil(2 * self.steps / self.tiers),) * self.tiers, {})
-
-    def choose(self, state: Credits, asking: Asking) -> Sequence[int]:
-        there = np.unique(self.tier[asking.idle])
-        rich = [tier for tier in there.tolist() if state.credits[tier] > 0] or there.tolist()
-        weights = np.array([self._loss(state, tier) for tier in rich])
-        tier = int(asking.rng.choice(rich, p=weights / weights.sum()))
-        mixed = asking.rng.permutation(asking.idle)
-        found: list[int] = mixed[np.argsort(abs(self.tier[mixed] - tier), kind="stable")][: asking.count].tolist()
-        return found
-
-    def _loss(self, state: Credits, tier: int) -> float:
-        """A tier's mean loss; of one that is not known yet, the largest that is known."""
-        known = [loss for client, loss in state.losses.items() if self.tier[client] == tier]
-        return max(1e-9, float(np.mean(known)) if known else max(state.losses.values(), default=1.0))
-
-    def learn(self, state: Credits, step: int, ended: Sequence[Ended]) -> Credits:
-        losses = {**state.losses, **{e.flight.client: e.reply.train_loss for e in ended if e.reply}}
-        if not ended:
-            return state
-        tiers = [int(self.tier[e.flight.client]) for e in ended]
-        paid = max(set(tiers), key=lambda tier: (tiers.count(tier), -tier))
-        credits = tuple(own - (tier == paid) for tier, own in enumerate(state.credits))
-        return Credits(credits, losses)
 
 
 SELECTIONS: dict[str, Any] = {
@@ -251,4 +199,6 @@ def selection_of(task: Task) -> Selection:
             f"clients.selection: {settings.selection} made a {type(found).__name__}; it must be a subclass of "
             "fedlq_ray.federation.selection.Selection"
         )
+    if type(found).choose is Selection.choose:
+        raise ConfigError(f"clients.selection: {settings.selection} has no choose, which returns the clients to ask")
     return found

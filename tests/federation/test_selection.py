@@ -5,25 +5,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from untrained import SMALL, Untrained, records_of, timed_task
+from untrained import SMALL, Untrained, arrived, records_of, timed_task
 
 from fedlq_ray import ConfigError, FedLQError, simulate
 from fedlq_ray.config.load import load
-from fedlq_ray.federation import cohorts, rounds
-from fedlq_ray.federation.downlink import Offer
-from fedlq_ray.federation.flight import depart, end
-from fedlq_ray.federation.host import Answer
+from fedlq_ray.federation import rounds
 from fedlq_ray.federation.selection import Asking, Selection, chosen
-from fedlq_ray.federation.selections import SELECTIONS, Explored, Oort, PowerOfChoice, TiFL, selection_of
+from fedlq_ray.federation.selections import SELECTIONS, Explored, Oort, PowerOfChoice, selection_of
 from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Workplace
+from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs.checkpoint import pack, unpack
 from fedlq_ray.strategies import make
 from fedlq_ray.sweeps.reclock import reclockable
-from fedlq_ray.training.local import Plan, Reply
 
 TASK = timed_task([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
 
@@ -32,17 +28,13 @@ def asking(idle=range(10), count=3, step=0, seed=0):
     return Asking(np.array(list(idle)), count, step, 0.0, np.random.default_rng(seed))
 
 
-def ended(client, loss):
-    """A flight that arrived with this training loss."""
-    offer, plan = Offer(torch.empty(0), 0, False), Plan("update", (), False)
-    flight = depart(TASK, cohorts.member(TASK, client, 0), 0, 0, 0.0, offer, plan)
-    flight.landing.answer = Answer(flight.job, Reply(b"", loss, flight.job.samples, 0.0, 0.0), None)
-    return end(TASK, flight)
+def with_selection(task, name, **args):
+    clients = task.config.clients.model_copy(update={"selection": name, "selection_args": args})
+    return replace(task, config=task.config.model_copy(update={"clients": clients}))
 
 
 def named(name, task=TASK, **args):
-    clients = task.config.clients.model_copy(update={"selection": name, "selection_args": args})
-    return selection_of(replace(task, config=task.config.model_copy(update={"clients": clients})))
+    return selection_of(with_selection(task, name, **args))
 
 
 @given(
@@ -73,6 +65,25 @@ def test_a_run_that_is_resumed_asks_the_same_clients(name, steps):
     assert [*records[:25], *records_of(task, None, state)] == records
     if name == "fastest" and not steps:
         assert {tuple(record.cohort) for record in records} == {(0, 2, 5)}
+
+
+@pytest.mark.parametrize("name", ["oort", "tifl", "power_of_choice", "fastest"])
+@pytest.mark.parametrize("steps", [[], ["server.buffer=2", "server.max_staleness=null", "clients.dropout=0.2"]])
+def test_a_run_that_trains_and_is_resumed_after_any_step_has_the_same_records(name, steps):
+    settings = ["network.uplink_free=false", "clients.cohort=3", f"clients.selection={name}", "rounds=8", *steps]
+    task = timed_task([0.1, 0.25, 0.15, 0.4, 0.3, 0.2, 0.35], *settings)
+    if name == "tifl":  # so that it looks often
+        task = with_selection(task, name, tiers=3, interval=2, credits=4)
+    strategy = make(Workplace(task).setting)
+    records, saved = [], []
+    for step in rounds.run(task, strategy, SerialHost(task), rounds.begin(task, strategy), rounds.Timing()):
+        step.settle()
+        records.append(step.record)
+        saved.append(pack(step.state.snapshot()))
+    assert len({record.train_loss for record in records}) == 8  # the selections learn from real losses
+    for done, kept in enumerate(saved, start=1):
+        state = ServerState.from_snapshot(unpack(kept), rounds.begin(task, strategy), task)
+        assert records_of(task, SerialHost(task), state) == records[done:]
 
 
 def test_power_of_choice_takes_the_largest_losses_of_its_candidates():
@@ -118,19 +129,9 @@ def test_oort_explores_a_fifth_also_where_clients_are_asked_one_at_a_time():
 
 def test_oort_takes_negative_losses():
     oort = Oort(TASK)
-    flights = [ended(client, loss=-1.0 - client) for client in range(10)]
+    flights = [arrived(TASK, client, loss=-1.0 - client) for client in range(10)]
     state = oort.learn(oort.init(), 0, flights)
     assert len(chosen(oort, state, asking(count=5, step=200))) == 5
-
-
-def test_tifl_asks_one_tier_and_no_tier_without_credits():
-    tifl = TiFL(TASK, tiers=5)
-    start = tifl.init()
-    pairs = {tuple(chosen(tifl, start, asking(count=2, seed=seed))) for seed in range(40)}
-    assert pairs == {(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)}
-    poor = replace(start, credits=(0, 0, 3, 0, 0))
-    assert {tuple(chosen(tifl, poor, asking(count=2, seed=seed))) for seed in range(10)} == {(4, 5)}
-    assert chosen(tifl, poor, asking(idle=[0, 5, 6, 9], count=2)) in ([5, 6], [0, 5])  # the nearest fill up
 
 
 class Own(Selection[int]):
@@ -178,6 +179,10 @@ class Broken(Selection):
             raise ValueError("own")
 
 
+class Silent(Selection):
+    """Has no `choose`."""
+
+
 class Wrong(Selection):
     def choose(self, state, asking):
         return [0, 0, 1]
@@ -207,6 +212,13 @@ def test_what_your_own_raises_is_one_sentence(method):
             r"clients\.selection: takes no 'tier'; .*tiers",
         ),
         (["clients.selection=tifl", "clients.selection_args={tiers: 51}"], r"selection_args: tiers must be from 1 to"),
+        (["clients.selection=tifl", "clients.selection_args={interval: 0}"], r"selection_args: interval must be"),
+        (
+            ["clients.selection=tifl", "clients.selection_args={credits: 1.5}"],
+            r"credits must be a whole number .* 1\.5",
+        ),
+        (["clients.selection_args={tiers: 5}"], r"clients\.selection: takes no 'tiers'; it takes nothing"),
+        ([f"clients.selection={__name__}:Silent"], r"clients\.selection: .*:Silent has no choose"),
         (["clients.selection=oort", "clients.selection_args={window: 0}"], r"selection_args: oort needs alpha"),
         (["clients.selection=oort", "clients.selection_args={alpha: .nan}"], r"selection_args: oort needs alpha"),
         (["clients.selection=oort", "clients.selection_args={alpha: fast}"], r"oort needs alpha .*, got 'fast', 20"),

@@ -53,6 +53,7 @@ def test_hosting_changes_no_byte_of_an_asynchronous_run():
         "network.bill=both",
         "tracking.uri=null",
         "clients.variation=0.5",
+        "clients.selection=oort",
     ]
     expected = contents(run(*more, "clients.hosting=serial"))
     for hosting, actors in (("packed", 1), ("packed", 2), ("packed", 5), ("dedicated", "null")):
