@@ -116,8 +116,6 @@ def _timeline(label: str, run: Finished, flights: list[Flown]) -> Shown:
 def _bars(axis: Any, rows: Mapping[int, int], flights: list[Flown], colour: str, how: str) -> None:
     """Flights that ended alike, one row per client; ends without a payload are also marked."""
     at, lengths = [rows[one.client] for one in flights], [one.end_s - one.start_s for one in flights]
-    name = how.replace("_", " ")
-    silent = how in _SILENT
     axis.barh(
         at,
         lengths,
@@ -126,10 +124,10 @@ def _bars(axis: Any, rows: Mapping[int, int], flights: list[Flown], colour: str,
         height=0.7,
         linewidth=0.8,
         edgecolor="white",
-        label=None if silent else name,
+        label=how.replace("_", " "),
     )
-    if silent:
-        axis.plot([one.end_s for one in flights], at, "x", color=colour, markersize=5, label=name)
+    if how in _SILENT:
+        axis.plot([one.end_s for one in flights], at, "x", color=colour, markersize=5)
 
 
 def _arrivals(ends: Mapping[str, int]) -> str:

@@ -86,7 +86,7 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
                 if progress.disable:
                     told = f"{metric} {seen}  {record.sim_time_s:.1f} simulated s  {sent:.2f} MB{more}"
                     at = f"{config.turn} {record.round + 1}/{config.rounds}"
-                    console.print(f"{name} {at}  {told}", highlight=False, markup=False)
+                    console.print(f"{name} {at}  {told}", highlight=False, markup=False, soft_wrap=True)
 
     return show
 

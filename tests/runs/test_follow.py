@@ -127,9 +127,9 @@ def test_a_wide_terminal_also_shows_staleness_and_waste(columns):
 
 
 def test_a_plain_line_names_steps(capsys):
-    config = load(None, ["rounds=2", "server.buffer=3"])
+    config = load(None, ["rounds=2", "server.buffer=3", "name=a-name-that-is-longer-than-most"])
     record = {"round": 0, "accuracy": 0.5, "sim_time_s": 2.0, "uplink_bytes": 1_000_000, "wasted_bytes": 250_000}
-    with progress.watch(config, Console(width=200)) as show:
+    with progress.watch(config, Console(width=80)) as show:
         show(RoundDone(Record.from_json(record)))
         show(RoundDone(Record.from_json(record | {"round": 1})))
     first, second = capsys.readouterr().out.splitlines()
