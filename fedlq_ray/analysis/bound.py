@@ -135,6 +135,7 @@ def _caption(runs: Runs, known: Known, rounds: int, seeds: Sequence[int], fed_ba
         "clients with more steps than others": any(c.data.partition != "iid" for c in configs),
         "stale updates": any(c.continuous for c in configs),
         "clients that drop out": any(c.clients.dropout > 0 for c in configs),
+        "clients that a step does not wait for": any(not c.synchronous and not c.continuous for c in configs),
         "clipped gradients": any(c.train.max_grad_norm is not None for c in configs),
         "a local training of their own": any(c.train.local is not None for c in configs),
         "another optimizer than SGD": any(c.train.optimizer != "sgd" for c in configs),

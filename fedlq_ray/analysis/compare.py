@@ -247,10 +247,13 @@ def _reached(runs: Sequence[Finished], target: float) -> Reached:
 
 
 def _bits(runs: Sequence[Finished]) -> float | None:
-    """Bits per parameter over all payloads, headers included; None if no model was saved, or nothing was sent."""
+    """Bits per parameter over all payloads that arrived, headers included; None if no model was saved, or none did."""
     size, records = parameters(runs), [record for run in runs for record in run.records]
     payloads = sum(len(record.answered) for record in records)
-    return 8 * sum(r.uplink_bytes for r in records) / (payloads * size) if size and payloads else None
+    flights = (zip(r.client_uplink_bytes, r.client_end, strict=False) for r in records)
+    lost = sum(sent for each in flights for sent, how in each if how != "arrived")
+    sent = sum(r.uplink_bytes for r in records) - lost
+    return 8 * sent / (payloads * size) if size and payloads else None
 
 
 def _undominated(row: Row, among: Sequence[Row]) -> bool:

@@ -55,12 +55,17 @@ def accuracy(runs: Runs, against: str) -> Shown:
         records = {label: [run.records for run in seeds] for label, seeds in runs.items()}
         plots.draw_accuracy(axis, records, config.target, config.network.bill, against, goal)
         axis.set_ylabel(f"test {goal.label}")
+    steps = against == "round" and not all(seeds[0].config.synchronous for seeds in runs.values())
+    if steps:
+        axis.set_xlabel("step of the server")
     name = goal.metric.replace("_", " ").capitalize()
-    over = {"time": "simulated time", "bytes": "uplink traffic", "round": "rounds"}[against]
+    over = {"time": "simulated time", "bytes": "uplink traffic", "round": "steps" if steps else "rounds"}[against]
     seeds = max(map(len, runs.values()))
     band = f"Line: mean of {seeds} seeds; band: from the minimum to the maximum." if seeds > 1 else "One seed."
     ends = "; ".join(f"{label} ends at {_final(seeds, goal)}" for label, seeds in runs.items())
-    title = _arrivals(runs, config.target, against, goal) or f"{name} against {over}: {ends}"
+    arrivals = None if steps else _arrivals(runs, config.target, against, goal)
+    title = arrivals or f"{name} against {over}: {ends}"
+    band += " Steps take different numbers of updates: compare by time and traffic." * steps
     return Shown(title, band, f"{name} against {over}, one line per run: {ends}.", figure)
 
 
@@ -135,11 +140,12 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
     for label in varying:
         seed = runs[label][0].config.seed
         layers, values = by_layer[label]
+        turn = runs[label][0].config.turn
         means = np.nanmean(values, 1)
         extremes = f"most for {layers[means.argmax()]} ({means.max():.2g}), least for {layers[means.argmin()]}"
         caption = f"Bits per parameter, mean of the cohort, headers included; seed {seed}."
         title = f"{label}: {extremes} ({means.min():.2g} bits per parameter)"
-        shown.append(_heat(values, norm, title, caption, layers, "layer"))
+        shown.append(_heat(values, norm, title, caption, layers, "layer", turn))
         if label not in by_client:
             continue
         clients = clients_of(runs[label][0])
@@ -154,9 +160,10 @@ def bits(runs: Runs) -> tuple[list[Shown], list[str]]:
                 values,
                 norm,
                 f"{label}: {halves if both else 'bits per parameter by client'}",
-                f"Bits of each client's payload, fastest uplink at the top; blank: not in the cohort. Seed {seed}.",
+                f"Bits of each client's payload, fastest uplink at the top; blank: no payload. Seed {seed}.",
                 [str(client) for client in order],
                 "client, by uplink",
+                turn,
             )
         )
         if both and (cells := _layer_client_bits(runs[label][0], layers)) is not None:
@@ -196,11 +203,15 @@ def _layer_bits(run: Finished) -> tuple[list[str], NDArray[np.float64]]:
 def _client_bits(run: Finished) -> NDArray[np.float64]:
     """Bits per parameter of each client's payload: (clients, rounds); NaN if it sent none."""
     size = parameters([run]) or 1
-    found = np.full((_count(run), len(run.records)), np.nan)
+    total = np.zeros((_count(run), len(run.records)))
+    times = np.zeros_like(total)
     for column, record in enumerate(run.records):
-        for client, sent in zip(record.cohort, record.client_uplink_bytes, strict=True):
-            found[client, column] = 8 * sent / size if sent else np.nan
-    return found
+        ends = record.client_end or ["arrived"] * len(record.cohort)
+        for client, sent, how in zip(record.cohort, record.client_uplink_bytes, ends, strict=True):
+            if sent and how == "arrived":  # a client may occur twice
+                total[client, column] += 8 * sent / size
+                times[client, column] += 1
+    return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
 
 
 def _layer_client_bits(run: Finished, layers: Sequence[str]) -> NDArray[np.float64] | None:
@@ -225,7 +236,7 @@ def _heat(
     caption: str,
     names: Sequence[str],
     of: str,
-    by: str = "round",
+    by: str,
 ) -> Shown:
     with plt.rc_context(STYLE):
         figure, axis = canvas(1.7 + min(0.24 * len(names), 3.4))
@@ -266,7 +277,7 @@ def significance(runs: Runs) -> list[Shown]:
                 if np.isfinite(line[-1]):
                     ends.append((rounds[-1], float(line[-1]), name, colour))
             cost, per = _of_significance(seeds[0])
-            axis.set(xlabel="round", ylabel=f"{cost} per {per}", yscale="log")
+            axis.set(xlabel=seeds[0].config.turn, ylabel=f"{cost} per {per}", yscale="log")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.2)
             axis.spines[["top", "right"]].set_visible(False)

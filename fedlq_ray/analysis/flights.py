@@ -1,17 +1,29 @@
 """How clients flew, where a step of the server does not wait for all: timelines, staleness, and who took part."""
 
 from collections import Counter, defaultdict
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from fedlq_ray import plots
 from fedlq_ray.analysis.figures import STYLE, Runs, Shown, canvas, clients_of
 from fedlq_ray.federation.record import Record
 from fedlq_ray.sweeps.sweep import Finished
 
-ENDS = {"arrived": "#1b9e77", "stopped": "#d95f02", "left": "#7570b3", "dropped_out": "#666666", "failed": "#e7298a"}
+ENDS = dict(
+    zip(
+        ("arrived", "stopped", "left", "failed", "dropped_out"),
+        (plots.COLOURS[2], plots.COLOURS[1], plots.COLOURS[3], plots.COLOURS[4], plots.MUTED),
+        strict=True,
+    )
+)
+_SILENT = (
+    "failed",
+    "dropped_out",
+)  # these send nothing: a flight may be too short to be seen, so that its end is marked
 _CLIENTS, _STEPS = 16, 14  # of a timeline
 
 
@@ -32,41 +44,56 @@ def flown(record: Record) -> list[Flown]:
     return [Flown(client, start, start + sum(own), how, old) for client, start, own, how, old in rows if how in ENDS]
 
 
+class Pace(NamedTuple):
+    """How fast a client is, and how many of its updates arrived.
+
+    Attributes:
+        seconds: mean of its flights that arrived; if none did, of its longest one, which it would have exceeded.
+    """
+
+    seconds: float
+    arrived: int
+
+
+def paces(flights: Iterable[Flown]) -> Mapping[int, Pace]:
+    """The pace of each client that was under way, the fastest first. A flight that was cut short says less."""
+    whole, cut = defaultdict[int, list[float]](list), defaultdict[int, list[float]](list)
+    for one in flights:
+        (whole if one.how == "arrived" else cut)[one.client].append(one.end_s - one.start_s)
+    found = {client: Pace(max(seconds), 0) for client, seconds in cut.items()}
+    found |= {client: Pace(float(np.mean(seconds)), len(seconds)) for client, seconds in whole.items()}
+    return dict(sorted(found.items(), key=lambda one: (one[1].seconds, one[0])))
+
+
 def shown(runs: Runs) -> list[Shown]:
     """A timeline, and staleness and participation, of the first seed of each run that has flights."""
     found = []
     for label, seeds in runs.items():
         flights = [one for record in seeds[0].records for one in flown(record)]
         if flights:
-            found += [_timeline(label, seeds[0]), *_staleness(label, seeds[0], flights), _taking_part(label, seeds[0])]
+            found += [_timeline(label, seeds[0], flights), *_staleness(label, seeds[0], flights)]
+            found.append(_taking_part(label, seeds[0], flights))
     return found
 
 
-def _timeline(label: str, run: Finished) -> Shown:
-    """Flights of some clients, over some steps in the middle of the run."""
-    records = run.records
-    first = max(0, len(records) // 2 - _STEPS // 2)
-    some = records[first : first + _STEPS]
-    start_s, end_s = (records[first - 1].sim_time_s if first else 0.0), some[-1].sim_time_s
-    flights = [one for record in records for one in flown(record) if one.end_s >= start_s and one.start_s <= end_s]
-    often = Counter(one.client for one in flights)
-    rows = sorted(client for client, _ in often.most_common(_CLIENTS))
+def _timeline(label: str, run: Finished, flights: list[Flown]) -> Shown:
+    """Flights of some clients, of all paces, over some steps in the middle of the run."""
+    first = max(0, len(run.records) // 2 - _STEPS // 2)
+    some = run.records[first : first + _STEPS]
+    start_s, end_s = (run.records[first - 1].sim_time_s if first else 0.0), some[-1].sim_time_s
+    inside = [one for one in flights if one.end_s >= start_s and one.start_s <= end_s]
+    there = {one.client for one in inside}
+    order = [client for client in paces(flights) if client in there]
+    spread = np.linspace(0, len(order) - 1, min(_CLIENTS, len(order))).round().astype(int)
+    rows = {order[at]: row for row, at in enumerate(spread)}
     with plt.rc_context(STYLE):
         figure, axis = canvas(1.4 + 0.24 * len(rows))
         for how, colour in ENDS.items():
-            own = [one for one in flights if one.how == how and one.client in rows]
-            axis.barh(
-                [rows.index(one.client) for one in own],
-                [one.end_s - one.start_s for one in own],
-                left=[one.start_s for one in own],
-                color=colour,
-                height=0.7,
-                linewidth=0.8,
-                edgecolor="white",
-                label=how.replace("_", " ") if own else None,
-            )
+            own = [one for one in inside if one.how == how and one.client in rows]
+            if own:
+                _bars(axis, rows, own, colour, how)
         for record in some:
-            axis.axvline(record.sim_time_s, color="0.3", linewidth=0.7)
+            axis.axvline(record.sim_time_s, color="black", linewidth=0.6)
         axis.set_yticks(range(len(rows)), [str(client) for client in rows])
         axis.invert_yaxis()
         axis.set_xlim(start_s, end_s)
@@ -74,20 +101,44 @@ def _timeline(label: str, run: Finished) -> Shown:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
         figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=9.5)
-    ends = Counter(one.how for record in records for one in flown(record))
-    told = ", ".join(f"{count} {how.replace('_', ' ')}" for how, count in ends.most_common())
-    title = f"{label}: {told}"
+    ends = Counter(one.how for one in flights)
+    lost = "".join(f"{count} {how.replace('_', ' ')}, " for how, count in ends.most_common() if how != "arrived")
+    title = f"{label}: {_arrivals(ends)}{_wasted(run)}"
     caption = (
-        f"Flights of {len(rows)} clients in steps {first + 1} to {first + len(some)}, seed {run.config.seed}; a line "
-        f"is a step of the server. {_wasted(run)}"
+        f"Flights of {len(rows)} clients in steps {first + 1} to {first + len(some)}, the fastest on top, seed "
+        f"{run.config.seed}; a line is a step of the server. "
+        + (f"Over all steps: {lost[:-2]}. " if lost else "")
+        + "Clients still under way at the end are not shown."
     )
     return Shown(title, caption, f"Bars by client from start to end of each flight. {title}.", figure)
+
+
+def _bars(axis: Any, rows: Mapping[int, int], flights: list[Flown], colour: str, how: str) -> None:
+    """Flights that ended alike, one row per client; ends without a payload are also marked."""
+    at, lengths = [rows[one.client] for one in flights], [one.end_s - one.start_s for one in flights]
+    axis.barh(
+        at,
+        lengths,
+        left=[one.start_s for one in flights],
+        color=colour,
+        height=0.7,
+        linewidth=0.8,
+        edgecolor="white",
+        label=how.replace("_", " "),
+    )
+    if how in _SILENT:
+        axis.plot([one.end_s for one in flights], at, "x", color=colour, markersize=5)
+
+
+def _arrivals(ends: Mapping[str, int]) -> str:
+    arrived, total = ends["arrived"], sum(ends.values())
+    return f"all {total} flights arrived" if arrived == total else f"{arrived} of {total} flights arrived"
 
 
 def _wasted(run: Finished) -> str:
     wasted = sum(record.wasted_bytes or 0 for record in run.records)
     total = sum(record.uplink_bytes + record.downlink_bytes for record in run.records)
-    return f"Flights that did not arrive transferred {wasted / 1e6:.3g} MB, {wasted / max(1, total):.0%} of all bytes."
+    return f", {wasted / 1e6:.3g} MB ({wasted / total:.0%} of all bytes) were wasted" if wasted else ""
 
 
 def _staleness(label: str, run: Finished, flights: list[Flown]) -> list[Shown]:
@@ -107,27 +158,31 @@ def _staleness(label: str, run: Finished, flights: list[Flown]) -> list[Shown]:
     return [Shown(title, caption, f"Histogram of staleness. {title}.", figure)]
 
 
-def _taking_part(label: str, run: Finished) -> Shown:
+def _taking_part(label: str, run: Finished, flights: list[Flown]) -> Shown:
     """How often a client's updates arrived, against how long it takes."""
-    came, seconds = Counter[int](), defaultdict[int, list[float]](list)
-    for record in run.records:
-        for one in flown(record):
-            came[one.client] += one.how == "arrived"
-            seconds[one.client].append(one.end_s - one.start_s)
-    clients = sorted(seconds)
-    typical = np.array([np.mean(seconds[client]) for client in clients])
-    counts = np.array([came[client] for client in clients])
+    found = paces(flights)
     with plt.rc_context(STYLE):
         figure, axis = canvas(3.2)
-        axis.scatter(typical, counts, s=22, color=ENDS["arrived"], alpha=0.8, linewidth=0)
+        for face, some in (("full", [p for p in found.values() if p.arrived]), ("none", _never(found))):
+            xs, ys = [pace.seconds for pace in some], [pace.arrived for pace in some]
+            axis.plot(xs, ys, "o", color=ENDS["arrived"], fillstyle=face, markersize=4.5, clip_on=False)
         axis.set(xlabel="mean seconds of a client's flight (simulated)", ylabel="updates that arrived")
         axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
-    order = np.argsort(typical, kind="stable")
-    half = len(order) // 2
-    fast, slow = counts[order[:half]].sum(), counts[order[len(order) - half :]].sum()
+    counts = [pace.arrived for pace in found.values()]
+    half = len(counts) // 2
+    fast, slow = sum(counts[:half]), sum(counts[len(counts) - half :])
     share = fast / max(1, fast + slow)
     title = f"{label}: the faster half of the clients sends {share:.0%} of the updates"
-    never = (len(clients_of(run)) or run.config.clients.count) - len(clients)
-    caption = f"A point is a client, seed {run.config.seed}; {never} were never under way."
+    idle = (len(clients_of(run)) or run.config.clients.count) - len(found)
+    caption = f"A point is a client, seed {run.config.seed}."
+    if _never(found):
+        caption += " Hollow: no update arrived; the longest flight before it ended."
+    if idle:
+        caption += f" {idle} clients were never under way."
     return Shown(title, caption, f"Updates against seconds, by client. {title}.", figure)
+
+
+def _never(found: Mapping[int, Pace]) -> list[Pace]:
+    return [pace for pace in found.values() if not pace.arrived]

@@ -25,10 +25,15 @@ def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[s
         command: the command that reproduces this report.
     """
     config = next(iter(outcome.runs.values()))[0].config
+    configs = [runs[0].config for runs in outcome.runs.values()]
     seeds = max(len(runs) for runs in outcome.runs.values())
     title = f"{', '.join(outcome.runs)} on {config.data.name}"
+    waits = all(config.synchronous for config in configs)
+    cohorts = " or ".join(map(str, sorted({config.clients.cohort for config in configs})))
+    rounds = " or ".join(map(str, sorted({config.rounds for config in configs})))
     scale = (
-        f"{config.clients.count} clients, {config.clients.cohort} in a round, {config.rounds} rounds, "
+        f"{config.clients.count} clients, {cohorts} {'in a round' if waits else 'under way at a time'}, "
+        f"{rounds} {'rounds' if waits else 'steps of the server'}, "
         f"{seeds} seed{'s' if seeds > 1 else ''}, links: {config.clients.profiles}."
     )
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="small">{escape(scale)}</p>']
@@ -57,6 +62,7 @@ def page(outcome: Outcome, table: Sequence[Row], unlike: Mapping[str, Sequence[s
 def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str]]) -> list[str]:
     """Results: sentences, the table, and accuracy against time, bytes and rounds."""
     config = next(iter(runs.values()))[0].config
+    waits = all(seeds[0].config.synchronous for seeds in runs.values())
     told = "".join(f"<li>{escape(one)}</li>" for one in findings(block, config.target))
     made = tables.columns(block, config.target)
     names = list(made)
@@ -76,7 +82,7 @@ def _results(block: Sequence[Row], runs: Runs, unlike: Mapping[str, Sequence[str
         f'<div class="scroll"><table class="results"><thead><tr>{head}</tr></thead>',
         f"<tbody>{''.join(body)}</tbody></table></div>",
         f'<p class="small">{escape(notes)}</p>',
-        "<h2>Accuracy against time, traffic and rounds</h2>",
+        f"<h2>Accuracy against time, traffic and {'rounds' if waits else 'steps'}</h2>",
         _grid([figures.accuracy(runs, against) for against in plots.AXES], f"accuracy{where}"),
     ]
 

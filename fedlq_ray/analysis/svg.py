@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from fedlq_ray.plots import COLOURS, MUTED, STEPS
 
 INK = "#000000"  # matplotlib's for text and axes
+PAPER = "#ffffff"  # behind names in a figure, and between bars
 
 
 def palette() -> Mapping[str, str]:
     """Maps each colour of a figure, in lower case, to the page's variable for it."""
     runs = {colour: f"run-{index}" for index, colour in enumerate(COLOURS)}
-    names = {**runs, **{colour: step for step, colour in STEPS.items()}, MUTED: "muted", INK: "ink"}
+    names = {**runs, **{colour: step for step, colour in STEPS.items()}, MUTED: "muted", INK: "ink", PAPER: "card"}
     return {colour.lower(): f"var(--{name})" for colour, name in names.items()}
 
 

@@ -54,7 +54,7 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
         gains = [between(row.accuracy_gain, goal.scale, places=1 if goal.percent else 3) for row in table]
         made["gain, points" if goal.percent else "difference"] = _own(table, gains)
     for metric in METRICS:
-        if metric.column:
+        if metric.column and (_flown(table) or not metric.of_records):
             made[metric.column] = figures(metric.name)
     if any(row.bits_per_parameter is not None for row in table):
         made["bits/param."] = [figure(row.bits_per_parameter) for row in table]
@@ -79,6 +79,11 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
     if any(row.failed for row in table):
         made["no result"] = [f"{row.failed} of {row.seeds}" for row in table]
     return made
+
+
+def _flown(table: Sequence[Row]) -> bool:
+    """Whether a run is not synchronous."""
+    return any(row.mean("staleness") is not None for row in table)
 
 
 def _own(table: Sequence[Row], cells: Sequence[str]) -> list[str]:
@@ -109,6 +114,11 @@ def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[st
         more = f"{'more' if goal.higher_is_better else 'less'} {goal.metric.replace('_', ' ')}"
         told.append(f"Gain and speed-up are over {base}{paired}.")
         told.append(f"* front: no run has {more} for as few MB.")
+    if _flown(table):
+        told.append(
+            "Waits: mean seconds from an update's arrival to its step. Staleness: mean steps while it was under way. "
+            "Wasted: bytes, both ways, of clients whose update did not arrive."
+        )
     return told + [f"The runs differ in {path} as well: {', '.join(values)}." for path, values in unlike.items()]
 
 

@@ -83,8 +83,9 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
     """Write a report on runs: one HTML file that needs no network.
 
     RUNS are named as for `fedlq compare`. The report shows accuracy against simulated time, traffic and rounds,
-    accuracy per client where test samples have clients, bits by layer and client, significance by layer, the clients
-    that a round waited for, labels by client, settings, versions and the command that repeats it.
+    accuracy per client where test samples have clients, bits by layer and client, significance by layer, clients
+    under way where steps do not wait for all, the clients that a round waited for, labels by client, settings, versions
+    and the command that repeats it.
     """
     from fedlq_ray.analysis import compare as comparing
     from fedlq_ray.analysis import report as reporting

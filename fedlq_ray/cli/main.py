@@ -106,8 +106,9 @@ def _tell(result: Any, config: Config, as_json: bool) -> None:
     summary = result.summary
     metric = goal_of(config.problem, summary).metric
     click.echo(
-        f"final {metric.replace('_', ' ')} {summary[f'final_{metric}']:.4f} after {summary['rounds']} rounds, "
+        f"final {metric.replace('_', ' ')} {summary[f'final_{metric}']:.4f} after {summary['rounds']} {config.turn}s, "
         f"{summary['sim_time_s']:.1f} simulated s, {summary['uplink_bytes'] / 1e6:.2f} MB sent by clients"
+        + (f", {wasted / 1e6:.2f} MB wasted in both directions" if (wasted := summary.get("wasted_bytes")) else "")
     )
     if config.target is not None:
         reached = summary["time_to_target_s"]

@@ -309,6 +309,11 @@ class Config(Section):
         return self.server.buffer is None and self.server.deadline_s is None and self.clients.availability == "always"
 
     @property
+    def turn(self) -> str:
+        """What `rounds` counts: rounds, or steps of the server where these do not wait for all."""
+        return "round" if self.synchronous else "step"
+
+    @property
     def continuous(self) -> bool:
         """Whether clients fly on over steps, and a client that ends is replaced at once."""
         return self.server.max_staleness != 0 and not (self.server.buffer is None and self.server.deadline_s is None)

@@ -23,7 +23,8 @@ class Metric:
         sums: the value of a round is added to those of the rounds before.
         per: the divisor that turns a value into `unit`.
         of_all: a comparison has it only where every seed finished.
-        column: the heading of its column in comparisons, which show the mean over seeds; None: no column of its own.
+        column: the heading of its column in comparisons, which show the mean over seeds; None: no column of its own. A
+            metric `of_records` has it only where a run is not synchronous.
     """
 
     name: str
@@ -45,24 +46,30 @@ class Metric:
         return f"{self.name}/LAYER" if self.of_layers else self.name
 
 
-def waiting_s(record: Record) -> float | None:
-    """Seconds that a client whose update arrived waits for the step, mean; None if none arrived, or it is not known."""
+def waiting_s(records: Sequence[Record]) -> float | None:
+    """Seconds from an update's arrival to the step that takes it, mean over updates; None if none arrived, or it is not
+    known."""
+    return mean(seconds for record in records for seconds in _waits_s(record))
+
+
+def _waits_s(record: Record) -> list[float]:
     times = zip(record.client_download_s, record.client_compute_s, record.client_upload_s, strict=True)
     took = [sum(own) for own in times]
     if record.client_end:
         ends = zip(record.client_start_s, took, record.client_end, strict=True)
-        waited = [record.sim_time_s - start - own for start, own, how in ends if how == "arrived"]
-    else:
-        waited = [
-            max(took) - own for client, own in zip(record.cohort, took, strict=False) if client in record.answered
-        ]
-    return mean(waited)
+        return [max(0.0, record.sim_time_s - (start + own)) for start, own, how in ends if how == "arrived"]
+    return [max(took) - own for client, own in zip(record.cohort, took, strict=False) if client in record.answered]
 
 
-def staleness(record: Record) -> float | None:
+def staleness(records: Sequence[Record]) -> float | None:
     """Mean staleness of the updates that arrived; None if none did, or the run is synchronous."""
-    each = zip(record.client_staleness, record.client_end, strict=True)
-    return mean(old for old, how in each if how == "arrived")
+    flights = (zip(record.client_staleness, record.client_end, strict=True) for record in records)
+    return mean(old for each in flights for old, how in each if how == "arrived")
+
+
+def lost_clients(record: Record) -> int | None:
+    """How many flights ended without an update, of those that had a plan; None if the run is synchronous."""
+    return None if record.wasted_bytes is None else sum(how not in ("arrived", "idle") for how in record.client_end)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -140,16 +147,25 @@ METRICS = (
         "s",
         "how long a client whose update arrived waited for the server's step, mean over the clients of the step. In a "
         "synchronous run, that is for the slowest; it shows what stragglers cost",
-        of_round=lambda r: waiting_s(r),
-        of_records=lambda rs: mean(waiting_s(r) for r in rs),
+        of_round=lambda r: waiting_s([r]),
+        of_records=waiting_s,
+        column="waits, s",
     ),
     Metric(
         "staleness",
         "steps",
         "steps that the server took while the clients of this step's updates were under way, mean; only where a step "
         "does not wait for all",
-        of_round=lambda r: staleness(r),
-        of_records=lambda rs: mean(staleness(r) for r in rs),
+        of_round=lambda r: staleness([r]),
+        of_records=staleness,
+        column="staleness",
+    ),
+    Metric(
+        "lost_clients",
+        "clients",
+        "clients whose flight ended in this step without an update: they dropped out, failed, left or were stopped; "
+        "only where a step does not wait for all",
+        of_round=lost_clients,
     ),
     Metric(
         "wasted_mb",
@@ -160,6 +176,7 @@ METRICS = (
         of_records=lambda rs: None if rs[-1].wasted_bytes is None else sum(r.wasted_bytes or 0 for r in rs) / 1e6,
         sums=True,
         per=1e6,
+        column="wasted MB",
     ),
     Metric(
         "bits_per_parameter",

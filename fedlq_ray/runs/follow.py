@@ -70,27 +70,28 @@ def _evaluated(metric: str, value: float | None) -> dict[str, Any]:
 
 
 def _from_mlflow(client: Any, run_id: str, every_s: float, metric: str) -> Iterator[Event]:
-    told, sent = -1, 0.0
+    told, sent, wasted = -1, 0.0, 0.0
     while True:
         status = client.get_run(run_id).info.status
         found = {
             name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
-            for name in ("sim_time_s", "uplink_mb", metric)
+            for name in ("sim_time_s", "uplink_mb", "wasted_mb", metric)
         }
         # A round's metrics are logged in one batch, so a step with the first metric has all of them.
         for step in sorted(step for step in found["sim_time_s"] if step > told):
-            uplink = found["uplink_mb"].get(step, sent)
+            uplink, lost = found["uplink_mb"].get(step, sent), found["wasted_mb"].get(step)
             yield RoundDone(
                 Record.from_json(
                     {
                         "round": step,
                         "sim_time_s": found["sim_time_s"][step],
                         "uplink_bytes": round((uplink - sent) * 1e6),
+                        "wasted_bytes": None if lost is None else round((lost - wasted) * 1e6),
                         **_evaluated(metric, found[metric].get(step)),
                     }
                 )
             )
-            told, sent = step, uplink
+            told, sent, wasted = step, uplink, lost or 0.0
         if status != "RUNNING":
             yield Closed(status)
             return

@@ -1,7 +1,7 @@
 """Shows a run's progress: a live line on a terminal, else a plain line per round, or JSON for machines."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from fedlq_ray.config.load import Config
 from fedlq_ray.federation.events import Closed, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Stopping
+from fedlq_ray.federation.metrics import of_rounds
 from fedlq_ray.problems import goal_of
 from fedlq_ray.runs.output import Console
+
+_WIDE = 112  # columns of a terminal that staleness and waste fit on as well
 
 
 def bars(console: Console, hidden: bool = False) -> Progress:
@@ -39,7 +42,7 @@ def watch(config: Config, console: Console | None = None, as_json: bool = False)
 
 def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[[Event], None]:
     """Like `watch`, for one of several runs that are shown together."""
-    sent, figures = 0, ""
+    totals, figures = dict[str, float](), ""
     metric = goal_of(config.problem).metric
     console, name = progress.console, f"{config.name}-{config.seed}"
     bar = progress.add_task(name if len(name) <= 16 else f"{name[:15]}…", total=config.rounds, figures="starting")
@@ -48,7 +51,7 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
         console.print(f"{name}: {text}", highlight=False, markup=False, **options)
 
     def show(event: Event) -> None:
-        nonlocal sent, figures, metric
+        nonlocal figures, metric
         if as_json:
             if isinstance(event, RoundDone):
                 print(json.dumps(event.record.to_json()), flush=True)
@@ -61,29 +64,38 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
             case Stopping():
                 say("stopping; interrupt again to end at once")
             case Resumed(records):
-                say(f"resumes after round {len(records)}")
-                sent = sum(record.uplink_bytes for record in records)
+                say(f"resumes after {config.turn} {len(records)}")
+                for record in records:
+                    of_rounds(record, totals)
             case Restarted(fault):
                 say(f"{fault}; starting it again")
-                sent = 0
+                totals.clear()
             case Closed():
                 progress.remove_task(bar)
                 if not progress.disable:
                     say(figures)
             case RoundDone(record):
-                sent += record.uplink_bytes
+                values = of_rounds(record, totals)
+                sent, more = values["uplink_mb"], _of_flights(values)
                 seen = "–" if record.main is None else f"{record.main:.4f}"
                 metric = metric if record.accuracy is not None else next(iter(record.metrics), metric)
                 short = "acc." if metric == "accuracy" else metric
-                figures = f"{short} {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent / 1e6)} MB"
+                figures = f"{short} {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent)} MB"
+                figures += more if console.width >= _WIDE else ""
                 progress.update(bar, completed=record.round + 1, figures=figures)
                 if progress.disable:
-                    told = f"{metric} {seen}  {record.sim_time_s:.1f} simulated s  {sent / 1e6:.2f} MB"
-                    console.print(
-                        f"{name} round {record.round + 1}/{config.rounds}  {told}", highlight=False, markup=False
-                    )
+                    told = f"{metric} {seen}  {record.sim_time_s:.1f} simulated s  {sent:.2f} MB{more}"
+                    at = f"{config.turn} {record.round + 1}/{config.rounds}"
+                    console.print(f"{name} {at}  {told}", highlight=False, markup=False, soft_wrap=True)
 
     return show
+
+
+def _of_flights(values: Mapping[str, float]) -> str:
+    """Staleness and waste of a step, where it has them: a synchronous round has neither."""
+    old, wasted = values.get("staleness"), values.get("wasted_mb")
+    told = "" if old is None else f"  staleness {_short(old)}"
+    return told + ("" if wasted is None else f"  {_short(wasted)} MB wasted")
 
 
 def _short(value: float) -> str:

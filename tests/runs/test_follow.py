@@ -81,14 +81,14 @@ def test_mlflow_tells_the_same_as_the_folder(tmp_path):
     from fedlq_ray.tracking import stores
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    result = simulate(load(None, [*QUICK, "evaluate_every=2"]))
+    result = simulate(load(None, [*QUICK, "evaluate_every=2", "server.buffer=3"]))
     client = stores.connect(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("fedlq").experiment_id])
     config, events = follow.mlflow(uri, run.info.run_id)
     *records, last = list(events)
     assert last == Closed("FINISHED") and config.evaluate_every == 2
     for event, record in zip(records, rundir.journal(result.path), strict=True):
-        for name in ("round", "sim_time_s", "uplink_bytes", "accuracy"):
+        for name in ("round", "sim_time_s", "uplink_bytes", "wasted_bytes", "accuracy"):
             assert getattr(event.record, name) == getattr(record, name)
     with pytest.raises(ConfigError, match="no run of fedlq"):
         follow.mlflow(uri, "0" * 32)
@@ -109,6 +109,32 @@ def test_the_progress_fits_in_80_columns(tmp_path):
         and "MB" in last[0]
         and "a-name-that" in last[0]
     )
+
+
+@pytest.mark.parametrize("columns", [80, 112])
+def test_a_wide_terminal_also_shows_staleness_and_waste(columns):
+    console = Console(width=columns, force_terminal=True, record=True, file=io.StringIO())
+    settings = ["rounds=1000", "name=a-name-that-is-long", "server.buffer=3", "server.max_staleness=null"]
+    flights = {"client_staleness": [1, 2], "client_end": ["arrived", "arrived"], "client_start_s": [0, 0]}
+    times = {f"client_{step}_s": [1, 1] for step in ("download", "compute", "upload")}
+    record = {"round": 998, "accuracy": 0.98765, "sim_time_s": 54321.5, "uplink_bytes": 9_876_543_210}
+    record |= {"wasted_bytes": 9_000_000_000, **flights, **times}
+    with progress.watch(load(None, settings), console) as show:
+        show(RoundDone(Record.from_json(record)))
+    (last,) = console.export_text().strip().splitlines()
+    assert "999/1000" in last and "9877 MB" in last
+    assert ("staleness 1.5  9000 MB wasted" in last) == (columns == 112)
+
+
+def test_a_plain_line_names_steps(capsys):
+    config = load(None, ["rounds=2", "server.buffer=3", "name=a-name-that-is-longer-than-most"])
+    record = {"round": 0, "accuracy": 0.5, "sim_time_s": 2.0, "uplink_bytes": 1_000_000, "wasted_bytes": 250_000}
+    with progress.watch(config, Console(width=80)) as show:
+        show(RoundDone(Record.from_json(record)))
+        show(RoundDone(Record.from_json(record | {"round": 1})))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("step 1/2  accuracy 0.5000  2.0 simulated s  1.00 MB  0.25 MB wasted")
+    assert second.endswith("2.00 MB  0.5 MB wasted")
 
 
 def test_the_command_says_how_it_ended(tmp_path):
