@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlq_ray.federation.clock import ClientTime, client_time, conditions
-from fedlq_ray.federation.flight import Ended, samples
+from fedlq_ray.federation.flight import FlightEnd, samples
 from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.state import ServerState
@@ -39,7 +39,7 @@ def clock(
 def record_of(
     task: Task,
     state: ServerState,
-    ended: Sequence[Ended],
+    ended: Sequence[FlightEnd],
     fold: Fold,
     update_norm: float,
     quantization_error: float | None,
@@ -86,7 +86,7 @@ def record_of(
     )
 
 
-def _of_flights(state: ServerState, ended: Sequence[Ended]) -> dict[str, Any]:
+def _of_flights(state: ServerState, ended: Sequence[FlightEnd]) -> dict[str, Any]:
     """What a record has of flights, where not all of them start and end with the step."""
     return {
         "client_start_s": [e.flight.start_s for e in ended],

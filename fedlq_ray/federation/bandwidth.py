@@ -63,8 +63,8 @@ class Bandwidth:
 
 
 def bandwidth(spec: str | None, profiles: Sequence[Profile], names: Sequence[str] | None) -> Bandwidth:
-    """Reads `network.bandwidth`: rates from `t_s` on, in any order of rows; before its first row a client has those of
-    its profile.
+    """Reads `network.bandwidth`: rates from `t_s` on, rows in any order. Before its first row, a client has the
+    rates of its profile.
 
     Args:
         names: the clients' ids, if the data has them.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.flight import Ended
+from fedlq_ray.federation.flight import FlightEnd
 from fedlq_ray.federation.task import Task, Workplace
 
 Floats = NDArray[np.float64]
@@ -39,7 +39,7 @@ class Durations:
         return found
 
 
-def sizes_of(ended: Sequence[Ended], known: Sizes) -> Sizes:
+def sizes_of(ended: Sequence[FlightEnd], known: Sizes) -> Sizes:
     """Mean bytes of the flights that arrived; `known` if none did."""
     came = [e for e in ended if e.how == "arrived"]
     if not came:

@@ -80,7 +80,7 @@ class Flight:
 
 
 @dataclass(frozen=True)
-class Ended:
+class FlightEnd:
     """A flight that has ended.
 
     Attributes:
@@ -198,7 +198,7 @@ def earliest_s(task: Task, flight: Flight) -> float:
     return min(flight.leaves_s, flight.start_s + times(task, flight, flight.least_bytes).total_s)
 
 
-def end(task: Task, flight: Flight) -> Ended | None:
+def end(task: Task, flight: Flight) -> FlightEnd | None:
     """How a flight ends unless it is stopped; None if that is not known before the host answers."""
     if flight.awaited:
         return None
@@ -210,10 +210,10 @@ def end(task: Task, flight: Flight) -> Ended | None:
     at_s = flight.start_s + whole.total_s
     if at_s > flight.leaves_s:
         return cut(task, flight, "left", flight.leaves_s)
-    return Ended(flight, how, at_s, whole, sent, flight.offer.num_bytes if flight.sends else 0)
+    return FlightEnd(flight, how, at_s, whole, sent, flight.offer.num_bytes if flight.sends else 0)
 
 
-def cut(task: Task, flight: Flight, how: End, at_s: float) -> Ended:
+def cut(task: Task, flight: Flight, how: End, at_s: float) -> FlightEnd:
     """A flight that ends before its time, with what it has transferred."""
     whole, left = times(task, flight, 0), at_s - flight.start_s
     download_s = min(whole.download_s, left)
@@ -225,7 +225,7 @@ def cut(task: Task, flight: Flight, how: End, at_s: float) -> Ended:
     sent = _transferred(task, flight, "uplink", at_s - upload_s, upload_s)
     if isinstance(reply := getattr(flight.landing.answer, "reply", None), Reply):
         sent = min(sent, len(reply.payload))
-    return Ended(flight, how, at_s, ClientTime(download_s, compute_s, upload_s), sent, fetched)
+    return FlightEnd(flight, how, at_s, ClientTime(download_s, compute_s, upload_s), sent, fetched)
 
 
 def packed(flight: Flight) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.downlink import Downlink, Shared
-from fedlq_ray.federation.flight import Ended, Flight, depart
+from fedlq_ray.federation.flight import Flight, FlightEnd, depart
 from fedlq_ray.federation.selection import Asking, Selection, called, chosen
 from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.state import ServerState
@@ -53,69 +53,68 @@ class Rules:
         with seeded(seed, "selection.choose", dispatch):  # a user's selection may draw from global generators
             return chosen(self.selection, copy.deepcopy(state.selection), asking)  # and change its state in place
 
-    def learned(self, state: ServerState, ended: Sequence[Ended]) -> Any:
+    def learned(self, state: ServerState, ended: Sequence[FlightEnd]) -> Any:
         """The selection's state after a step, which took these flights."""
         step, known = state.round, copy.deepcopy(state.selection)
         return called(self.selection, self.task.config.seed, "learn", step, known, step, ended)
 
 
-def plan(
-    rules: Rules,
-    state: ServerState,
-    held: Mapping[int, Tensor],
-    shared: Shared | None,
-    clients: Sequence[int],
-    *,
-    dispatch: int,
-    at_s: float,
-) -> list[Flight]:
+@dataclass(frozen=True)
+class Dispatch:
+    """A moment at which clients are asked.
+
+    Attributes:
+        number: counted from 0; with the client, the key of all randomness.
+        at_s: the simulated time.
+        held: by client, the model that it holds, if the downlink is coded.
+        shared: the model that all hold, if they hold the same.
+    """
+
+    number: int
+    at_s: float
+    held: Mapping[int, Tensor]
+    shared: Shared | None
+
+
+def plan(rules: Rules, state: ServerState, dispatch: Dispatch, clients: Sequence[int]) -> list[Flight]:
     """Asks the strategy for the plans of clients that are asked at the same moment; their flights, in order.
 
     Where a step waits for all of them, they are planned together. Otherwise each is planned alone, because nobody
     waits for it: it is the slowest of a cohort of one, and `Member.updates` says how many make up a step.
 
-    Args:
-        held: by client, the model that it holds, if the downlink is coded.
-        shared: the model that all hold, if they hold the same.
     Raises:
         FedLQError: a client that is planned alone has no plan.
     """
     if not rules.task.config.continuous:
-        return _planned(rules, state, held, shared, clients, dispatch, at_s)
-    return [
-        flight
-        for client in clients
-        for flight in _planned(rules, state, held, shared, [client], dispatch, at_s, (client,))
-    ]
+        return _planned(rules, state, dispatch, clients)
+    flights = []
+    for client in clients:
+        (flight,) = _planned(rules, state, dispatch, [client], keys=(dispatch.number, client))
+        if not flight.sends:
+            raise FedLQError(
+                f"step {state.round}: {type(rules.strategy).__name__} has no plan for client {client}; where the "
+                "server does not wait for all (server.buffer, server.deadline_s), each client that is asked needs one"
+            )
+        flights.append(flight)
+    return flights
 
 
 def _planned(
-    rules: Rules,
-    state: ServerState,
-    held: Mapping[int, Tensor],
-    shared: Shared | None,
-    clients: Sequence[int],
-    dispatch: int,
-    at_s: float,
-    keys: tuple[int, ...] = (),
+    rules: Rules, state: ServerState, dispatch: Dispatch, clients: Sequence[int], keys: tuple[int, ...] = ()
 ) -> list[Flight]:
+    """The flights of clients that are planned together. `keys`: more keys of the strategy's random draws."""
     task, step = rules.task, state.round
     rates = {client: cohorts.downlink(task, client) for client in clients}
-    offers = rules.downlink.offer(held, state.weights, rates, dispatch, shared)
+    offers = rules.downlink.offer(dispatch.held, state.weights, rates, dispatch.number, dispatch.shared)
     members = [cohorts.member(task, client, offers[client].num_bytes) for client in clients]
     if task.config.train.adaptive_work > 1:
         known = state.payload_bytes and [state.payload_bytes] * len(members)
         expected = rules.ask("expected_bytes", step, state.strategy, step, members) or known
         members = cohorts.with_own_work(task, members, expected) if expected else members
-    if keys:
-        keys = (dispatch, *keys)
     plans: Mapping[int, Plan] = rules.ask("plan", step, copy.deepcopy(state.strategy), step, members, keys=keys)
-    if keys and clients[0] not in plans:
-        raise FedLQError(
-            f"step {step}: {type(rules.strategy).__name__} has no plan for client {clients[0]}; where the server does "
-            "not wait for all (server.buffer, server.deadline_s), each client that is asked needs one"
-        )
-    return [depart(task, m, dispatch, step, at_s, offers[m.client], plans.get(m.client)) for m in members]
+    return [
+        depart(task, m, dispatch.number, step, dispatch.at_s, offers[m.client], plans.get(m.client)) for m in members
+    ]
 
 
 def probe(rules: Rules, state: ServerState, clients: Sequence[int]) -> Probe | None:

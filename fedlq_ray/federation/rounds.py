@@ -19,7 +19,7 @@ from fedlq_ray.federation import server
 from fedlq_ray.federation.accounting import record_of
 from fedlq_ray.federation.clock import round_time
 from fedlq_ray.federation.downlink import Shared
-from fedlq_ray.federation.flight import Ended, Flight
+from fedlq_ray.federation.flight import Flight, FlightEnd
 from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.host import Future, Host
 from fedlq_ray.federation.planning import Rules, probe, shares_of
@@ -190,7 +190,7 @@ def fold_of(rules: Rules, state: ServerState, flights: Sequence[Flight]) -> Fold
     )
 
 
-def taken(rules: Rules, state: ServerState, ended: Sequence[Ended]) -> Fold:
+def taken(rules: Rules, state: ServerState, ended: Sequence[FlightEnd]) -> Fold:
     """The sum of the payloads that have arrived since the last step."""
     answered = [e.flight for e in ended if e.how in ("arrived", "failed")]
     fold = fold_of(rules, state, answered)
@@ -204,7 +204,7 @@ def commit(
     rules: Rules,
     state: ServerState,
     traffic: Traffic,
-    ended: Sequence[Ended],
+    ended: Sequence[FlightEnd],
     fold: Fold,
     measurement: Measurement | None,
 ) -> tuple[ServerState, Record]:
@@ -238,10 +238,10 @@ def commit(
         sim_time_s=traffic.now_s,
         payload_bytes=state.payload_bytes if payload_bytes is None else payload_bytes,
         server=moments,
-        held={**state.held, **traffic.held},
+        held=traffic.held,
         tracked=fold.tracked,
         strategy=learned,
-        memories={**state.memories, **traffic.memories},
+        memories=traffic.memories,
         dispatches=traffic.dispatches,
         flights=tuple(sorted(traffic.flying.values(), key=lambda flight: flight.order)),
         selection=rules.learned(state, ended),
@@ -249,14 +249,14 @@ def commit(
     ), record
 
 
-def seconds_of(state: ServerState, traffic: Traffic, ended: Sequence[Ended]) -> float:
+def seconds_of(state: ServerState, traffic: Traffic, ended: Sequence[FlightEnd]) -> float:
     """Simulated seconds of a step. Where it waits for all, its slowest client's: a difference of clocks would round."""
     if traffic.config.synchronous:
         return round_time(e.times for e in ended)
     return traffic.now_s - state.sim_time_s
 
 
-def mean_work(ended: Sequence[Ended], fold: Fold) -> float:
+def mean_work(ended: Sequence[FlightEnd], fold: Fold) -> float:
     """The mean work of the clients that answered, weighted by their shares.
 
     Each client sends its update per unit of work, and the sum is scaled by the mean work, so that clients that train

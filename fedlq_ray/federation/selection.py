@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypeVar
 
 from fedlq_ray.errors import FedLQError
-from fedlq_ray.federation.flight import Ended
+from fedlq_ray.federation.flight import FlightEnd
 from fedlq_ray.federation.task import Task
 from fedlq_ray.seeding import numpy_rng, seeded
 
@@ -51,7 +51,7 @@ class Selection(Generic[State]):
         """The clients to ask: `asking.count` different ones of `asking.idle`."""
         raise TypeError(f"{type(self).__name__} has no choose")
 
-    def learn(self, state: State, step: int, ended: Sequence[Ended]) -> State:
+    def learn(self, state: State, step: int, ended: Sequence[FlightEnd]) -> State:
         """The state after a step, which took these flights."""
         return state
 

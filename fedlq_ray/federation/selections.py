@@ -12,7 +12,7 @@ from fedlq_ray.config import parts
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.durations import Durations, Floats, Sizes, sizes_of
-from fedlq_ray.federation.flight import Ended
+from fedlq_ray.federation.flight import FlightEnd
 from fedlq_ray.federation.selection import Asking, Selection, Uniformly
 from fedlq_ray.federation.task import Task
 from fedlq_ray.federation.tifl import TiFL
@@ -37,7 +37,7 @@ class Fastest(Selection[Sizes]):
         found: list[int] = asking.idle[order][: asking.count].tolist()
         return found
 
-    def learn(self, state: Sizes, step: int, ended: Sequence[Ended]) -> Sizes:
+    def learn(self, state: Sizes, step: int, ended: Sequence[FlightEnd]) -> Sizes:
         return sizes_of(ended, state)
 
 
@@ -69,7 +69,7 @@ class PowerOfChoice(Selection[dict[int, float]]):
         found: list[int] = drawn[np.argsort(-losses, kind="stable")][: asking.count].tolist()
         return found
 
-    def learn(self, state: dict[int, float], step: int, ended: Sequence[Ended]) -> dict[int, float]:
+    def learn(self, state: dict[int, float], step: int, ended: Sequence[FlightEnd]) -> dict[int, float]:
         return state | {e.flight.client: e.reply.train_loss for e in ended if e.reply}
 
 
@@ -152,7 +152,7 @@ class Oort(Selection[Explored]):
         found: Floats = (statistical + np.sqrt(0.1 * np.log(step + 1) / last)) * slow
         return found
 
-    def learn(self, state: Explored, step: int, ended: Sequence[Ended]) -> Explored:
+    def learn(self, state: Explored, step: int, ended: Sequence[FlightEnd]) -> Explored:
         came = [e for e in ended if e.reply]
         loss = {e.flight.client: max(0.0, e.reply.train_loss) for e in came if e.reply}
         utility = {client: self.samples[client].item() * own for client, own in loss.items()}

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.durations import Durations, Sizes, sizes_of
-from fedlq_ray.federation.flight import Ended
+from fedlq_ray.federation.flight import FlightEnd
 from fedlq_ray.federation.selection import Asking, Selection
 from fedlq_ray.federation.task import Task
 
@@ -90,7 +90,7 @@ class TiFL(Selection[Tiers]):
     def _rich(self, spent: int) -> bool:
         return self.credits is None or spent < self.credits
 
-    def learn(self, state: Tiers, step: int, ended: Sequence[Ended]) -> Tiers:
+    def learn(self, state: Tiers, step: int, ended: Sequence[FlightEnd]) -> Tiers:
         if not ended:
             return state
         asked = [int(self.tier_of(state)[e.flight.client]) for e in ended]

@@ -12,13 +12,12 @@ from collections import Counter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from fedlq_ray.errors import FedLQError
 from fedlq_ray.federation.downlink import Shared
-from fedlq_ray.federation.flight import Ended, Flight, Landing, cut, earliest_s, end
+from fedlq_ray.federation.flight import Flight, FlightEnd, Landing, cut, earliest_s, end
 from fedlq_ray.federation.host import Answer, Host
-from fedlq_ray.federation.planning import Rules, plan
+from fedlq_ray.federation.planning import Dispatch, Rules, plan
 from fedlq_ray.federation.state import ServerState
 
 FRUITLESS = 2000  # so many flights in a row without an update end a run; at a dropout of 0.99 they have p = 2e-9
@@ -71,23 +70,22 @@ class Traffic:
         vacant: there may be a client to ask.
         wake_s: when the next client becomes available, if there is room for it.
         shared: what all clients hold, with what each has fetched by now.
-        held, memories: of the clients whose flights have ended, on top of those of `state`.
+        held, memories: by client, with what the flights that have ended changed.
     """
 
     def __init__(self, rules: Rules, host: Host, state: ServerState, published: Any, landings: Landings) -> None:
         self.rules, self.host, self.state, self.landings = rules, host, state, landings
         self.task, self.config = rules.task, rules.task.config
         self.flying = {flight.client: flight for flight in state.flights}
-        self.ended: list[Ended] = []
+        self.ended: list[FlightEnd] = []
         self.now_s, self.dispatches = state.sim_time_s, state.dispatches
-        self.held: dict[int, Tensor] = {}
+        self.held, self.memories = dict(state.held), dict(state.memories)
         self.shared = None if (s := state.shared) is None else Shared(s.model, s.sent, dict(s.fetched))
         self.starts = {id(state.weights): (state.weights, published)}  # models that clients start from, by id
-        self.memories: dict[int, Any] = {}
         deadline_s = self.config.server.deadline_s
         self.deadline_s = math.inf if deadline_s is None else state.sim_time_s + deadline_s
         self.arrived, self.late, self.vacant, self.wake_s = 0, False, False, math.inf
-        self._ends = Queue[Ended]()
+        self._ends = Queue[FlightEnd]()
         self._awaited = Queue[Flight]()  # by the time before which they cannot end
         for flight in state.flights:
             self._watch(flight)
@@ -99,12 +97,10 @@ class Traffic:
         while (room := self.task.clients.cohort - len(self.flying)) > 0:
             idle = self._idle()
             if len(idle):
-                dispatch, self.dispatches = self.dispatches, self.dispatches + 1
-                chosen = self.rules.choose(self.state, idle, min(room, len(idle)), dispatch, self.now_s)
-                held = {**self.state.held, **self.held} if self.held else self.state.held
-                for flight in plan(
-                    self.rules, self.state, held, self.shared, chosen, dispatch=dispatch, at_s=self.now_s
-                ):
+                dispatch = Dispatch(self.dispatches, self.now_s, self.held, self.shared)
+                self.dispatches += 1
+                chosen = self.rules.choose(self.state, idle, min(room, len(idle)), dispatch.number, self.now_s)
+                for flight in plan(self.rules, self.state, dispatch, chosen):
                     self._depart(flight)
             if self.flying or not self._pass_time():
                 break
@@ -146,8 +142,7 @@ class Traffic:
             model = flight.offer.model
             if id(model) not in self.starts:
                 self.starts[id(model)] = model, self.host.publish(model)
-            known = self.memories.get(flight.client, self.state.memories.get(flight.client))
-            self.host.submit(flight.job, self.starts[id(model)][1], known)
+            self.host.submit(flight.job, self.starts[id(model)][1], self.memories.get(flight.client))
         self._watch(flight)
 
     def _watch(self, flight: Flight) -> None:
@@ -192,7 +187,7 @@ class Traffic:
             else:
                 self.now_s, self.late = max(self.now_s, deadline_s), True
 
-    def _end(self, ended: Ended) -> None:
+    def _end(self, ended: FlightEnd) -> None:
         flight = ended.flight
         self.now_s = max(self.now_s, ended.at_s)
         del self.flying[flight.client]
@@ -222,7 +217,7 @@ class Traffic:
                 f"arrived ({how}); look at clients.availability and clients.dropout"
             )
 
-    def close(self) -> list[Ended]:
+    def close(self) -> list[FlightEnd]:
         """Stops the flights that this step makes too stale; all that have ended since the last step, in order."""
         limit = self.config.server.max_staleness
         for flight in sorted(self.flying.values(), key=lambda flight: flight.order):

@@ -264,7 +264,7 @@ AIR = st.fixed_dictionaries(
 @settings(max_examples=40, deadline=None)
 @given(AIR, st.integers(0, 4), st.randoms(use_true_random=False))
 def test_what_holds_for_any_intervals_also_after_a_resume(chosen, at, random):
-    """No flight goes on after its client left; replies in any order, and a resume, change nothing."""
+    """No flight continues after its client left. The order of replies and a resume change nothing."""
     if chosen["staleness"] != 0 and chosen["buffer"] is chosen["deadline"] is None:
         return
     own = {"server.buffer": chosen["buffer"], "server.max_staleness": chosen["staleness"]}

@@ -177,7 +177,7 @@ def test_what_holds_for_all_flights(chosen, random, failing):
     if not task.config.synchronous:
         staleness = sum(sum(record.client_staleness) for record in records)
         last = sum(task.config.rounds - 1 - flight.version + 1 for flight in steps[-1].state.flights)
-        assert staleness + last == len(kept)  # each step makes each flight that goes on one step older
+        assert staleness + last == len(kept)  # each step makes each flight that continues one step older
         assert total.total() == flights
     # The order of real replies changes nothing.
     again = Untrained(task, lambda n: random.randrange(n))
