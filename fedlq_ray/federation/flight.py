@@ -223,8 +223,6 @@ def cut(task: Task, flight: Flight, how: End, at_s: float) -> FlightEnd:
     if left < whole.download_s:
         fetched = min(fetched, _transferred(task, flight, "downlink", flight.start_s, left))
     sent = _transferred(task, flight, "uplink", at_s - upload_s, upload_s)
-    if isinstance(reply := getattr(flight.landing.answer, "reply", None), Reply):
-        sent = min(sent, len(reply.payload))
     return FlightEnd(flight, how, at_s, ClientTime(download_s, compute_s, upload_s), sent, fetched)
 
 
