@@ -132,7 +132,7 @@ def show_config(arguments: tuple[str, ...], schema: bool) -> None:
 @click.argument("file", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--out", default=None, type=PATH, help="Folder of the runs; finished runs in it are not repeated.")
-@click.option("--only", default="", help="Names of the runs to do now, separated by commas; the table has no others.")
+@click.option("--only", default="", help="Only these runs: RUN or RUN@POPULATION, separated by commas.")
 def sweep(file: str, overrides: tuple[str, ...], out: str | None, only: str) -> None:
     """Run several experiments and compare them.
 

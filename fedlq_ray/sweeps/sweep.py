@@ -99,7 +99,7 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
     Args:
         tree: the keys of a sweep's file.
         path: where they come from, for messages; its stem is the default name.
-        only: the names of the runs to keep; none: all.
+        only: the names of the runs to keep, RUN or RUN@POPULATION; none: all.
     Raises:
         ConfigError: a key or one of the configurations is wrong.
     """
@@ -136,14 +136,17 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
         own_name = f"{name}-{label}".replace("@", "-")
         return _with(base, [f"name={own_name}", *settings, *overrides], f"{path}, run {label}")
 
-    missing = sorted(set(only) - {str(label) for label in tree["runs"]})
+    multiplied = _multiplied(tree["runs"], populations)
+    missing = sorted(set(only) - {str(label) for label in tree["runs"]} - set(multiplied))
     if missing:
-        raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, tree['runs']))}")
-    chosen = {label: own for label, own in tree["runs"].items() if not only or str(label) in only}
+        also = f", each with @{', @'.join(map(str, populations))}" if populations else ""
+        raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, tree['runs']))}{also}")
     runs, tuning = {}, {}
     each = [[f"{key}={as_text(value)}" for value in values] for key, values in tune.items()]
     tries = {" ".join(tried): list(tried) for tried in itertools.product(*each)} if tune else {}
-    for label, own in _multiplied(chosen, populations).items():
+    for label, own in multiplied.items():
+        if only and label not in only and label.partition("@")[0] not in only:
+            continue
         runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
         apart = [*tuning_alone, f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
         tuning[label] = {name: config(label, *own, *tried, *apart) for name, tried in tries.items()}

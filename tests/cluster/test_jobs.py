@@ -26,7 +26,22 @@ FULL = pytest.mark.skipif("FEDLQ_CLUSTER" not in os.environ, reason="takes minut
 FEDLQ = [sys.executable, "-m", "fedlq_ray.cli"]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 CONFIG = "name: small\nrounds: 3\nclients: {count: 5, cohort: 3, hosting: packed, actors: 2}\n"
-LONG = 150  # rounds of a run that is to be stopped: it must still go on when its log has been read
+LONG = 30  # rounds of a run that is stopped: it takes a second for each until the file `fast` is there
+SLOW = """
+import time
+from pathlib import Path
+
+from fedlq_ray.strategies import Strategy
+
+
+class Slow(Strategy):
+    def __init__(self, setting, fast):
+        self.setting, self.fast = setting, Path(fast)
+
+    def plan(self, state, round, cohort):
+        time.sleep(0 if self.fast.exists() else 1)
+        return {m.client: self.setting.at_levels([4] * len(self.setting.quantized)) for m in cohort}
+"""
 
 
 def free_ports(count):
@@ -137,6 +152,7 @@ def cluster():
     project = folder / "project"
     project.mkdir()
     (project / "small.yaml").write_text(CONFIG)
+    (project / "slow.py").write_text(SLOW)
     started = Cluster(folder)
     try:
         started.start()
@@ -148,13 +164,9 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def expected(cluster):
-    """weights_sha256 of this configuration without a cluster, by rounds."""
-    found = {}
-    for rounds in (3, LONG):
-        settings = [f"rounds={rounds}", f"out={cluster.folder}/serial-{rounds}", "clients.hosting=serial"]
-        config = load(cluster.folder / "project/small.yaml", [*settings, "tracking.uri=null"])
-        found[rounds] = simulate(config).summary["weights_sha256"]
-    return found
+    """weights_sha256 of this configuration without a cluster."""
+    settings = [f"out={cluster.folder}/serial", "clients.hosting=serial", "tracking.uri=null"]
+    return simulate(load(cluster.folder / "project/small.yaml", settings)).summary["weights_sha256"]
 
 
 def sha256(folder):
@@ -197,7 +209,7 @@ def test_a_run_is_submitted_shown_and_fetched_and_its_name_is_then_taken(cluster
     assert done.returncode == 0, done.stderr
     project = cluster.folder / "project"
     assert "small-0 round 3/3" in done.stderr and "small-1: results in runs/small-0" in done.stdout
-    assert sha256(project / "runs/small-0") == expected[3]
+    assert sha256(project / "runs/small-0") == expected
     assert json.loads((project / "runs/small-0/tracking.json").read_text())["uri"] == "sqlite:///../../mlflow.db"
     assert (project / "mlflow.db").exists()
     again = cluster.submit("small.yaml")
@@ -221,17 +233,11 @@ def wait_for(file, seconds=300):
         time.sleep(0.3)
 
 
-def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, expected):
+def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, monkeypatch):
     """`ray job stop`, and Ctrl-C answered with yes; the third attempt ends with the bytes of an undisturbed run."""
-    out, store = cluster.folder / "shared/run", cluster.folder / "mlflow.db"
-    arguments = [
-        "small.yaml",
-        "name=shared",
-        f"rounds={LONG}",
-        f"out={out}",
-        f"tracking.uri=sqlite:///{store}",
-        "checkpoint.every_rounds=1",
-    ]
+    out, store, fast = cluster.folder / "shared/run", cluster.folder / "mlflow.db", cluster.folder / "fast"
+    slow = ["small.yaml", "name=shared", f"rounds={LONG}", "strategy.name=slow:Slow", f"strategy.args.fast={fast}"]
+    arguments = [*slow, f"out={out}", f"tracking.uri=sqlite:///{store}", "checkpoint.every_rounds=1"]
 
     def in_mlflow():
         with contextlib.closing(sqlite3.connect(store)) as database:
@@ -257,9 +263,13 @@ def test_a_stopped_run_goes_on_where_its_results_lie_on_shared_storage(cluster, 
     _, told = second.communicate("y\n", timeout=300)
     assert second.returncode == 143 and "shared-2: stop it? [y/N]" in told, told
 
+    fast.touch()
     third = cluster.submit(*arguments)
     assert third.returncode == 0 and f"shared-3: results in {out}" in third.stdout, third.stderr
-    assert sha256(out) == expected[LONG] and in_mlflow() == [("FINISHED",)]
+    monkeypatch.syspath_prepend(cluster.folder / "project")
+    alone = [*slow[1:], f"out={cluster.folder}/alone", "clients.hosting=serial", "tracking.uri=null"]
+    simulate(load(cluster.folder / "project/small.yaml", alone))
+    assert sha256(out) == sha256(cluster.folder / "alone") and in_mlflow() == [("FINISHED",)]
     other = cluster.submit(*arguments)
     assert other.returncode == 2 and "the run is finished" in other.stderr
 
@@ -278,7 +288,7 @@ def test_rays_own_job_command_runs_it(cluster, expected):
     run = ["--working-dir", ".", "--", "fedlq", "run", "small.yaml", f"out={out}", "tracking.uri=null"]
     done = cluster.call(*submit, *run)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert sha256(out) == expected[3]
+    assert sha256(out) == expected
 
 
 @FULL
@@ -291,7 +301,7 @@ def test_a_run_left_alone_goes_on_and_is_taken_up_later_with_its_driver_on_anoth
     done = cluster.submit("--attach", "left-1")
     assert done.returncode == 0, done.stderr
     where = re.search(r"results in (\S+)", done.stdout)[1]
-    assert sha256(cluster.folder / "project" / where) == expected[3]
+    assert sha256(cluster.folder / "project" / where) == expected
     if os.geteuid() == 0:
         blind = cluster.submit("small.yaml", "name=blind", f"out={cluster.private}/run")
         assert blind.returncode == 2 and re.search(r"out: node \S+ does not see", blind.stderr), blind.stderr

@@ -128,6 +128,10 @@ def test_trials_have_settings_of_their_own_and_some_runs_can_be_done_alone(tmp_p
     assert [trial.rounds for trial in found.tuning["b"].values()] == [2, 2]
     with pytest.raises(ConfigError, match=r"has no run c; it has a, b"):
         load(tmp_path / "s.yaml", only=["b", "c"])
+    (tmp_path / "s.yaml").write_text(BASE + text + "\npopulations: {thin: [], mixed: []}")
+    assert list(load(tmp_path / "s.yaml", only=["a@mixed", "b"]).runs) == ["a@mixed", "b@thin", "b@mixed"]
+    with pytest.raises(ConfigError, match=r"has no run a@thick; it has a, b, each with @thin, @mixed"):
+        load(tmp_path / "s.yaml", only=["a@thick"])
 
 
 def load_config(folder):
