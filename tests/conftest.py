@@ -82,6 +82,16 @@ def whole(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory):
+    """The file of an empty store with MLflow's tables, to be copied: making one takes two seconds."""
+    from fedlq_ray.tracking import stores
+
+    folder = tmp_path_factory.mktemp("store")
+    stores.connect(f"sqlite:///{folder}/mlflow.db")
+    return folder / "mlflow.db"
+
+
 @pytest.fixture
 def cold(monkeypatch):
     """Programs start as always, not forked from one that has imported what they need (tests/warm.py)."""

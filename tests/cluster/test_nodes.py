@@ -1,19 +1,15 @@
 """Several nodes on one machine: the same bytes on any number of them, and while they come and go."""
 
-import json
 import os
 import sys
 import time
 
-import numpy as np
 import pytest
 from faults import round_of
 
 import fedlq_ray
 from fedlq_ray.config.load import load
-from fedlq_ray.strategies import Strategy
 from fedlq_ray.strategies.fixed import Fixed
-from fedlq_ray.training.local import Plan
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 # The memories of error feedback are 200 kB each: they lie in the object store of the node where a client was trained.
@@ -29,17 +25,30 @@ def expected(tmp_path_factory):
     return run(tmp_path_factory.mktemp("serial"), "clients.hosting=serial")
 
 
-@pytest.fixture
-def nodes():
-    """A cluster of one node with one core; more are added by the tests."""
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of one node with one core, which all tests share: starting one takes ten seconds."""
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    yield made
     ray.shutdown()
-    cluster.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture
+def nodes(cluster):
+    """Of that cluster the first node alone; those that a test adds are removed after it."""
+    import ray
+
+    yield cluster
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    end = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) > 1 and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def run(folder, *overrides, **given):
@@ -140,81 +149,6 @@ def test_actors_go_where_their_resources_are(nodes, expected, tmp_path, monkeypa
     waits = load(None, [*QUICK, "clients.resources.huge=9", "clients.actors=1", "clients.timeout_s=3"])
     with pytest.raises(fedlq_ray.FedLQError, match="did not start in 3 s with resources=.*huge"):
         pool.Pool(prepare(waits), "packed")
-
-
-@FULL
-def test_memories_that_fill_the_object_store_go_to_disk(tmp_path):
-    import ray
-    from ray.cluster_utils import Cluster
-
-    large = ["clients.count=30", "clients.cohort=15", "model.args.hidden=[13000]", "train.max_samples=32", "rounds=4"]
-    alone = run(tmp_path / "serial", *large, "clients.hosting=serial")
-    node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 79_000_000}  # the least that Ray takes
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    try:
-        assert 30 * json.loads(alone[0].splitlines()[0])["downlink_bytes"] / 15 > 100_000_000  # of memories
-        assert run(tmp_path / "packed", *large, "clients.hosting=packed") == alone
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
-class Hungry:
-    """Takes 5 GB for a minute, where nobody has done so in this folder before."""
-
-    def __init__(self, segments, folder):
-        self.segments, self.folder = segments, folder
-
-    def __call__(self, vector):
-        before = list(self.folder.iterdir())
-        (self.folder / str(os.getpid())).touch()
-        if not before:
-            held = np.ones(625_000_000)
-            time.sleep(60)
-            del held
-        return self.segments
-
-
-class Hungers(Strategy):
-    """Client 3 does."""
-
-    def __init__(self, setting, folder):
-        self.setting, self.folder = setting, folder
-
-    def plan(self, state, round, cohort):
-        segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
-        hungry = Hungry(segments, self.folder)
-        return {c.client: Plan("update", hungry if c.client == 3 else segments) for c in cohort}
-
-
-@FULL
-def test_rays_memory_monitor_ends_a_client_that_is_run_again(tmp_path, monkeypatch):
-    """Its threshold is 2 GB above what is in use."""
-    import psutil
-    import ray
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    memory = psutil.virtual_memory()
-    threshold = {"memory_usage_threshold": (memory.total - memory.available + 2e9) / memory.total}
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        _system_config=threshold | {"memory_monitor_refresh_ms": 100},
-    )  # fmt: skip
-    found = {}
-    try:
-        for hosting in ("packed", "serial"):  # the second finds that somebody has
-            out = tmp_path / hosting
-            own = [*QUICK, "strategy.error_feedback=null", f"clients.hosting={hosting}", f"out={out}"]
-            (tmp_path / "ate").mkdir(exist_ok=True)
-            fedlq_ray.simulate(load(None, own), strategy=lambda setting: Hungers(setting, tmp_path / "ate"))
-            found[hosting] = [(out / name).read_bytes() for name in ("rounds.jsonl", "summary.json")]
-            if hosting == "packed":
-                assert len(list((tmp_path / "ate").iterdir())) > 1  # the actor was killed, another took over
-    finally:
-        ray.shutdown()
-    assert found["packed"] == found["serial"]
 
 
 def test_actors_are_dealt_by_cores():

@@ -118,7 +118,7 @@ REFUSED = {
     "whole numbers": (lambda: Wrapped(lambda m, x: x.argmax(1)), r"returns a tensor of torch\.int64"),
     "too few outputs": (lambda: Wrapped(lambda m, x: x[:, :3]), r"returns \(2, 3\) for 2 samples"),
     "a generator without a seed": (
-        lambda: Wrapped(lambda m, x: x * np.random.default_rng().random()),
+        lambda: Wrapped(lambda m, x: x + np.random.default_rng().integers(1 << 30)),
         "returns other outputs when it is repeated",
     ),
     "a state that is no tensor": (lambda: Extra(), r"state_dict cannot be saved in model\.safetensors"),

@@ -24,10 +24,9 @@ sys.exit(int(sys.argv[2]))
 """
 
 
-@pytest.fixture
-def raylet():
+def _raylet():
     """A process that stands for the raylet: the server and the workers end with it."""
-    process = subprocess.Popen(["sleep", "300"])
+    process = subprocess.Popen(["sleep", "600"])
     process.workers = []
     yield process
     process.kill()
@@ -35,6 +34,11 @@ def raylet():
     for worker in process.workers:
         worker.stdout.close()
         worker.wait(30)
+
+
+raylet = pytest.fixture(_raylet)
+# Of tests that leave its server as it is: one imports Ray and PyTorch for four seconds.
+shared = pytest.fixture(_raylet, scope="module")
 
 
 def start(tmp_path, raylet, seconds, code, files=None):
@@ -70,15 +74,15 @@ def gone(pid, seconds=20.0):
     return False
 
 
-def test_a_worker_is_forked_with_torch_its_own_environment_and_exit_code(tmp_path, raylet):
-    first, second = start(tmp_path, raylet, 0.5, 7), start(tmp_path, raylet, 0.0, 0)
+def test_a_worker_is_forked_with_torch_its_own_environment_and_exit_code(tmp_path, shared):
+    first, second = start(tmp_path, shared, 0.5, 7), start(tmp_path, shared, 0.0, 0)
     (pid, parent, rest), (other, its_parent, _) = told(first), told(second)
     assert parent == its_parent and len({pid, other, first.pid, second.pid}) == 4
     assert rest == f"True ['0.5', '7'] here {tmp_path}"
     assert (first.wait(30), second.wait(30)) == (7, 0) and gone(pid)
 
 
-def test_forked_workers_draw_different_ids_of_ray(tmp_path, raylet):
+def test_forked_workers_draw_different_ids_of_ray(tmp_path, shared):
     """Two that draw the same ids collide in Ray's object store, and one of them dies."""
     (tmp_path / "worker.py").write_text(
         "import os, sys\n"
@@ -86,20 +90,28 @@ def test_forked_workers_draw_different_ids_of_ray(tmp_path, raylet):
         "from ray._raylet import ActorClassID\n"
         "print(os.getpid(), os.getppid(), loaded, ActorClassID.from_random().hex())\n"
     )
-    workers = [start(tmp_path, raylet, 0.0, 0) for _ in range(3)]
+    workers = [start(tmp_path, shared, 0.0, 0) for _ in range(3)]
     parents, rests = zip(*(told(worker)[1:] for worker in workers), strict=True)
     ids = [rest.split()[1] for rest in rests]
     assert len(set(parents)) == 1 and len(set(ids)) == 3
     assert all(rest.startswith("True ") for rest in rests) and [worker.wait(30) for worker in workers] == [0] * 3
 
 
-def test_a_killed_worker_ends_its_stub_and_a_killed_stub_its_worker(tmp_path, raylet):
-    one, other = start(tmp_path, raylet, 60, 0), start(tmp_path, raylet, 60, 0)
+def test_a_killed_worker_ends_its_stub_and_a_killed_stub_its_worker(tmp_path, shared):
+    one, other = start(tmp_path, shared, 60, 0), start(tmp_path, shared, 60, 0)
     one_pid, other_pid = told(one)[0], told(other)[0]
     os.kill(one_pid, signal.SIGKILL)
     assert one.wait(20) == 128 + signal.SIGKILL
     other.terminate()  # as Ray does with a process that it has started
     assert gone(other_pid)
+
+
+def test_a_stub_that_has_no_other_files_knows_how_its_worker_ends(tmp_path, shared):
+    """Its link to a server that runs is then the first free number, 3."""
+    for code in (5, 6):
+        worker = start(tmp_path, shared, 0.0, code)
+        told(worker)
+        assert worker.wait(30) == code
 
 
 def test_a_server_that_is_killed_is_followed_by_another(tmp_path, raylet):
@@ -135,14 +147,6 @@ def test_without_a_server_the_worker_is_an_ordinary_process(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
     assert done.returncode == 3 and "False ['0', '3'] x" in done.stdout, done.stderr
     assert done.stdout.split()[1] == str(os.getpid())
-
-
-def test_a_stub_that_has_no_other_files_knows_how_its_worker_ends(tmp_path, raylet):
-    """Its link to a server that runs is then the first free number, 3."""
-    for code in (5, 6):
-        worker = start(tmp_path, raylet, 0.0, code)
-        told(worker)
-        assert worker.wait(30) == code
 
 
 def test_a_server_serves_more_workers_than_it_has_files_at_first(tmp_path, raylet):

@@ -1,18 +1,9 @@
-"""A store with MLflow's tables for each test: making them takes two seconds. `test_stores.py` makes its own."""
+"""The store of each test has MLflow's tables: making them takes two seconds. `test_stores.py` makes its own."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-
-from fedlq_ray.tracking import stores
-
-
-@pytest.fixture(scope="session")
-def new_store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
-    stores.connect(f"sqlite:///{folder}/mlflow.db")
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
