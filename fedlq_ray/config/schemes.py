@@ -285,6 +285,18 @@ class Kimad(Levelled, Budgeted):
     )
 
 
+class FedLUAR(Quantized):
+    """fedluar."""
+
+    recycled: int | None = own(
+        None,
+        "layers that are not sent in a round; null: half of those with a matrix, rounded down",
+        unit="layers",
+        ge=0,
+    )
+    bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32] = own(32, "level of the layers that are sent", unit=BITS)
+
+
 class Uniform(Quantized, Scoped, Rated):
     """uniform."""
 
@@ -314,6 +326,7 @@ SCHEMES: dict[str, type[StrategyConfig]] = {
     "fedfq": FedFQ,
     "lgreco": LGreCo,
     "kimad": Kimad,
+    "fedluar": FedLUAR,
     "ecsq": Rated,
     "fedlq": FedLQ,
     "fedlq_rd": FedLQRD,

@@ -367,3 +367,8 @@ class Config(Section):
             raise ValueError("train.adaptive_work is for steps that wait for a cohort, with server.max_staleness=0")
         if self.continuous and self.strategy.name == "signsgd":
             raise ValueError("strategy.name=signsgd: a vote has no stale votes; use it with server.max_staleness=0")
+        if self.continuous and self.strategy.name == "fedluar":
+            raise ValueError(
+                "strategy.name=fedluar: all clients of a step leave the same layers out; use it with "
+                "server.max_staleness=0"
+            )

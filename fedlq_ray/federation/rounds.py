@@ -215,7 +215,7 @@ def commit(
     # Buffers are averages already. Scaling or a larger step could make a variance negative.
     update, parameters = fold.mean().float(), fold.parameters
     update[:parameters] *= work
-    mean, update = update, rules.ask("combine", step, update)
+    mean, update = update, rules.ask("combine", step, copy.deepcopy(state.strategy), update)
     change, moments = server.step(config.server, state.server, update)
     weights = state.weights + torch.cat([change[:parameters], update[parameters:]])
     if not bool(torch.isfinite(weights).all()):
@@ -226,7 +226,7 @@ def commit(
     record = record_of(task, state, ended, fold, norm, error, traffic.now_s)
     payload_bytes = sent / answered if answered else None
     took_s = seconds_of(state, traffic, ended)
-    news = News(measurement, update, record.train_loss, took_s, fold.noise, payload_bytes)
+    news = News(measurement, update, state.weights, record.train_loss, took_s, fold.noise, payload_bytes)
     learned = rules.ask(
         "learn", step, copy.deepcopy(state.strategy), step, news
     )  # a user's strategy may change it in place

@@ -16,12 +16,16 @@ ALIGNMENT = {"cpu": 1, "cuda": 16}
 
 @dataclass(frozen=True)
 class Layer:
-    """A named segment of the flat vector: the trainable parameters that a module owns directly, or its statistics."""
+    """A named segment of the flat vector: the trainable parameters that a module owns directly, or its statistics.
+
+    `matrix`: one of the parameters has two dimensions or more, as weights have, and biases and normalisation have not.
+    """
 
     name: str
     start: int
     stop: int
     buffer: bool = False
+    matrix: bool = False
 
     @property
     def size(self) -> int:
@@ -162,7 +166,7 @@ class FlatModel:
                 parameter.grad = _storage_view(self.grad[at : at + size], parameter.shape)
                 self._owned.append((parameter, view, parameter.grad))
                 flat += size
-            layers.append(Layer(name, start, flat))
+            layers.append(Layer(name, start, flat, matrix=any(p.ndim > 1 for p in parameters)))
         self._views: list[tuple[nn.Module, str, Tensor]] = []
         for name, group in buffers:
             start = flat

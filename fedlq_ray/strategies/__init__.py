@@ -19,6 +19,7 @@ from fedlq_ray.strategies.fedfq import FedFQ
 from fedlq_ray.strategies.fedhq import FedHQ
 from fedlq_ray.strategies.fedlq import FedLQ
 from fedlq_ray.strategies.fedlq_rd import EcsqFixed, FedLQRD
+from fedlq_ray.strategies.fedluar import FedLUAR
 from fedlq_ray.strategies.fedmpq import FedMPQ
 from fedlq_ray.strategies.kimad import Kimad
 from fedlq_ray.strategies.lgreco import LGreCo
@@ -46,6 +47,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedfq": FedFQ,
     "lgreco": LGreCo,
     "kimad": Kimad,
+    "fedluar": FedLUAR,
     "ecsq": EcsqFixed,
     "fedlq": FedLQ,
     "fedlq_rd": FedLQRD,

@@ -56,7 +56,7 @@ def _wrong_state(found: Any, state: Any, round: int, news: Any) -> str:
     return f"returned a {type(found).__name__}; it must return the next state, a {type(state).__name__} as before"
 
 
-def _wrong_update(found: Any, update: Tensor) -> str:
+def _wrong_update(found: Any, state: Any, update: Tensor) -> str:
     if isinstance(found, Tensor) and found.shape == update.shape and found.dtype == update.dtype:
         return ""
     what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"

@@ -148,6 +148,7 @@ class News:
     Args:
         measurement: what `probe` requested, if anything.
         update: the cohort's mean update (d,) float32, as returned by `combine`; the server may take another step.
+        weights: the model (d,) float32 that entered the round.
         train_loss: the mean of the clients' training losses; None if no client replied.
         round_time_s: simulated seconds that the round took.
         noise: the squared errors of the clients' payloads, over the squares of their updates, both weighted by p_n^2;
@@ -157,6 +158,7 @@ class News:
 
     measurement: Measurement | None
     update: Tensor
+    weights: Tensor
     train_loss: float | None
     round_time_s: float
     noise: float | None = None
@@ -198,7 +200,7 @@ class Strategy(Generic[State]):
         None: the mean payload of the previous round."""
         return None
 
-    def combine(self, update: Tensor) -> Tensor:
+    def combine(self, state: State, update: Tensor) -> Tensor:
         """What the server uses as the cohort's mean update (d,); by default, that update."""
         return update
 

@@ -81,7 +81,7 @@ class SignSGD(Fixed):
         self._plan = replace(self._plan, weight=1.0)
         self.step, self.voted = step, [(layer.start, layer.stop) for layer in setting.quantized]
 
-    def combine(self, update: Tensor) -> Tensor:
+    def combine(self, state: None, update: Tensor) -> Tensor:
         stepped = update.clone()
         for start, stop in self.voted:
             # Votes are multiples of 1 / cohort: smaller values are ties with rounding errors.

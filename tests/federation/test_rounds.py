@@ -28,7 +28,7 @@ def run(*overrides, **parts):
     return simulate(load(None, [*QUICK, *overrides]), **parts)
 
 
-UPDATES_ONLY = ("signsgd", "fedhq", "fedmpq", "lgreco")  # what they learn or vote on is an update
+UPDATES_ONLY = ("signsgd", "fedhq", "fedmpq", "lgreco", "fedluar")  # what they learn or vote on is an update
 
 
 @pytest.mark.parametrize("name", UPDATES_ONLY)

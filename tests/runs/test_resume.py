@@ -30,7 +30,7 @@ from fedlq_ray.runs.storage import Folder, Saver
 from fedlq_ray.strategies import STRATEGIES as BY_NAME
 from fedlq_ray.strategies.state import plain, restored
 
-STRATEGIES = ["adaquantfl", "dadaquant", "feddq", "adagq", "fedhq", "fedmpq", "lgreco", "kimad", "stc"]
+STRATEGIES = ["adaquantfl", "dadaquant", "feddq", "adagq", "fedhq", "fedmpq", "lgreco", "kimad", "stc", "fedluar"]
 
 
 def test_a_packed_snapshot_is_let_go_at_once():

@@ -52,8 +52,11 @@ WRONG = {
         (planning(error_feedback="ef22"), r"plan gave client \d .*error_feedback='ef22'; .* bool or 'ef21'"),
     ],
     "combine": [
-        (lambda self, update: update[:5], r"combine must return a tensor \(\d+,\) torch\.float32, and returned \(5,\)"),
-        (lambda self, update: update.tolist(), r"combine must return a tensor .*, and returned a list"),
+        (
+            lambda self, state, update: update[:5],
+            r"combine must return a tensor \(\d+,\) torch\.float32, and returned \(5,\)",
+        ),
+        (lambda self, state, update: update.tolist(), r"combine must return a tensor .*, and returned a list"),
     ],
     "report": [
         (lambda self, state: {"x": torch.ones(2)}, r"report must return plain finite numbers.*Tensor"),

@@ -53,7 +53,7 @@ def vector(seed=0, scales=(1.0, 0.1, 0.02)):
 
 
 def news(loss=1.0, update=None, seconds=1.0):
-    return News(None, vector() if update is None else update, loss, seconds)
+    return News(None, vector() if update is None else update, torch.ones(1310), loss, seconds)
 
 
 def segments(plan, x):
@@ -367,7 +367,12 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
             strategy.combine(update)
             strategy.probe(round)
             news = SimpleNamespace(
-                measurement=None, update=update, train_loss=1 / (1 + round), noise=1.0, payload_bytes=9e9
+                measurement=None,
+                update=update,
+                weights=update,
+                train_loss=1 / (1 + round),
+                noise=1.0,
+                payload_bytes=9e9,
             )
             strategy.learn(round, news)
             strategy.report()

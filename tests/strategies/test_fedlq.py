@@ -31,7 +31,7 @@ def strategy(name="fedlq", **config):
 
 def news(levels, error=1.0):
     table = np.ones((2, levels)) / 2 ** np.arange(levels)
-    return News(Measurement(table, 0 * table, error * table), torch.full((1310,), 0.1), 1.0, 1.0)
+    return News(Measurement(table, 0 * table, error * table), torch.full((1310,), 0.1), torch.ones(1310), 1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["fedlq", "fedlq_rd", "fedhq", "fedmpq", "kimad"])
@@ -120,7 +120,7 @@ def test_significance_as_a_weighted_sum_by_hand():
     by_ratio = [{"allocation": name} for name in ("best", "greedy", "exact")]
     for config, choice in [(summed, (1, 2)), *((config, (2, 1)) for config in by_ratio)]:
         made = strategy(levels=(2, 4, 8), significance_alpha=0.25, **config)
-        made.learn(0, News(Measurement(drops, 0 * drops, drops), torch.ones(1310), 1.0, 1.0))
+        made.learn(0, News(Measurement(drops, 0 * drops, drops), torch.ones(1310), torch.ones(1310), 1.0, 1.0))
         assert made.allocate(budget).choice == choice
 
 
@@ -143,5 +143,5 @@ def test_the_late_send_layers_in_part_but_never_nothing():
 def test_ecsq_has_no_significance_whatever_the_metric():
     for name, probes in (("ecsq", False), ("fedlq_rd", True)):
         made = strategy(name, metric="fisher")
-        made.learn(0, News(None, torch.ones(1310), 1.0, 1.0))
+        made.learn(0, News(None, torch.ones(1310), torch.ones(1310), 1.0, 1.0))
         assert (made.probe(1) is not None) == probes
