@@ -136,17 +136,10 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
         own_name = f"{name}-{label}".replace("@", "-")
         return _with(base, [f"name={own_name}", *settings, *overrides], f"{path}, run {label}")
 
-    multiplied = _multiplied(tree["runs"], populations)
-    missing = sorted(set(only) - {str(label) for label in tree["runs"]} - set(multiplied))
-    if missing:
-        also = f", each with @{', @'.join(map(str, populations))}" if populations else ""
-        raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, tree['runs']))}{also}")
     runs, tuning = {}, {}
     each = [[f"{key}={as_text(value)}" for value in values] for key, values in tune.items()]
     tries = {" ".join(tried): list(tried) for tried in itertools.product(*each)} if tune else {}
-    for label, own in multiplied.items():
-        if only and label not in only and label.partition("@")[0] not in only:
-            continue
+    for label, own in _chosen(tree["runs"], populations, only, path).items():
         runs[label] = [config(label, *own, f"seed={seed}") for seed in seeds]
         apart = [*tuning_alone, f"seed={max(seeds) + 1}", "evaluate_on=holdout"]
         tuning[label] = {name: config(label, *own, *tried, *apart) for name, tried in tries.items()}
@@ -154,6 +147,17 @@ def check(tree: Any, path: str, overrides: Sequence[str] = (), only: Sequence[st
     if stops and targets and max(targets) > min(stops):
         raise ConfigError(f"{path}: targets exceed target={min(stops):g}, at which stop_at_target ends runs")
     return Comparison(name, runs, tuning, tries, tuple(float(target) for target in targets))
+
+
+def _chosen(
+    runs: Mapping[Any, Any], populations: Mapping[Any, Any], only: Sequence[str], path: str
+) -> dict[str, list[str]]:
+    """The settings of each run that `only` names, RUN or RUN@POPULATION; of all, if it names none."""
+    multiplied = _multiplied(runs, populations)
+    if missing := sorted(set(only) - set(map(str, runs)) - set(multiplied)):
+        also = f", each with @{', @'.join(map(str, populations))}" if populations else ""
+        raise ConfigError(f"{path}: has no run {', '.join(missing)}; it has {', '.join(map(str, runs))}{also}")
+    return {label: own for label, own in multiplied.items() if not only or {label, label.partition("@")[0]} & set(only)}
 
 
 def _multiplied(runs: Mapping[Any, Any], populations: Mapping[Any, Any]) -> dict[str, list[str]]:
