@@ -233,7 +233,12 @@ def test_error_feedback_sends_later_what_was_lost():
 
 @pytest.mark.parametrize("name", ["fedlq", "fedlq_rd"])
 def test_probes_on_clients_samples_and_by_metric_weigh_layers(name):
-    settings = [f"strategy.name={name}", "strategy.probe_every=2", "strategy.metric=fisher", "strategy.probe_samples=64"]
+    settings = [
+        f"strategy.name={name}",
+        "strategy.probe_every=2",
+        "strategy.metric=fisher",
+        "strategy.probe_samples=64",
+    ]
     settings = [*settings, "train.local_epochs=1"]
     proxy, clients = run(*settings), run(*settings, "strategy.probe_on=clients")
     first, second = (r.history["significance"].iloc[-1] for r in (proxy, clients))

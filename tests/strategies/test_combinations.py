@@ -24,7 +24,12 @@ PROBES = {"strategy": {"name": "fedlq", "probe_every": 1, "probe_samples": 16}} 
 def test_any_strategy_takes_any_server_optimizer_and_fedprox(name, tmp_path):
     seen = {}
     for optimizer, mu in CHOICES[0] + CHOICES[1 + list(STRATEGIES).index(name) % 2]:
-        own = [f"strategy.name={name}", f"train.prox_mu={mu}", f"out={tmp_path}/{optimizer}-{mu}", *OPTIMIZERS[optimizer]]
+        own = [
+            f"strategy.name={name}",
+            f"train.prox_mu={mu}",
+            f"out={tmp_path}/{optimizer}-{mu}",
+            *OPTIMIZERS[optimizer],
+        ]
         result = simulate(merge(PROBES, [*QUICK, *own]))
         assert len(result.history) == 2 and 0 < result.history["test_loss"].iloc[-1] < 10, (optimizer, mu)
         seen[result.summary["weights_sha256"]] = optimizer, mu
