@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedlq_ray import ClientError, ConfigError, FedLQError, simulate
-from fedlq_ray.config.load import load
+from fedlq_ray.config.load import load, merge
 from fedlq_ray.federation import rounds, server
 from fedlq_ray.federation.server import Moments
 from fedlq_ray.federation.task import Workplace, prepare
@@ -56,7 +56,8 @@ def test_every_strategy_runs_and_its_bytes_are_those_of_the_payloads(name, paylo
     if payload == "model" and name in UPDATES_ONLY:
         return
     bits = ["strategy.bits=2.5"] if name in ("uniform", "eden", "ecsq") else []
-    task = prepare(load(None, [*QUICK, f"strategy.name={name}", f"strategy.payload={payload}", *bits]))
+    own = [f"strategy.name={name}", f"strategy.payload={payload}", "train.local_epochs=1", *bits]
+    task = prepare(merge({"strategy": {"name": "fedlq", "probe_samples": 32}}, [*QUICK, *own]))
     host, strategy = Weighing(task), make(Workplace(task).setting)
     before = 0.0
     for step in rounds.run(task, strategy, host, rounds.begin(task, strategy), rounds.Timing()):
@@ -91,7 +92,7 @@ def test_the_recorded_error_is_that_of_the_mean_update():
     """What quantization did to the weights of one round, squared, is on average what clients reported."""
     predicted, found = [], []
     for seed in range(12):
-        one = (f"seed={seed}", "rounds=1")
+        one = (f"seed={seed}", "rounds=1", "train.local_epochs=1")
         exact, coarse = run("strategy.name=fedavg", *one), run("strategy.name=uniform", "strategy.bits=2", *one)
         assert exact.history["quantization_error"].item() == 0
         predicted.append(coarse.history["quantization_error"].item() ** 2)
@@ -232,12 +233,18 @@ def test_error_feedback_sends_later_what_was_lost():
 
 @pytest.mark.parametrize("name", ["fedlq", "fedlq_rd"])
 def test_probes_on_clients_samples_and_by_metric_weigh_layers(name):
-    settings = [f"strategy.name={name}", "rounds=5", "strategy.probe_every=2", "strategy.metric=fisher"]
+    settings = [
+        f"strategy.name={name}",
+        "strategy.probe_every=2",
+        "strategy.metric=fisher",
+        "strategy.probe_samples=64",
+    ]
+    settings = [*settings, "train.local_epochs=1"]
     proxy, clients = run(*settings), run(*settings, "strategy.probe_on=clients")
     first, second = (r.history["significance"].iloc[-1] for r in (proxy, clients))
     assert set(first) == {"fc1", "fc2"} and all(value > 0 for value in first.values()) and first != second
     if name == "fedlq_rd":
-        plain = run("strategy.name=fedlq_rd", "rounds=5")
+        plain = run("strategy.name=fedlq_rd", "train.local_epochs=1")
         assert "significance" not in plain.history
         assert plain.summary["weights_sha256"] != proxy.summary["weights_sha256"]
 
@@ -290,7 +297,8 @@ def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(opt
             probed.append(sent)
             return super().probe(probe, base, sent, round)
 
-    task = prepare(load(None, [*QUICK, "rounds=4", f"server.{optimizer}", "strategy.probe_every=1"]))
+    quick = ["train.local_epochs=1", "strategy.probe_every=1", "strategy.probe_samples=32"]
+    task = prepare(load(None, [*QUICK, *quick, "rounds=4", f"server.{optimizer}"]))
     place = Workplace(task)
 
     def steps(state=None):

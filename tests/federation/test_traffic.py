@@ -51,8 +51,8 @@ def test_clients_that_are_always_under_way_arrive_as_often_as_their_time_allows(
         assert abs(came[client] - math.floor(end / own * (1 + 1e-9))) <= 1  # at equal times one may be of the next step
 
 
-@pytest.mark.parametrize("size", [1, 4, 16])
-def test_with_exponential_times_not_waiting_wins_by_a_harmonic_number(size):
+@pytest.mark.parametrize(("size", "rounds"), [(1, 300), (4, 200), (16, 100)])  # ratios are right to 4 to 8 %
+def test_with_exponential_times_not_waiting_wins_by_a_harmonic_number(size, rounds):
     """All M under way, exponential times: a barrier lasts H_M means, and without one M updates take one mean."""
     from fedlq_ray.federation import flight
 
@@ -64,8 +64,8 @@ def test_with_exponential_times_not_waiting_wins_by_a_harmonic_number(size):
             drawn[one.key] = float(torch.empty(1, dtype=torch.float64).exponential_(generator=rng))
         return flight.ClientTime(0.0, drawn[one.key], 0.0)
 
-    whole = timed_task([1.0] * size, "rounds=300")
-    free = timed_task([1.0] * size, "rounds=300", f"server.buffer={size}", "server.max_staleness=null")
+    whole = timed_task([1.0] * size, f"rounds={rounds}")
+    free = timed_task([1.0] * size, f"rounds={rounds}", f"server.buffer={size}", "server.max_staleness=null")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flight, "times", exponential)
         barrier = records_of(whole)[-1].sim_time_s
@@ -205,7 +205,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_and_trains_no_flight_again
     assert not stored & set(later.trained)
 
 
-@MANY
+@settings(MANY, max_examples=15)
 @given(AIR, st.sampled_from([0.25, 2.0, 8.0]))
 def test_all_times_scale_with_the_rates(chosen, factor):
     task = air(chosen | {"free": True})

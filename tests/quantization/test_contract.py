@@ -110,10 +110,11 @@ def test_zero_constant_and_extreme_layers_are_safe(row):
 
 @pytest.mark.parametrize("row", unbiased, ids=[str(row.quantizer) for row in unbiased])
 def test_rounding_has_no_bias(row):
-    x, draws = torch.tensor([-1.0, -0.3, 0.0, 0.21, 0.8]), 1500
+    x, draws = torch.tensor([-1.0, -0.3, 0.0, 0.21, 0.8]), 750
     seen = torch.stack([roundtrip(row.quantizer, x, seed) for seed in range(draws)])
-    # Six standard errors, as the draws themselves show them; an element that never varies must be right.
-    bound = 6 * seen.std(0) / draws**0.5 + 1e-5
+    # 4.3 standard errors, as the draws themselves show them: chance passes them once in 400 tables of 145 elements.
+    # An element that never varies must be right.
+    bound = 4.3 * seen.std(0) / draws**0.5 + 1e-5
     assert ((seen.mean(0) - x).abs() <= bound).all()
 
 

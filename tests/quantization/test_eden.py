@@ -79,16 +79,21 @@ def test_a_single_element_among_zeros_costs_no_more(n):
 
 
 @pytest.mark.parametrize("bits", [0.2, 1, 1.5, 3])
-@pytest.mark.parametrize("n", [1, 2, 3, 30, 65, 200, 300])
+@pytest.mark.parametrize("n", [1, 2, 3, 30, 65, 200])  # rotations: dense up to 64; then two windows of 64, two of 128
 def test_the_mean_over_seeds_is_what_was_sent(bits, n):
-    x, draws = torch.randn(n, generator=rng(n)), 600
+    x, draws = torch.randn(n, generator=rng(n)), 450
     seen = torch.stack([roundtrip(Eden(bits), x, seed) for seed in range(draws)]).double()
     # Five standard errors, as the draws show them: beyond, 6e-7 an element. 1e-5 for what does not vary.
-    assert ((seen.mean(0) - x).abs() <= 5 * seen.std(0) / draws**0.5 + 1e-5).all()
-    # The other scale shrinks, to |x|^2 (1 - D) along x: no constant factor hides in the test above.
-    if n >= 30:
-        shrunk = torch.stack([roundtrip(Eden(bits, unbiased=False), x, seed) for seed in range(draws)]).double()
-        assert float(shrunk.mean(0) @ x.double()) < 0.99 * float(x.double().square().sum())
+    error = seen.std(0) / draws**0.5
+    assert ((seen.mean(0) - x).abs() <= 5 * error + 1e-5).all()
+    if n < 30:
+        return
+    # Together: a sum of n squared deviations, each 1 in the mean, has a standard deviation of sqrt(2 n); five of them.
+    assert ((seen.mean(0) - x) / error).square().sum() <= n + 5 * (2 * n) ** 0.5
+    # The other scale shrinks, to |x|^2 (1 - D) along x: no constant factor hides in the test above. A draw's part along
+    # x varies by 0.072 |x|^2 at most, so the mean of 60 is right to 1 %, and to 0.1 % at 3 bits.
+    shrunk = torch.stack([roundtrip(Eden(bits, unbiased=False), x, seed) for seed in range(60)]).double()
+    assert float(shrunk.mean(0) @ x.double()) < 0.99 * float(x.double().square().sum())
 
 
 @pytest.mark.parametrize("bits", RATES)

@@ -1,5 +1,6 @@
 """The theorem of docs/theory.md against runs of quantized FedAvg whose L, sigma^2, sigma_g^2 and f* are known."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -16,10 +17,10 @@ from fedlq_ray.strategies import Member, Setting
 from fedlq_ray.strategies.base import by_samples
 from fedlq_ray.strategies.fedlq import FedLQ
 
-LAYERS = (3, 9, 28)  # of different sizes; small enough that QSGD at 1 bit, with q = 27, does not diverge
+LAYERS = (9, 31)  # of different sizes; small enough that QSGD at 1 bit, with q = 30, does not diverge
 EDGES = np.cumsum((0, *LAYERS))
 SIZE = int(EDGES[-1])
-SHARES = np.array([0.1, 0.15, 0.2, 0.25, 0.3])
+SHARES = np.array([0.2, 0.35, 0.45])
 SEEDS, ROUNDS, STEPS, LEVELS = 10, 20, 4, range(1, 9)
 NEAR = 0.05  # runs start so close to the optimum that most of the gradient is what the levels put there
 HELPERS = {MinMax: minmax_q, Qsgd: qsgd_q}
@@ -49,6 +50,9 @@ class Quadratics:
 
     def noisy(self, w, rng):
         return self.gradients(w) + self.deviation * rng.normal(size=w.shape)
+
+
+QUADRATICS = Quadratics()
 
 
 class Logistic:
@@ -111,6 +115,12 @@ class Run:
     spans: np.ndarray
 
 
+@functools.cache
+def uniform_run(losses, kind, bits):
+    """All layers of all clients at one level, with the step size of `step`; tests share it."""
+    return fedavg(losses, uniform(kind, bits), step(losses))
+
+
 def fedavg(losses, quantizers, lr, *, payload="update", seed=0, steps=STEPS):
     """FedAvg with all clients, in float64; quantizers (clients, layers) send each layer as their own bytes.
 
@@ -158,10 +168,10 @@ def bound(losses, lr, error):
 
 
 @pytest.mark.parametrize("kind", [MinMax, Qsgd])
-@pytest.mark.parametrize("losses", [Quadratics(), Logistic()], ids=["quadratic", "logistic"])
+@pytest.mark.parametrize("losses", [QUADRATICS, Logistic()], ids=["quadratic", "logistic"])
 def test_the_bound_holds_at_every_level_and_ranks_levels_as_the_runs_do(losses, kind):
     lr = step(losses)
-    runs = [fedavg(losses, uniform(kind, bits), lr) for bits in LEVELS]
+    runs = [uniform_run(losses, kind, bits) for bits in LEVELS]
     bounds = [
         bound(losses, lr, mean_error(SHARES, HELPERS[kind](bits, LAYERS) * run.norms))
         for bits, run in zip(LEVELS, runs, strict=True)
@@ -184,7 +194,7 @@ def test_the_bound_holds_at_every_level_and_ranks_levels_as_the_runs_do(losses, 
 
 def test_the_bound_holds_for_mixed_levels_and_for_the_model_as_payload():
     losses = Quadratics()
-    levels = np.array([[1, 2, 4], [8, 3, 2], [2, 2, 2], [6, 4, 3], [5, 1, 8]])
+    levels = np.array([[1, 4], [8, 2], [5, 1]])
     quantizers = [[MinMax(int(b)) for b in row] for row in levels]
     for payload in ("update", "model"):
         run = fedavg(losses, quantizers, step(losses), payload=payload)
@@ -200,7 +210,7 @@ def test_the_bound_holds_where_drift_and_quantization_are_most_of_it():
 
 
 def test_the_bound_holds_where_clients_steps_differ_and_updates_are_normalised():
-    losses, steps = Quadratics(spread=4.0, noise=25.0), np.array([12, 1, 6, 3, 2])
+    losses, steps = Quadratics(spread=4.0, noise=25.0), np.array([12, 1, 5])
     for bits, x in ((1, 1 / 8), (8, 1 / 8), (8, 3 / 4)):
         lr = x / steps.max()
         run = fedavg(losses, uniform(MinMax, bits), lr, steps=steps)
@@ -219,11 +229,11 @@ def test_the_bound_holds_where_clients_steps_differ_and_updates_are_normalised()
 
 
 def test_the_worst_case_needs_no_norms_and_is_above_the_measured_bound():
-    losses = Quadratics()
+    losses = QUADRATICS
     lr = step(losses)
     for bits in (3, 4, 8):
         q = np.tile(minmax_q(bits, LAYERS), (len(SHARES), 1))
-        run = fedavg(losses, uniform(MinMax, bits), lr)
+        run = uniform_run(losses, MinMax, bits)
         worst = worst_case_bound(losses.problem, lr=lr, local_steps=STEPS, rounds=ROUNDS, shares=SHARES, q=q)
         assert run.gradients.mean() <= bound(losses, lr, mean_error(SHARES, q * run.norms)) <= worst
     with pytest.raises(ValueError, match="lower lr or raise bits"):
@@ -232,10 +242,11 @@ def test_the_worst_case_needs_no_norms_and_is_above_the_measured_bound():
 
 
 def test_it_is_evaluated_for_the_plans_of_a_strategy_and_more_bytes_never_loosen_it():
-    layers = tuple(Layer(str(i), *ends) for i, ends in enumerate(itertools.pairwise([*EDGES.tolist()])))
+    shares = (0.1, 0.15, 0.2, 0.25, 0.3)
+    layers = tuple(Layer(str(i), *ends) for i, ends in enumerate(itertools.pairwise((0, 3, 12, SIZE))))
     losses, worst = Quadratics(), []
     for seconds in (0.21, 0.23, 0.25, 0.3, 0.32):
-        members = [Member(i, int(100 * p), 0.2, 1000.0 * (i + 1)) for i, p in enumerate(SHARES)]
+        members = [Member(i, int(100 * p), 0.2, 1000.0 * (i + 1)) for i, p in enumerate(shares)]
         config = strategy_config(budget="deadline", deadline_s=seconds, levels=(3, 4, 6, 8))
         fedlq = FedLQ(Setting(config, layers, seed=0))
         plans = fedlq.plan(fedlq.init(), 0, members)

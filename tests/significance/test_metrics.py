@@ -133,15 +133,15 @@ def test_second_order_metrics_foretell_small_losses_together_with_the_first():
 
 
 def test_the_noise_that_is_told_is_what_other_samples_and_other_rounding_change_and_the_drop_has_no_bias():
-    count = 400
+    count = 200
     found = [measure(probed("model", round=round), "loss")["loss"] for round in range(count)]
     drops, told = np.array([one.drop for one in found])[:, :, :2], np.array([one.noise for one in found])[:, :, :2]
     plain = np.array([rise(probed("model", round=round, whole=True)) for round in range(count)])[:, :, :2]
     spread = drops.std(0, ddof=1)
-    ratio = spread / np.sqrt((told**2).mean(0))  # 1, to the 5 % of 400 draws and what heavy tails add
+    ratio = spread / np.sqrt((told**2).mean(0))  # 1, to the 5 % of 200 draws and what heavy tails add
     assert (ratio > 0.8).all() and (ratio < 1.2).all()
     gap = np.hypot(spread, plain.std(0, ddof=1)) / count**0.5
-    assert (np.abs(drops.mean(0) - plain.mean(0)) < 4 * gap).all()
+    assert (np.abs(drops.mean(0) - plain.mean(0)) < 3 * gap).all()
     assert (spread < plain.std(0, ddof=1) / 2).all()  # what blocks and the control variate are for
 
 
@@ -253,10 +253,10 @@ def test_curvature_of_squared_error_is_one():
 @pytest.mark.parametrize("metric", METRICS)
 def test_fedlq_runs_with_it(metric, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    quick = ["rounds=3", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
-    probing = ["strategy.probe_every=1", "strategy.probe_samples=64", f"strategy.metric={metric}"]
+    quick = ["rounds=2", "clients.hosting=serial", "clients.count=8", "clients.cohort=4", "tracking.uri=null"]
+    probing = ["strategy.probe_every=1", "strategy.probe_samples=32", f"strategy.metric={metric}"]
     result = simulate(load(None, [*quick, *probing, "train.local_epochs=1"]))
-    assert len(result.history) == 3 and all(s >= 0 for s in result.history["significance"].iloc[-1].values())
+    assert len(result.history) == 2 and all(s >= 0 for s in result.history["significance"].iloc[-1].values())
 
 
 def test_fedlq_probes_with_the_quantizers_of_its_levels():
