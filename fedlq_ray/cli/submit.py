@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 ADDRESS = "http://127.0.0.1:8265"
 STOP_S = 30  # time for a stopped job to write its checkpoint; Ray's own default is 3
-EXCLUDES = ["runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "build/", "dist/"]  # plus .gitignore and .rayignore
+# In addition to .gitignore and .rayignore. Ray leaves them out of this package as well, which has modules in runs/. So
+# only the folders in a folder `runs` are left out.
+EXCLUDES = ["**/runs/*/", "mlruns/", "mlartifacts/", "mlflow.db*", "build/", "dist/"]
 
 
 @click.command()
