@@ -171,7 +171,7 @@ def sweep(
         FedLQError: a run failed; the others are in `out`.
     """
     from fedlq_ray.analysis.conclude import conclude
-    from fedlq_ray.runs.output import Console
+    from fedlq_ray.runs.console import Console
     from fedlq_ray.sweeps import many
     from fedlq_ray.sweeps import sweep as sweeps
 

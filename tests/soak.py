@@ -1,4 +1,4 @@
-"""Many rounds, and whether memory grows: `python tests/soak.py --rounds 500`, with `--kind` of other state.
+"""Many rounds, and whether memory grows: `python tests/soak.py --rounds 500`, with `--kind` or key=value.
 
 Every tenth round the memory (PSS) of this program, the driver and the client actors is read. A line of JSON tells each
 one's megabytes at a fifth of the rounds and at the end, and the slope of the least-squares line between.
@@ -19,10 +19,12 @@ from fedlq_ray.config.load import load
 from fedlq_ray.federation.events import Event, RoundDone
 
 SETTINGS = (
-    "clients.count=40", "clients.cohort=10", "clients.hosting=packed", "strategy.name=fedlq_rd",
-    "strategy.error_feedback=true",
-    "strategy.metric=fisher", "strategy.probe_every=5", "network.downlink_bits=1", "tracking.uri=null",
-    "train.local_epochs=1", "checkpoint.every_rounds=10",
+    "clients.count=40", "clients.cohort=10", "clients.hosting=packed", "tracking.uri=null", "train.local_epochs=1",
+    "checkpoint.every_rounds=10",
+)  # fmt: skip
+STATE = (
+    "strategy.name=fedlq_rd", "strategy.error_feedback=true", "strategy.metric=fisher", "strategy.probe_every=5",
+    "network.downlink_bits=1",
 )  # fmt: skip
 
 
@@ -36,8 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--kind", choices=KINDS, help="settings of tests/faults.py, on top of those here")
+    parser.add_argument("settings", nargs="*", default=STATE, help="key=value, in place of FedLQ-RD with much state")
     given = parser.parse_args()
-    settings = (*SETTINGS, *KINDS.get(given.kind, ()), f"rounds={given.rounds}")
+    settings = (*SETTINGS, *given.settings, *KINDS.get(given.kind, ()), f"rounds={given.rounds}")
     os.environ["RAY_ADDRESS"] = "local"
     seen: list[tuple[int, float, float, float]] = []
 

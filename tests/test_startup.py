@@ -84,16 +84,24 @@ def test_a_home_that_nobody_knows_is_no_reason_to_fail(tmp_path):
 LOADED = """
 import sys
 from fedlq_ray.cli.main import cli
-cli.main(sys.argv[2:], standalone_mode=False)
+from fedlq_ray.errors import ConfigError
+try:
+    cli.main(sys.argv[2:], standalone_mode=False)
+except ConfigError as exc:
+    print(exc, file=sys.stderr)
 print(sorted(set(sys.argv[1].split(",")) & set(sys.modules)))
 """
+LIBRARIES = "torch,torchvision,ray,mlflow,numpy,scipy,pandas,matplotlib,rich,asyncio"
 
 
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [
+        (["--help"], f"{LIBRARIES},pydantic,omegaconf,yaml"),
+        (["config"], LIBRARIES),
+        (["run", "roundz=1"], LIBRARIES),
+        (["run", "train.lr=-1"], LIBRARIES),
         (["run", *SMALL, "clients.hosting=serial"], "ray,mlflow,sklearn,scipy.stats,pandas,torch._dynamo"),
-        (["config"], "torch,pandas,ray,mlflow"),
     ],
 )
 def test_what_a_command_does_not_use_is_not_imported(arguments, unused, tmp_path):

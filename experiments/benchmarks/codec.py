@@ -34,7 +34,7 @@ from fedlq_ray.quantization import (
     TernGrad,
     TopK,
 )
-from fedlq_ray.quantization.coding.codes import Magnitudes
+from fedlq_ray.quantization.coding.codes import Magnitudes, categorical
 from fedlq_ray.quantization.stochastic import StochasticStep
 
 QUANTIZERS = {
@@ -76,20 +76,16 @@ def coder(step: float, x: torch.Tensor, seconds: float) -> dict[str, float]:
     """
     _, edges, model, _, _ = Ecsq(step).design(Magnitudes.of(x))
     codes = np.searchsorted(edges, x.abs().numpy()).astype(np.int32)
-    lazy = float(model.probabilities() @ np.arange(model.top + 1)) < 2  # as ECSQ's decoder chooses
-
-    def family(lazy: bool) -> Any:
-        return constriction.stream.model.Categorical(model.probabilities(), lazy=lazy, perfect=False)
 
     def write() -> Any:
         encoder = constriction.stream.queue.RangeEncoder()
-        encoder.encode(codes, family(False))
+        encoder.encode(codes, categorical(model))
         return encoder.get_compressed()
 
     words = write()
 
     def read() -> Any:
-        return constriction.stream.queue.RangeDecoder(words).decode(family(lazy), len(codes))
+        return constriction.stream.queue.RangeDecoder(words).decode(categorical(model, decode=True), len(codes))
 
     symbols = len(codes) / 1e6
     bits = 32 * len(words) / len(codes)

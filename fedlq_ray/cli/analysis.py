@@ -10,8 +10,6 @@ import click
 
 from fedlq_ray.cli.arguments import PATH
 from fedlq_ray.errors import ConfigError
-from fedlq_ray.federation.events import Closed
-from fedlq_ray.runs.output import Console
 
 SOURCES = click.argument("sources", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 STORE = click.option(
@@ -30,6 +28,7 @@ def command() -> str:
 def show(table: Any, outcome: Any, unlike: Any = (), form: str = "text", out: str | None = None) -> None:
     """Prints a comparison, or writes it to a file."""
     from fedlq_ray.analysis import tables
+    from fedlq_ray.runs.console import Console
 
     terminal = Console()
     width = terminal.width if terminal.is_terminal and out is None else 200  # files may be wide
@@ -103,7 +102,9 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, a JSON line each.")
 def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:
     """Follow a run of another process until it ends; an interrupt stops only the watching."""
+    from fedlq_ray.federation.events import Closed
     from fedlq_ray.runs import follow, progress
+    from fedlq_ray.runs.console import Console
 
     config, events = (
         follow.mlflow(tracking_uri, run) if tracking_uri and not Path(run).is_dir() else follow.folder(Path(run))

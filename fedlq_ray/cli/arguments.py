@@ -6,8 +6,6 @@ from typing import Any
 
 import click
 
-from fedlq_ray.config.sections import keys
-from fedlq_ray.config.settings import Config
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.files import expand
 
@@ -32,6 +30,9 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     Raises:
         ConfigError: there are two files, or a folder, or a path with `=` that does not exist.
     """
+    from fedlq_ray.config.sections import keys
+    from fedlq_ray.config.settings import Config
+
     files, overrides = [], []
     sections = {path.partition(".")[0] for path, _, _ in keys(Config)}
     for argument in arguments:

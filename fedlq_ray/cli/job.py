@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from fedlq_ray.cli.arguments import PATH
-from fedlq_ray.config import load as configuration
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
-from fedlq_ray.runs.output import Console
-from fedlq_ray.tracking import stores
 
 CONFIG = "FEDLQ_CONFIG"  # the environment variable that holds the configuration, as YAML
 RESULTS = "fedlq-results:"  # precedes the results in the log of a job that prints them
@@ -34,8 +30,11 @@ def job(out: str, printing: bool) -> None:
 
     An absolute OUT must be on storage that all nodes see.
     """
+    from fedlq_ray.config import load as configuration
     from fedlq_ray.runs import simulation
+    from fedlq_ray.runs.console import Console
     from fedlq_ray.runs.progress import watch
+    from fedlq_ray.tracking import stores
 
     folder = Path(out)
     if printing:
@@ -56,6 +55,8 @@ def job(out: str, printing: bool) -> None:
 
 
 def _settings() -> Any:
+    import yaml
+
     try:
         found = yaml.safe_load(os.environ[CONFIG])
     except KeyError:

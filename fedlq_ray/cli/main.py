@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,14 +25,14 @@ from fedlq_ray.cli import analysis as cli_analysis
 from fedlq_ray.cli.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.cli.job import job
 from fedlq_ray.cli.submit import submit
-from fedlq_ray.config import load as configuration
-from fedlq_ray.config.load import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
-from fedlq_ray.federation.record import Record
 from fedlq_ray.hosts.ray import starter
 from fedlq_ray.hosts.ray.session import anticipate
-from fedlq_ray.runs.output import Commands, Console, OutputClosed, say, silence
-from fedlq_ray.tracking import stores
+from fedlq_ray.runs.output import Commands, OutputClosed, say, silence
+
+if TYPE_CHECKING:
+    from fedlq_ray.config.load import Config
+    from fedlq_ray.federation.record import Record
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -56,8 +56,11 @@ def run(arguments: tuple[str, ...], as_json: bool) -> None:
 
         fedlq run rounds=20 strategy.name=uniform strategy.bits=2
     """
+    from fedlq_ray.config import load as configuration
+
     config = configuration.load(*split(arguments))  # before imports that take seconds
     _import_for(config)
+    from fedlq_ray.runs.console import Console
     from fedlq_ray.runs.progress import watch
     from fedlq_ray.runs.simulation import simulate
 
@@ -76,10 +79,12 @@ def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
     The result is the same as without the interruption. `rounds` may be raised, and settings that cannot change a result
     may differ, such as clients.hosting.
     """
+    from fedlq_ray.config import load as configuration
     from fedlq_ray.runs import rundir, simulation
 
     config = configuration.load(rundir.settings(folder), overrides)
     _import_for(config)
+    from fedlq_ray.runs.console import Console
     from fedlq_ray.runs.progress import watch
 
     with watch(config, Console(stderr=True), as_json) as report:
@@ -87,7 +92,7 @@ def resume(folder: str, overrides: tuple[str, ...], as_json: bool) -> None:
     _tell(result, config, as_json)
 
 
-def _import_for(config: Config | None) -> None:
+def _import_for(config: "Config | None") -> None:
     """Imports what a run needs while the servers for Ray start (None: it may need Ray), and lets them share it."""
     if config and config.clients.hosting == "serial":
         return
@@ -96,7 +101,7 @@ def _import_for(config: Config | None) -> None:
     starter.fork()
 
 
-def _tell(result: Any, config: Config, as_json: bool) -> None:
+def _tell(result: Any, config: "Config", as_json: bool) -> None:
     """Prints the result of a run."""
     if as_json:
         click.echo(json.dumps({"summary": result.summary, "path": str(result.path)}))
@@ -122,8 +127,10 @@ def _tell(result: Any, config: Config, as_json: bool) -> None:
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of a configuration instead.")
 def show_config(arguments: tuple[str, ...], schema: bool) -> None:
     """Print the whole resolved configuration, with each key's meaning, unit and bounds."""
+    from fedlq_ray.config import load as configuration
+
     if schema:
-        click.echo(json.dumps(Config.model_json_schema(), indent=2))
+        click.echo(json.dumps(configuration.Config.model_json_schema(), indent=2))
     else:
         click.echo(configuration.to_yaml(configuration.load(*split(arguments)), commented=True), nl=False)
 
@@ -168,6 +175,7 @@ def _sweep(file: Path, overrides: tuple[str, ...], out: Path, only: tuple[str, .
     comparison = sweeps.load(file, overrides, only)
     _import_for(None)
     from fedlq_ray.analysis.conclude import conclude
+    from fedlq_ray.runs.console import Console
     from fedlq_ray.sweeps import many
 
     console = Console(stderr=True)
@@ -201,12 +209,14 @@ def layers(arguments: tuple[str, ...], out: str) -> None:
 
     from fedlq_ray import plots
     from fedlq_ray.analysis.layers import analyse
+    from fedlq_ray.config import load as configuration
     from fedlq_ray.problems import goal_of
+    from fedlq_ray.runs.console import Console
 
     config = configuration.load(*split(arguments))
     plots.require_file(Path(out))
 
-    def watch(record: Record) -> None:
+    def watch(record: "Record") -> None:
         done = record.round + 1
         click.echo(f"round {done}/{config.rounds}  train loss {record.train_loss or 0:.4f}", err=True)
         if done == config.rounds:
@@ -253,6 +263,8 @@ def ui(where: str | None, port: int) -> None:
     The store is that of RUN_DIR, or STORE (such as sqlite:///mlflow.db); by default it is that of the newest run in
     runs/, or else mlflow.db in this folder.
     """
+    from fedlq_ray.tracking import stores
+
     store = _store(where)
     if store.startswith(("http://", "https://", "databricks")):
         click.echo(f"the runs are on {store}")
@@ -265,7 +277,9 @@ def ui(where: str | None, port: int) -> None:
 
 def _store(where: str | None) -> str:
     """Returns the MLflow store of a run's folder, of an address, or of the newest run in the working directory."""
+    from fedlq_ray.config.load import Config
     from fedlq_ray.runs import rundir
+    from fedlq_ray.tracking import stores
 
     if where and "://" in where:
         stores.require_usable(where, "", stores.Names("STORE"))
@@ -292,6 +306,7 @@ def sync(folder: str, uri: str | None, experiment: str | None) -> None:
     from fedlq_ray.models import build
     from fedlq_ray.runs import rundir
     from fedlq_ray.tracking import log as tracking
+    from fedlq_ray.tracking import stores
 
     found = rundir.read(folder)
     where = found.tracking

@@ -4,7 +4,6 @@ It uses only Ray's job API: HTTP to the head's dashboard. So a laptop needs no o
 differ from the cluster's. The cluster runs `fedlq job` (job.py).
 """
 
-import asyncio
 import base64
 import contextlib
 import io
@@ -19,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
@@ -27,15 +26,17 @@ import click
 import fedlq_ray
 from fedlq_ray.cli.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.cli.job import CONFIG, RESULTS
-from fedlq_ray.config import load as configuration
-from fedlq_ray.config.load import Config
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.files import expand
-from fedlq_ray.tracking import stores
+
+if TYPE_CHECKING:
+    from fedlq_ray.config.load import Config
 
 ADDRESS = "http://127.0.0.1:8265"
 STOP_S = 30  # time for a stopped job to write its checkpoint; Ray's own default is 3
-EXCLUDES = ["runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "build/", "dist/"]  # plus .gitignore and .rayignore
+# In addition to .gitignore and .rayignore. Ray leaves them out of this package as well, which has modules in runs/. So
+# only the folders in a folder `runs` are left out.
+EXCLUDES = ["**/runs/*/", "mlruns/", "mlartifacts/", "mlflow.db*", "build/", "dist/"]
 
 
 @click.command()
@@ -65,6 +66,9 @@ def submit(
     For a cluster with tokens, the token comes from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The exit
     code is the run's, or 143 if the job was stopped.
     """
+    from fedlq_ray.config import load as configuration
+    from fedlq_ray.tracking import stores
+
     if attach and arguments:
         raise ConfigError(f"--attach {attach}: takes no configuration; the job has its own")
     config = configuration.load(*split(arguments))
@@ -103,12 +107,12 @@ def _resources(given: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _stays(config: Config) -> bool:
+def _stays(config: "Config") -> bool:
     """Whether the results stay where the cluster writes them; `~/x` is a folder on this machine."""
     return config.out is not None and Path(config.out).is_absolute()
 
 
-def _local(config: Config) -> Path | None:
+def _local(config: "Config") -> Path | None:
     """Folder for fetched results: `out`, or the first runs/NAME-SEED[-N] that does not exist; None if they stay."""
     if _stays(config):
         return None
@@ -174,7 +178,7 @@ def _connect(address: str) -> Any:
     return JobSubmissionClient(address)
 
 
-def _next(client: Any, config: Config, address: str) -> str:
+def _next(client: Any, config: "Config", address: str) -> str:
     """Returns the id of this attempt: NAME-1, or the last number plus one.
 
     Raises:
@@ -200,7 +204,7 @@ def _next(client: Any, config: Config, address: str) -> str:
     return f"{config.name}-{max(found) + 1}"
 
 
-def _send(client: Any, job: str, config: Config, working_dir: str, where: dict[str, Any]) -> None:
+def _send(client: Any, job: str, config: "Config", working_dir: str, where: dict[str, Any]) -> None:
     settings = json.dumps(config.model_dump(mode="json"))
     environment = {
         "working_dir": str(Path(working_dir).resolve()),
@@ -216,20 +220,24 @@ def _entrypoint(*arguments: Any) -> str:
     return shlex.join(["python", "-m", "fedlq_ray.cli", "job", *map(str, arguments)])
 
 
-def _config_of(details: Any) -> Config:
+def _config_of(details: Any) -> "Config":
     """Returns the configuration that a job was submitted with.
 
     Raises:
         ConfigError: `fedlq submit` did not submit the job.
     """
+    from fedlq_ray.config.load import parse
+
     settings = ((details.runtime_env or {}).get("env_vars") or {}).get(CONFIG)
     if settings is None:
         raise ConfigError(f"--attach {details.submission_id}: was not submitted by fedlq submit")
-    return configuration.parse(json.loads(settings))
+    return parse(json.loads(settings))
 
 
-def _wait(client: Any, job: str, config: Config, local: Path | None, address: str) -> int:
+def _wait(client: Any, job: str, config: "Config", local: Path | None, address: str) -> int:
     """Shows a job's log until it ends, and fetches its results; returns the exit code."""
+    import asyncio
+
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
@@ -263,6 +271,8 @@ def _ended(details: Any) -> str:
 
 async def _follow(client: Any, job: str, quiet: bool = False) -> None:
     """Prints a job's log as it grows, until the job ends; reconnects after a lost connection."""
+    import asyncio
+
     import aiohttp
 
     shown, failures = 0, 0
@@ -285,7 +295,7 @@ async def _follow(client: Any, job: str, quiet: bool = False) -> None:
         await asyncio.sleep(1.0)
 
 
-def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | None:
+def _fetch(client: Any, details: Any, config: "Config", local: Path) -> Path | None:
     """Fetches a job's results through a job on its node that prints them; returns their folder, or None if none."""
     printer = client.submit_job(
         entrypoint=_entrypoint("--print", f"runs/{details.submission_id}"),
@@ -311,10 +321,11 @@ def _fetch(client: Any, details: Any, config: Config, local: Path) -> Path | Non
     return local
 
 
-def _track_here(config: Config, local: Path) -> None:
+def _track_here(config: "Config", local: Path) -> None:
     """Logs a fetched run to an MLflow store that is a file on this machine; the cluster logs to a server itself."""
     from fedlq_ray.runs import rundir
     from fedlq_ray.tracking import log as tracking
+    from fedlq_ray.tracking import stores
 
     found, uri = rundir.read(local), config.tracking.uri or ""
     if found.tracking is None or stores.sqlite_file(uri) is None:

@@ -9,11 +9,11 @@ from fedlq_ray import startup  # noqa: F401  (first: a user's file could hide la
 # isort: split
 import difflib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
 from fedlq_ray.errors import ConfigError
@@ -26,11 +26,17 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _is_numpy(value: Any, kind: Literal["generic", "ndarray"]) -> bool:
+    """Whether a value is a NumPy scalar or array; NumPy is not imported for it, because then no value is one."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, getattr(numpy, kind))
+
+
 def _plain(value: Any) -> Any:
     """A setting's value for validation: Python's numbers, and tuples for sequences."""
-    if isinstance(value, np.generic):
+    if _is_numpy(value, "generic"):
         return value.item()
-    if isinstance(value, np.ndarray):
+    if _is_numpy(value, "ndarray"):
         return _plain(value.tolist())
     if isinstance(value, list | tuple | range):
         return tuple(map(_plain, value))
@@ -43,10 +49,12 @@ def _kept(value: Any, where: str = "") -> Any:
     Raises:
         ValueError: config.yaml cannot hold one of them; the message names where.
     """
-    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, np.generic):
+    if _is_numpy(value, "generic"):
+        return _kept(value.item(), where)
+    if _is_numpy(value, "ndarray"):
+        return _kept(value.tolist(), where)
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic | np.ndarray):
-        return _kept(value.item() if isinstance(value, np.generic) else value.tolist(), where)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple):

@@ -8,6 +8,8 @@ from torch import Generator, Tensor
 
 from fedlq_ray.errors import PayloadError
 
+HIGHEST = float(np.finfo(np.float32).max)
+
 
 @runtime_checkable
 class Quantizer(Protocol):
@@ -77,5 +79,4 @@ def read_bits(bits: int | float) -> int:
 
 def as_float32(value: float) -> float:
     """Rounds to the nearest float32, the type on the wire; values beyond its range are clipped to it."""
-    top = float(np.finfo(np.float32).max)
-    return float(np.float32(min(max(value, -top), top)))
+    return float(np.float32(min(max(value, -HIGHEST), HIGHEST)))

@@ -107,7 +107,7 @@ class Ecsq:
             if last:
                 model = fit(counts)
                 nonzero = count - int(counts[0])
-                bits = counts @ -np.log2(model.coded()) + nonzero + LOSS * (count + nonzero)
+                bits = counts @ model.bits() + nonzero + LOSS * (count + nonzero)
                 fixed = self.HEADER.size + len(model.hazards) + len(shifts)
                 return Design(step, ends[:top], model, shifts, fixed + 4 * int(bits / 32 + 1.1))
             centroids = _values(top, shifts)

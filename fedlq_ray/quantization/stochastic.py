@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from fedlq_ray.quantization.base import as_float32
@@ -61,10 +62,9 @@ class StochasticStep:
         if len(counts) < 2:
             return self, HEADER.size
         model = fit(counts)
-        p = model.coded()
-        bits = counts @ -np.log2(p) + (count - counts[0]) * (1 + LOSS) + LOSS * count
         nonzero = count - counts[0]
-        spread = _SIGMAS * np.sqrt(nonzero) * (1 - np.log2(max(1 - p[0], 1e-12)))
+        bits = counts @ model.bits() + nonzero * (1 + LOSS) + LOSS * count
+        spread = _SIGMAS * np.sqrt(nonzero) * (1 - np.log2(max(1 - model.coded()[0], 1e-12)))
         return self, HEADER.size + len(model.hazards) + (bits + spread) / 8 + 2
 
     @staticmethod
@@ -79,18 +79,24 @@ class StochasticStep:
         return self.roundtrip(x, rng)[0]
 
     def roundtrip(self, x: Tensor, rng: Generator) -> tuple[bytes, Tensor]:
-        magnitudes = np.abs(x.numpy())
+        values = x.numpy()
+        magnitudes = np.abs(values)
         step = _allowed(self.step, float(magnitudes.max()))
-        noise = torch.rand(x.shape, generator=rng, dtype=torch.float64).numpy()
-        codes = np.floor(magnitudes / np.float64(step) + noise).clip(max=TOP).astype(np.int32)
-        nonzero = np.flatnonzero(codes)
-        model = fit(np.bincount(codes)) if len(nonzero) else Model(0, b"")
-        signs = np.signbit(x.numpy()[nonzero]).astype(np.int32)
-        return pack(step, model, codes, signs), _decoded(codes, nonzero[signs == 1], step)
+        raised = torch.rand(x.shape, generator=rng, dtype=torch.float64).numpy()
+        raised += magnitudes / np.float64(step)
+        nonzero = np.flatnonzero(raised >= 1)
+        codes = np.minimum(raised[nonzero], TOP).astype(np.int32)
+        counts = np.bincount(codes, minlength=1)
+        counts[0] = len(values) - len(codes)
+        signs = np.signbit(values[nonzero]).astype(np.int32)
+        every = np.zeros(len(values), np.int32)
+        every[nonzero] = codes
+        model = fit(counts) if len(codes) else Model(0, b"")
+        return pack(step, model, every, signs), _decoded(len(values), nonzero, codes, signs, step)
 
     def decode(self, body: memoryview, count: int) -> Tensor:
         found = unpack(body, count)
-        return _decoded(found.codes, found.nonzero[found.signs == 1], found.step)
+        return _decoded(count, found.nonzero, found.codes[found.nonzero], found.signs, found.step)
 
     def size(self, count: int) -> None:
         """Always None: the number of bytes depends on the elements."""
@@ -110,16 +116,17 @@ def _expected(layer: Magnitudes, step: float) -> Floats:
     ends = layer.values.searchsorted(float32(edges), side="right")
     ends[0], ends[-1] = 0, len(layer.values)
     # Of the elements between two multiples, the fraction above the lower one is rounded up.
-    inside = np.diff(ends)
-    up = np.diff(layer.sums[ends]) / step - np.arange(top) * inside
+    inside, sums = ends[1:] - ends[:-1], layer.sums[ends]
+    up = (sums[1:] - sums[:-1]) / step - np.arange(top) * inside
     counts = np.zeros(top + 1)
     counts[:-1] += inside - up
     counts[1:] += up
     return np.maximum(counts, 0.0)
 
 
-def _decoded(codes: Codes, minus: np.ndarray[tuple[int], np.dtype[np.int64]], step: float) -> Tensor:
-    """The values of the codes; `minus` has the positions of the negative ones."""
-    out = np.take(float32(np.arange(int(codes.max()) + 1) * np.float64(step)), codes)
-    out[minus] = -out[minus]
+def _decoded(count: int, nonzero: NDArray[np.int64], codes: Codes, signs: Codes, step: float) -> Tensor:
+    """The values (count,) of the codes above 0: their positions, themselves, and 1 for a negative one."""
+    out = np.zeros(count, np.float32)
+    values = float32(codes * np.float64(step))
+    out[nonzero] = np.where(signs, -values, values)
     return torch.from_numpy(out)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-import rich.console
 
 
 class OutputClosed(BrokenPipeError):
@@ -33,13 +32,6 @@ def say(text: str) -> None:
         click.echo(text, err=True)
     except BrokenPipeError:
         silence()
-
-
-class Console(rich.console.Console):
-    """A terminal or a file; printing raises BrokenPipeError if the output is no longer read."""
-
-    def on_broken_pipe(self) -> None:
-        raise  # rich would exit the program
 
 
 class Commands(click.Group):

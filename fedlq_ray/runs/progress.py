@@ -11,7 +11,7 @@ from fedlq_ray.config.load import Config
 from fedlq_ray.federation.events import Closed, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Stopping
 from fedlq_ray.federation.metrics import of_rounds
 from fedlq_ray.problems import goal_of
-from fedlq_ray.runs.output import Console
+from fedlq_ray.runs.console import Console
 
 _WIDE = 112  # columns of a terminal that staleness and waste fit on as well
 

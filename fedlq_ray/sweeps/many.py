@@ -19,8 +19,8 @@ from fedlq_ray.federation.events import Closed, Resumed
 from fedlq_ray.files import is_locked
 from fedlq_ray.hosts.ray.session import start_ray
 from fedlq_ray.runs import follow, progress, rundir
+from fedlq_ray.runs.console import Console
 from fedlq_ray.runs.interrupts import Interrupts
-from fedlq_ray.runs.output import Console
 from fedlq_ray.runs.simulation import run_or_resume
 from fedlq_ray.sweeps.sweep import Start
 
