@@ -24,6 +24,7 @@ import click
 from fedlq_ray.cli import analysis as cli_analysis
 from fedlq_ray.cli.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.cli.job import job
+from fedlq_ray.cli.plan import plan
 from fedlq_ray.cli.submit import submit
 from fedlq_ray.config import load as configuration
 from fedlq_ray.config.load import Config
@@ -319,6 +320,7 @@ def sync(folder: str, uri: str | None, experiment: str | None) -> None:
 
 cli.add_command(submit)
 cli.add_command(job)
+cli.add_command(plan)
 for command in cli_analysis.COMMANDS:
     cli.add_command(command)
 

@@ -25,6 +25,7 @@ from fedlq_ray.federation.selections import SELECTIONS
 from fedlq_ray.federation.task import Job, Task, Workplace
 from fedlq_ray.federation.traffic import Landings, Traffic, land
 from fedlq_ray.hosts.serial import SerialHost
+from fedlq_ray.runs.output import short
 from fedlq_ray.strategies import Strategy, make
 from fedlq_ray.strategies.budgets import bytes_at_rate
 from fedlq_ray.training.local import Reply
@@ -69,10 +70,10 @@ class Ceiling:
     @property
     def line(self) -> str:
         """One line for people."""
-        low, middle, high = (f"{value:.3g}" for value in (self.ratios.least, self.ratios.median, self.ratios.most))
+        low, middle, high = (short(value) for value in (self.ratios.least, self.ratios.median, self.ratios.most))
         return (
             f"uploading float32 takes {low} to {high} times as long as computing (median {middle}); compression of "
-            f"uploads alone makes steps at most {self.gain:.3g} times as fast"
+            f"uploads alone makes steps at most {short(self.gain)} times as fast"
         )
 
 
@@ -179,7 +180,9 @@ def ceiling(task: Task) -> Ceiling:
     limit = task.config.network.model_copy(update={"uplink_free": True})
     free = replace(task, config=task.config.model_copy(update={"network": limit}))
     float32_s, free_s = (
-        statistics.fmean(step.seconds for step in walk(rules_of(t, make(Workplace(t).setting, "fedavg")), lambda _: size))
+        statistics.fmean(
+            step.seconds for step in walk(rules_of(t, make(Workplace(t).setting, "fedavg")), lambda _: size)
+        )
         for t in (task, free)
     )
     return Ceiling(Quantiles.of([ratio(task, client, size) for client in range(task.clients.count)]), float32_s, free_s)
