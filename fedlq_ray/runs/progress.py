@@ -80,7 +80,8 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
                 sent, more = values["uplink_mb"], _of_flights(values)
                 seen = "–" if record.main is None else f"{record.main:.4f}"
                 metric = metric if record.accuracy is not None else next(iter(record.metrics), metric)
-                figures = f"{'acc.' if metric == 'accuracy' else metric} {seen}  {short(record.sim_time_s)} sim. s  {short(sent)} MB"
+                named = "acc." if metric == "accuracy" else metric
+                figures = f"{named} {seen}  {short(record.sim_time_s)} sim. s  {short(sent)} MB"
                 figures += more if console.width >= _WIDE else ""
                 progress.update(bar, completed=record.round + 1, figures=figures)
                 if progress.disable:
