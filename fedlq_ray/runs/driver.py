@@ -14,6 +14,7 @@ from fedlq_ray.federation.task import Task, Workplace
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs import rundir
 from fedlq_ray.runs.identity import identity
+from fedlq_ray.runs.payloads import PayloadFile
 from fedlq_ray.runs.storage import Saver, checkpoints, latest
 from fedlq_ray.strategies import GivenStrategy, make
 from fedlq_ray.tracking import log
@@ -48,11 +49,18 @@ def drive(
     tracker = Tracker(tracking, config, records) if tracking else None
     status, told, heard, reached = "FAILED", set[int](), True, False
     try:
-        with rundir.Journal(folder, len(records)) as journal:
-            saver = Saver(where, config.checkpoint, host.recall, journal.sync)
+        sent = PayloadFile(folder, len(records), config.payloads)
+        with rundir.Journal(folder, len(records)) as journal, sent:
+
+            def sync() -> None:
+                sent.sync()
+                journal.sync()
+
+            saver = Saver(where, config.checkpoint, host.recall, sync)
             try:
                 for step in run(task, strategy, host, state, timing, stopped):
                     state, record = step.state, step.record
+                    sent.write(record.round, step.payloads)  # first: a step in the journal has its payloads
                     journal.write(record)
                     if tracker:
                         tracker.log(record)
