@@ -1,8 +1,8 @@
 """What other entropy coders would have needed for the payloads that a run has kept (`payloads=true`).
 
 A segment's symbols are its codes: the distinct values that it decodes to, numbered. Coders get one byte per symbol (two
-where there are more than 256), each segment alone, as quantizers code it. Quantizers whose values are not a few codes of
-their own (float32, float16, EDEN after its rotation, QSGD in buckets, sparse ones, and a user's own) are coded as the bytes of
+where there are more than 256), each segment alone, as quantizers code it. Quantizers whose values are not a few codes
+(float32, float16, EDEN after its rotation, QSGD in buckets, sparse ones, and a user's own) are coded as the bytes of
 their bodies.
 """
 

@@ -105,9 +105,10 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
 def recode(folder: str, sample: int, as_json: bool) -> None:
     """Say what other entropy coders would have needed for a run's payloads.
 
-    The run must have kept them, with payloads=true. Bytes are by quantizer, each segment coded alone: as sent; at a fixed
-    number of bits per code (none); at the codes' entropy, a bound for coders without context; with a range coder and a table of
-    frequencies; with zstd, zlib, bz2 and lzma. Quantizers whose values are not a few codes are coded as bytes.
+    The run must have kept them, with payloads=true. Bytes are by quantizer, each segment coded alone: as sent; at a
+    fixed number of bits per code (none); at the codes' entropy, a bound for coders without context; with a range coder
+    and a table of frequencies; with zstd, zlib, bz2 and lzma. Quantizers whose values are not a few codes are coded as
+    bytes.
     """
     from rich.table import Table
 

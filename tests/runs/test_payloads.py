@@ -31,7 +31,10 @@ def test_a_resumed_run_has_the_same_file(kind, tmp_path):
     whole = simulate(config(tmp_path / "whole", kind))
     with pytest.raises(KeyboardInterrupt):
         simulate(config(tmp_path / "cut", kind), watch=cut)
-    (tmp_path / "cut" / NAME).open("ab").write(b"torn")  # as if killed while writing
+    *_, newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    newest.unlink()  # as if killed before it was written
+    with (tmp_path / "cut" / NAME).open("ab") as stream:
+        stream.write(b"torn")  # and while writing
     resume(tmp_path / "cut")
     assert (tmp_path / "cut" / NAME).read_bytes() == (tmp_path / "whole" / NAME).read_bytes()
     kept = list(read(tmp_path / "whole"))
