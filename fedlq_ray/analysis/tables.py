@@ -133,7 +133,7 @@ def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[st
         if any(row.qualities for row in table if row.run != row.reference):
             told.append(
                 f"Quality-under-Budget: {goal.metric.replace('_', ' ')} over {base} at equal MB and at equal s, the "
-                "most that both reach with every seed, linear between evaluations."
+                "most that both reach with every seed, linear between evaluations; not known before the first one."
             )
         if config.target is not None:
             told.append("Cost-to-Target: s and MB to the target; MB saving is a ratio, as speed-up is.")
