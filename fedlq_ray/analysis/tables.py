@@ -56,7 +56,8 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
         made["gain, points" if goal.percent else "difference"] = _own(table, gains)
     for name, heading in (("equal_mb", "at equal MB"), ("equal_s", "at equal s")):
         cells = [_quality(row, name) for row in table]
-        if any(cell != MISSING for row, cell in zip(table, cells, strict=True) if row.run != row.reference):
+        others = [cell for row, cell in zip(table, cells, strict=True) if row.run != row.reference]
+        if len(table) > 1 and any(cell != MISSING for cell in others):
             made[f"{'points' if goal.percent else 'difference'} {heading}"] = _own(table, cells)
     for metric in METRICS:
         if metric.column and (not metric.of_records or any(row.mean(metric.name) is not None for row in table)):
