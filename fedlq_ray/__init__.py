@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fedlq_ray.errors import CheckpointError, ClientError, ConfigError, DivergedError, FedLQError, PayloadError
 
 if TYPE_CHECKING:
-    from fedlq_ray.api import Comparison, Result, compare, resume, simulate, sweep
+    from fedlq_ray.api import Comparison, Forecast, Result, compare, plan, resume, simulate, sweep
     from fedlq_ray.config.load import Config
 
 __all__ = [
@@ -18,16 +18,18 @@ __all__ = [
     "ConfigError",
     "DivergedError",
     "FedLQError",
+    "Forecast",
     "PayloadError",
     "Result",
     "compare",
+    "plan",
     "resume",
     "simulate",
     "sweep",
 ]
 # Imported when they are asked for: client processes need neither, and startup.py comes before all libraries.
 _LATER = {"Config": "config.load"} | dict.fromkeys(
-    ("Comparison", "Result", "compare", "resume", "simulate", "sweep"), "api"
+    ("Comparison", "Forecast", "Result", "compare", "plan", "resume", "simulate", "sweep"), "api"
 )
 
 if os.path.expanduser("~") == "~":  # no HOME, and no entry of the user's: MLflow and others could not be imported

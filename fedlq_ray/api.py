@@ -1,4 +1,4 @@
-"""The Python interface: `simulate`, `resume`, `sweep`, `compare`, and their results."""
+"""The Python interface: `simulate`, `resume`, `plan`, `sweep`, `compare`, and their results."""
 
 import json
 import re
@@ -23,6 +23,7 @@ from fedlq_ray.models import GivenModel
 from fedlq_ray.problems import GivenProblem
 from fedlq_ray.quantization import GivenQuantizer
 from fedlq_ray.runs import simulation
+from fedlq_ray.runs.forecast import Forecast, forecast
 from fedlq_ray.strategies import GivenStrategy
 from fedlq_ray.training.own import GivenLocal
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fedlq_ray.analysis.compare import Row
     from fedlq_ray.sweeps.sweep import Outcome
 
-__all__ = ["Comparison", "Result", "compare", "resume", "simulate", "sweep"]
+__all__ = ["Comparison", "Forecast", "Result", "compare", "plan", "resume", "simulate", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,28 @@ def resume(
     """
     parts = Parts(model, data, strategy, quantizer, problem, local)
     return Result.of(simulation.resume(folder, overrides, parts, watch=watch, parent=parent))
+
+
+def plan(
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    model: GivenModel | None = None,
+    data: GivenData | None = None,
+    strategy: GivenStrategy | None = None,
+    quantizer: GivenQuantizer | None = None,
+    problem: GivenProblem | None = None,
+    local: GivenLocal | None = None,
+) -> Forecast:
+    """Says what a run will take before it is trained, as `fedlq plan` does; nothing is written.
+
+    Args:
+        config: the settings, or a dict of them; None for the defaults.
+        model, data, strategy, quantizer, problem, local: as for `simulate`.
+    Raises:
+        ConfigError: the user's input is wrong.
+        FedLQError: the run would fail in its first steps.
+    """
+    return forecast(config, Parts(model, data, strategy, quantizer, problem, local))
 
 
 @dataclass(frozen=True)

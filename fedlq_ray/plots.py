@@ -22,6 +22,7 @@ from fedlq_ray.federation.record import Record
 from fedlq_ray.problems import Goal
 
 Records = Sequence[Record]
+Array = np.ndarray[Any, Any]
 # Okabe and Ito's order, darkened to a contrast of 4.5 on white; a run also has its own dash and a name.
 COLOURS = ("#0072B2", "#B84A00", "#00795A", "#A3478B", "#7A6200", "#3A3A3A")
 MUTED = "#666666"  # contrast 5.7 on white
@@ -72,7 +73,7 @@ def draw_accuracy(
         grid = grid[(grid >= first) & (grid <= last)]
         if not len(grid):  # the seeds' ranges do not overlap
             grid = series[0][0]
-        found = scale * np.array([np.interp(grid, xs, ys) for xs, ys in series])
+        found = scale * np.array([along(line, grid) for line in series])
         if len(series) > 1:
             axis.fill_between(grid, found.min(0), found.max(0), color=colour, alpha=0.18, linewidth=0)
         axis.plot(grid, found.mean(0), color=colour, linestyle=dash, linewidth=1.8)
@@ -93,12 +94,17 @@ def draw_accuracy(
     name_ends(axis, ends)
 
 
-def seen(records: Records, against: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def seen(records: Records, against: str) -> tuple[Array, Array]:
     """Returns the positions on an axis at which a run was evaluated, and the main metric there."""
     sent = np.cumsum([r.uplink_bytes for r in records]) / 1e6
     at = {"time": [r.sim_time_s for r in records], "bytes": sent, "round": [r.round + 1 for r in records]}
     evaluated = [i for i, r in enumerate(records) if r.main is not None]
     return np.asarray(at[against], float)[evaluated], np.array([records[i].main for i in evaluated], float)
+
+
+def along(line: tuple[Array, Array], positions: Any) -> Any:
+    """The main metric at positions of a line that `seen` returned: linear between two evaluations."""
+    return np.interp(positions, *line)
 
 
 def test_clients(folder: Path, goal: Goal) -> list[float]:

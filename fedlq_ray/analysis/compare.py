@@ -4,13 +4,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
 from fedlq_ray import plots
+from fedlq_ray.analysis import budget
 from fedlq_ray.analysis.runs import by_population, parameters, population
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.metrics import METRICS
@@ -48,6 +49,20 @@ class Interval(NamedTuple):
         return self.low is not None and self.high is not None and self.low * self.high > 0
 
 
+class Quality(NamedTuple):
+    """Quality-under-Budget: the main metric at the largest budget that a run and its reference reach with every seed.
+
+    Attributes:
+        budget: in MB of uploads, or in simulated seconds.
+        mean: over seeds; None if the budget ends before the first evaluation of one.
+        gain: over the reference, paired by seed; None if the reference has no value.
+    """
+
+    budget: float
+    mean: float | None
+    gain: Interval | None
+
+
 class Reached(NamedTuple):
     """How runs came to a target: simulated seconds and MB, if all seeds reached it, and how many did."""
 
@@ -78,7 +93,10 @@ class Row:
         by_seed: of each run: its seed, final accuracy, seconds to the target, and uplink bytes.
         reference: its name; it is in the table only if the population has it.
         accuracy_gain, speed_up: over the reference; None if the reference or a value is missing.
+        qualities: by the names of budget.AXES; only those that are known.
+        mb_saving: uplink MB to the target of the reference over its own.
         to_limit: time to the target in multiples of that of the run named limit.
+        gap_closed: the share of the time to the target that the limit saves over the reference, and that it saves too.
         goal: the main metric.
         front: no run of the population has more accuracy and fewer bytes, or is better in one and equal in the other.
     """
@@ -94,7 +112,10 @@ class Row:
     reference: str = ""
     accuracy_gain: Interval | None = None
     speed_up: Interval | None = None
+    qualities: Mapping[str, Quality] = field(default_factory=dict)
+    mb_saving: Interval | None = None
     to_limit: float | None = None
+    gap_closed: Interval | None = None
     front: bool = False
     goal: Goal = Goal()
 
@@ -123,7 +144,11 @@ class Row:
         own["targets"] = {target: reached.to_json() for target, reached in self.targets.items()}
         own |= {"bits_per_parameter": self.bits_per_parameter, "by_seed": list(self.by_seed)}
         own["reference"] = self.reference
-        for name, found in (("accuracy_gain", self.accuracy_gain), ("speed_up", self.speed_up)):
+        for name in budget.AXES:
+            own[name], own[f"{self.goal.metric}_at_{name}"], _ = self.qualities.get(name) or (None, None, None)
+        gains = {f"gain_at_{name}": one.gain if (one := self.qualities.get(name)) else None for name in budget.AXES}
+        gains = {"accuracy_gain": self.accuracy_gain, "speed_up": self.speed_up, **gains}
+        for name, found in (gains | {"mb_saving": self.mb_saving, "gap_closed": self.gap_closed}).items():
             own[name], own[f"{name}_low"], own[f"{name}_high"] = found or (None, None, None)
         return own | {"to_limit": self.to_limit, "front": self.front}
 
@@ -166,6 +191,36 @@ def speed_up(own: Mapping[int, float | None], base: Mapping[int, float | None]) 
     return Interval(math.exp(mean), None if low is None else math.exp(low), None if high is None else math.exp(high))
 
 
+def gap_closed(
+    own: Mapping[int, float | None], base: Mapping[int, float | None], least: Mapping[int, float | None]
+) -> Interval | None:
+    """The mean of (base - own) / (base - least), paired by seed as in `gain`; None unless least is below base."""
+    if not own or not own.keys() == base.keys() == least.keys():
+        return None
+    shares = []
+    for seed, value in own.items():
+        top, floor = base[seed], least[seed]
+        if value is None or top is None or floor is None or floor >= top:
+            return None
+        shares.append((top - value) / (top - floor))
+    return interval(shares)
+
+
+def qualities(own: Sequence[Finished], base: Sequence[Finished]) -> dict[str, Quality]:
+    """Quality-under-Budget of runs, compared with those of the reference."""
+    found = {}
+    for name, axis in budget.AXES.items():
+        most = budget.largest([run.records for run in (*own, *base) if run.summary], axis)
+        if most is None:
+            continue
+        mine, theirs = (
+            {r.config.seed: budget.quality(r.records, axis, most) if r.summary else None for r in runs}
+            for runs in (own, base)
+        )
+        found[name] = Quality(most, Spread.of(list(mine.values())).mean, gain(mine, theirs))
+    return found
+
+
 def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
     """Returns one row per run. Accuracies and bytes are means over the seeds that did not fail.
 
@@ -180,7 +235,10 @@ def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
     if reference is not None and reference not in names:
         raise ConfigError(f"--reference: there is no run {reference}; the runs are {', '.join(names)}")
     reference = reference or ("fedavg" if "fedavg" in names else names[0])
-    times = {label: _by_seed(outcome.runs[label], "time_to_target_s") for label in labels}
+    times, sent = (
+        {label: _by_seed(outcome.runs[label], key) for label in labels}
+        for key in ("time_to_target_s", "uplink_bytes_to_target")
+    )
     finals = {row.run: _by_seed(outcome.runs[row.run], row.final) for row in table}
 
     def compared(row: Row) -> Row:
@@ -194,7 +252,10 @@ def rows(outcome: Outcome, reference: str | None = None) -> list[Row]:
             reference=base,
             accuracy_gain=gain(finals[row.run], finals[base]) if base in labels else None,
             speed_up=speed_up(times[row.run], times[base]) if base in labels else None,
+            qualities=qualities(outcome.runs[row.run], outcome.runs[base]) if base in labels else {},
+            mb_saving=speed_up(sent[row.run], sent[base]) if base in labels else None,
             to_limit=own / least if own and least else None,
+            gap_closed=gap_closed(times[row.run], times[base], times[limit]) if {base, limit} <= {*labels} else None,
             front=_undominated(row, [other for other in table if other.population == where]),
         )
 

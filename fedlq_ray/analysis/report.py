@@ -110,6 +110,16 @@ def findings(block: Sequence[Row], target: float | None) -> list[str]:
         rest = ", ".join(row.name for row, gain in sure if (row, gain) not in beyond)
         seeds = f"{block[0].seeds} seeds do not distinguish {rest} from {base} ({CONFIDENCE:.0%})."
         told.append(f"Final {goal.metric}: {seeds}")
+    if closing := [
+        (closed.mean, row) for row in block if (closed := row.gap_closed) and row.name not in (base, "limit")
+    ]:
+        share, best = max(closing, key=lambda one: one[0])
+        told.append(f"{best.name} closes {share:.1%} of the gap in time between {base} and the limit.")
+    for name, words in (("equal_mb", "MB"), ("equal_s", "simulated seconds")):
+        found = [(row, q.gain) for row in block if row.name != base and (q := row.qualities.get(name)) and q.gain]
+        ahead = [row.name for row, gain in found if gain.excludes_zero and goal.merit(gain.mean) > 0]
+        if ahead:
+            told.append(f"Better than {base} at equal {words}: {', '.join(ahead)}.")
     if len(block) > 1:
         front = ", ".join(row.name for row in block if row.front)
         told.append(f"On the front of {goal.metric} against traffic: {front}.")

@@ -15,10 +15,11 @@ from fedlq_ray.analysis.runs import by_population
 from fedlq_ray.config.load import Config
 from fedlq_ray.federation.metrics import METRICS
 
+MISSING = "–"
 Columns = dict[str, list[str]]  # by heading, one cell per row; the first column names the rows
 
 
-def figure(value: float | None, spread: float | None = None, *, least: int = 0, missing: str = "–") -> str:
+def figure(value: float | None, spread: float | None = None, *, least: int = 0, missing: str = MISSING) -> str:
     """Formats a value with three significant digits, or `least` decimals if these are more; the spread likewise."""
     if value is None:
         return missing
@@ -33,7 +34,7 @@ def _places(value: float, least: int = 0) -> int:
 def between(found: Interval | None, scale: float = 1, places: int | None = None) -> str:
     """Formats a value with its interval, such as 6.3 (5.1 to 7.9); if `places` is given, it is a signed difference."""
     if found is None:
-        return "–"
+        return MISSING
     value, low, high = scale * found.mean, found.low and scale * found.low, found.high and scale * found.high
     sign, places = ("", max(0, _places(value) - 1)) if places is None else ("+", places)
     text = f"{value:{sign}.{places}f}"
@@ -43,7 +44,7 @@ def between(found: Interval | None, scale: float = 1, places: int | None = None)
 def columns(table: Sequence[Row], target: float | None) -> Columns:
     """Returns the columns for one population; columns without information are omitted."""
 
-    def figures(key: str, missing: str = "–") -> list[str]:
+    def figures(key: str, missing: str = MISSING) -> list[str]:
         return [figure(*row.values[key], missing=missing) for row in table]
 
     made: Columns = {"run": [row.name for row in table]}
@@ -53,8 +54,13 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
     if len(table) > 1 and any(row.accuracy_gain is not None for row in table):
         gains = [between(row.accuracy_gain, goal.scale, places=1 if goal.percent else 3) for row in table]
         made["gain, points" if goal.percent else "difference"] = _own(table, gains)
+    for name, heading in (("equal_mb", "at equal MB"), ("equal_s", "at equal s")):
+        cells = [_quality(row, name) for row in table]
+        others = [cell for row, cell in zip(table, cells, strict=True) if row.run != row.reference]
+        if len(table) > 1 and any(cell != MISSING for cell in others):
+            made[f"{'points' if goal.percent else 'difference'} {heading}"] = _own(table, cells)
     for metric in METRICS:
-        if metric.column and (_flown(table) or not metric.of_records):
+        if metric.column and (not metric.of_records or any(row.mean(metric.name) is not None for row in table)):
             made[metric.column] = figures(metric.name)
     if any(row.bits_per_parameter is not None for row in table):
         made["bits/param."] = [figure(row.bits_per_parameter) for row in table]
@@ -64,11 +70,14 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
         reached = [_reached(row) for row in table]
         seconds, sent = figures("time_to_target_s", ""), figures("uplink_mb_to_target", "")
         made[f"s to {target:.4g}"] = [s or by for s, by in zip(seconds, reached, strict=True)]
-        made[f"MB to {target:.4g}"] = [mb or "–" for mb in sent]
+        made[f"MB to {target:.4g}"] = [mb or MISSING for mb in sent]
         if len(table) > 1:
             made["speed-up"] = _own(table, [between(row.speed_up) for row in table])
+            made["MB saving"] = _own(table, [between(row.mb_saving) for row in table])
         if any(row.to_limit is not None for row in table):
             made["times limit"] = [figure(row.to_limit) for row in table]
+        if any(row.gap_closed is not None for row in table):
+            made["gap closed, %"] = _own(table, [between(row.gap_closed, 100) for row in table])
     for other in table[0].targets:
         if target is not None and float(other) == target:
             continue
@@ -79,6 +88,14 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
     if any(row.failed for row in table):
         made["no result"] = [f"{row.failed} of {row.seeds}" for row in table]
     return made
+
+
+def _quality(row: Row, name: str) -> str:
+    """A row's gain at an equal budget, and the budget."""
+    found, goal = row.qualities.get(name), row.goal
+    if found is None or found.gain is None:
+        return MISSING
+    return f"{between(found.gain, goal.scale, places=1 if goal.percent else 3)} at {figure(found.budget)}"
 
 
 def _flown(table: Sequence[Row]) -> bool:
@@ -114,9 +131,20 @@ def notes(table: Sequence[Row], config: Config, unlike: Mapping[str, Sequence[st
         more = f"{'more' if goal.higher_is_better else 'less'} {goal.metric.replace('_', ' ')}"
         told.append(f"Gain and speed-up are over {base}{paired}.")
         told.append(f"* front: no run has {more} for as few MB.")
+        if any(row.qualities for row in table if row.run != row.reference):
+            told.append(
+                f"Quality-under-Budget: {goal.metric.replace('_', ' ')} over {base} at equal MB and at equal s, the "
+                "most that both reach with every seed, linear between evaluations; not known before the first one."
+            )
+        if config.target is not None:
+            told.append("Cost-to-Target: s and MB to the target; MB saving is a ratio, as speed-up is.")
+    if any(row.gap_closed is not None for row in table):
+        told.append("Gap closed: the share of the seconds that the run named limit saves; 100 is the limit.")
+    if any(row.mean("waiting_s") is not None for row in table):
+        told.append("Waits: mean seconds from an update's arrival to its step.")
     if _flown(table):
         told.append(
-            "Waits: mean seconds from an update's arrival to its step. Staleness: mean steps while it was under way. "
+            "Staleness: mean steps while it was under way. "
             "Wasted: bytes, both ways, of clients whose update did not arrive."
         )
     return told + [f"The runs differ in {path} as well: {', '.join(values)}." for path, values in unlike.items()]

@@ -1,5 +1,6 @@
-"""The commands that analyse runs: compare, report, watch."""
+"""The commands that analyse runs: compare, report, recode, watch."""
 
+import json
 import shlex
 import sys
 import tempfile
@@ -97,6 +98,42 @@ def report(sources: tuple[str, ...], tracking_uri: str | None, reference: str | 
 
 
 @click.command()
+@click.argument("folder", type=PATH, metavar="RUN_DIR")
+@click.option("--sample", default=100, type=click.IntRange(1), show_default=True, help="Most payloads to code again.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def recode(folder: str, sample: int, as_json: bool) -> None:
+    """Say what other entropy coders would have needed for a run's payloads.
+
+    The run must have kept them, with payloads=true. Bytes are by quantizer, each segment coded alone: as sent; at a
+    fixed number of bits per code (none); at the codes' entropy, a bound for coders without context; with a range coder
+    and a table of frequencies; with zstd, zlib, bz2 and lzma. Quantizers whose values are not a few codes are coded as
+    bytes.
+    """
+    from rich.table import Table
+
+    from fedlq_ray.analysis import recode as recoding
+    from fedlq_ray.runs.console import Console
+
+    found = recoding.recode(folder, sample)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+        return
+    title = f"{found.payloads} of {found.kept} payloads, {found.sent:,} bytes as sent, headers included"
+    table = Table(title=title, title_justify="left")
+    for heading in ("quantizer", "coded", "elements", "as sent", *recoding.CODERS):
+        table.add_column(heading, justify="left" if heading in ("quantizer", "coded") else "right", no_wrap=True)
+    for stream in found.streams:
+        sizes = [f"{stream.coders[name]:,.0f}" for name in recoding.CODERS]
+        kind = "codes" if stream.coded else "bytes"
+        table.add_row(stream.quantizer, kind, f"{stream.elements:,}", f"{stream.sent:,}", *sizes)
+    shares = [f"{found.whole(name) / found.sent:.3f}" for name in recoding.CODERS]
+    table.add_section()
+    table.add_row("all, over as sent", "", "", "1", *shares)
+    terminal = Console()
+    (terminal if terminal.is_terminal else Console(width=160)).print(table, highlight=False)
+
+
+@click.command()
 @click.argument("run", type=PATH, metavar="RUN_DIR")
 @click.option("--tracking-uri", default=None, help="MLflow's store or server, if RUN_DIR is the id of a run in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print each round's record, a JSON line each.")
@@ -122,4 +159,4 @@ def watch(run: str, tracking_uri: str | None, as_json: bool) -> None:
 
 
 ENDED = {"FINISHED": "finished", "FAILED": "failed, or was killed", "KILLED": "interrupted"}
-COMMANDS = (compare, report, watch)
+COMMANDS = (compare, report, recode, watch)

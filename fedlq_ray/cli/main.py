@@ -24,6 +24,7 @@ import click
 from fedlq_ray.cli import analysis as cli_analysis
 from fedlq_ray.cli.arguments import ARGUMENTS, PATH, split
 from fedlq_ray.cli.job import job
+from fedlq_ray.cli.plan import plan
 from fedlq_ray.cli.submit import submit
 from fedlq_ray.errors import ConfigError, FedLQError, first_line
 from fedlq_ray.hosts.ray import starter
@@ -334,6 +335,7 @@ def sync(folder: str, uri: str | None, experiment: str | None) -> None:
 
 cli.add_command(submit)
 cli.add_command(job)
+cli.add_command(plan)
 for command in cli_analysis.COMMANDS:
     cli.add_command(command)
 

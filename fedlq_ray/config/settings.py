@@ -286,6 +286,9 @@ class Config(Section):
         "test", "which samples accuracy is of: the test set, or those of data.holdout, to choose settings"
     )
     stop_at_target: bool = key(False, "end the run when the target is reached")
+    payloads: bool = key(
+        False, "keep all payloads that arrive as payloads.bin in the run's folder, for fedlq recode", affects="nothing"
+    )
     out: Text | None = key(None, "the run's folder; null: runs/NAME-SEED, then -2, -3 if taken", affects="nothing")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

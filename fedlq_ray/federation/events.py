@@ -11,9 +11,11 @@ from fedlq_ray.federation.record import Record
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything is checked; `notes` are sentences on how data and settings were read."""
+    """Everything is checked; `notes` are sentences on how data and settings were read, and `ceiling` on what
+    compression can gain, if that is known."""
 
     notes: list[str]
+    ceiling: str | None = None
 
 
 @dataclass(frozen=True)

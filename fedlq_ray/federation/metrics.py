@@ -24,7 +24,7 @@ class Metric:
         per: the divisor that turns a value into `unit`.
         of_all: a comparison has it only where every seed finished.
         column: the heading of its column in comparisons, which show the mean over seeds; None: no column of its own. A
-            metric `of_records` has it only where a run is not synchronous.
+            metric `of_records` has it only where a run has a value.
     """
 
     name: str

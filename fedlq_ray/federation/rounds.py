@@ -63,6 +63,7 @@ class Step:
         faults: why each skipped client failed.
         resumable: a run of more rounds has the same record. False if it was evaluated only as the last round.
         settle: waits until the host has answered all flights of the state, which a checkpoint needs.
+        payloads: that the step took, in the order of summation, if the run keeps them.
     """
 
     record: Record
@@ -70,6 +71,7 @@ class Step:
     faults: Mapping[int, str]
     resumable: bool
     settle: Callable[[], None] = lambda: None
+    payloads: Sequence[bytes] = ()
 
 
 def begin(task: Task, strategy: Strategy) -> ServerState:
@@ -146,7 +148,9 @@ def run(
         due = regular or state.round == task.config.rounds
         faults = {fault.client: str(fault) for fault in fold.faults}
         settle = partial(_settle, host, landings, state.flights)
-        pending = Pending(record, state, faults, host.evaluate(published) if due else None, regular or not due, settle)
+        evaluation = host.evaluate(published) if due else None
+        kept = [reply.payload for reply in fold.replies.values()] if task.config.payloads else []
+        pending = Pending(record, state, faults, evaluation, regular or not due, settle, kept)
     if pending:
         yield pending.step(timing)
 
@@ -279,6 +283,7 @@ class Pending:
     evaluation: Future | None
     resumable: bool
     settle: Callable[[], None]
+    payloads: Sequence[bytes] = ()
 
     def ready(self) -> bool:
         return self.evaluation is None or self.evaluation.ready()
@@ -286,10 +291,10 @@ class Pending:
     def step(self, timing: Timing) -> Step:
         """Waits for the evaluation."""
         if self.evaluation is None:
-            return Step(self.record, self.state, self.faults, self.resumable, self.settle)
+            return Step(self.record, self.state, self.faults, self.resumable, self.settle, self.payloads)
         found = _timed(self.evaluation, timing.evaluation_s)
         record = self.record.evaluated(found.metrics, found.loss if math.isfinite(found.loss) else None)
-        return Step(record, self.state, self.faults, self.resumable, self.settle)
+        return Step(record, self.state, self.faults, self.resumable, self.settle, self.payloads)
 
 
 def _timed(future: Future, spent: list[float]) -> Any:

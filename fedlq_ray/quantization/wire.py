@@ -151,6 +151,18 @@ def decode(
     return Payload(torch.cat(vectors), tuple(sent))
 
 
+def bodies(data: bytes) -> list[tuple[int, int, memoryview]]:
+    """A payload's segments without decoding them: the quantizer's number, elements, and body.
+
+    Raises:
+        PayloadError: the bytes are not a payload.
+    """
+    view = memoryview(data)
+    if len(view) < PAYLOAD_HEADER or _HEADER.unpack_from(view)[:2] != (MAGIC, VERSION):
+        raise PayloadError(f"{len(view)} bytes that do not begin as a payload")
+    return _segments(view, _HEADER.unpack_from(view)[5], None)
+
+
 def _piece(
     index: int, number: int, body: memoryview, elements: int, custom: Callable[[int], Quantizer] | None
 ) -> Tensor:
@@ -168,7 +180,7 @@ def _piece(
         raise PayloadError(f"segment {index}: {exc}") from exc
 
 
-def _segments(view: memoryview, pieces: int, count: int) -> list[tuple[int, int, memoryview]]:
+def _segments(view: memoryview, pieces: int, count: int | None) -> list[tuple[int, int, memoryview]]:
     """Returns each segment's (number, elements, body); checks all lengths and counts before any body is decoded."""
     found, at, seen = [], PAYLOAD_HEADER, 0
     for index in range(pieces):
@@ -185,6 +197,6 @@ def _segments(view: memoryview, pieces: int, count: int) -> list[tuple[int, int,
         seen += elements
     if at != len(view):
         raise PayloadError(f"{len(view) - at} bytes follow the last segment")
-    if seen != count or not found:
+    if seen != (seen if count is None else count) or not found:
         raise PayloadError(f"{seen} elements, expected {count}")
     return found

@@ -14,6 +14,7 @@ from fedlq_ray.federation.task import Task, Workplace
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs import rundir
 from fedlq_ray.runs.identity import identity
+from fedlq_ray.runs.payloads import PayloadFile
 from fedlq_ray.runs.storage import Saver, checkpoints, latest
 from fedlq_ray.strategies import GivenStrategy, make
 from fedlq_ray.tracking import log
@@ -35,8 +36,7 @@ def drive(
         skipped and for checkpoints that could not be written, and Ended last.
     """
     config, goal, strategy = task.config, task.problem.goal, make(Workplace(task).setting, given)
-    whose = identity(task, strategy)
-    where = checkpoints(folder, config)
+    whose, where = identity(task, strategy), checkpoints(folder, config)
     written = rundir.journal(folder)
     before, faults = latest(where, len(written), partial(rundir.checksum, folder))
     state = begin(task, strategy)
@@ -48,21 +48,20 @@ def drive(
     tracker = Tracker(tracking, config, records) if tracking else None
     status, told, heard, reached = "FAILED", set[int](), True, False
     try:
-        with rundir.Journal(folder, len(records)) as journal:
-            saver = Saver(where, config.checkpoint, host.recall, journal.sync)
+        with (
+            rundir.Journal(folder, len(records)) as journal,
+            PayloadFile(folder, len(records), config.payloads) as sent,
+        ):
+            saver = Saver(where, config.checkpoint, host.recall, partial(_each, sent.sync, journal.sync))
             try:
                 for step in run(task, strategy, host, state, timing, stopped):
                     state, record = step.state, step.record
+                    sent.write(record.round, step.payloads)  # first: a step in the journal has its payloads
                     journal.write(record)
                     if tracker:
                         tracker.log(record)
                     yield RoundDone(record)
-                    for client in [c for c in step.faults if c not in told]:
-                        yield Warned(f"skipped (clients.on_failure=skip_client): {step.faults[client]}")
-                    told |= step.faults.keys()
-                    if saver.failure:
-                        yield Warned(saver.failure)
-                        saver.failure = None
+                    yield from _warnings(step, told, saver)
                     if reached := config.stop_at_target and goal.reaches(record.main, config.target):
                         break  # without a checkpoint: a resume would train past the target
                     if step.resumable:
@@ -80,6 +79,21 @@ def drive(
     finally:
         tracked = tracker.finish(status, wait=heard) if tracker else None
     yield Ended(state.weights.numpy(), completed, vars(timing), tracked, len(state.flights), of_clients)
+
+
+def _warnings(step: Step, told: set[int], saver: Saver) -> Iterator[Event]:
+    """What went wrong since the step before; each skipped client once, which `told` then has."""
+    for client in [c for c in step.faults if c not in told]:
+        yield Warned(f"skipped (clients.on_failure=skip_client): {step.faults[client]}")
+    told |= step.faults.keys()
+    if saver.failure:
+        yield Warned(saver.failure)
+        saver.failure = None
+
+
+def _each(*functions: Callable[[], None]) -> None:
+    for function in functions:
+        function()
 
 
 def _of_clients(task: Task, host: Host, state: ServerState) -> Mapping[str, float]:

@@ -54,3 +54,8 @@ def _unnumbered() -> Iterator[None]:
         raise
     except BrokenPipeError as exc:
         raise BrokenPipeError from exc
+
+
+def short(value: float) -> str:
+    """Three significant digits, or all digits before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

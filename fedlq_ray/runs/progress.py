@@ -12,6 +12,7 @@ from fedlq_ray.federation.events import Closed, Event, Hosting, Prepared, Restar
 from fedlq_ray.federation.metrics import of_rounds
 from fedlq_ray.problems import goal_of
 from fedlq_ray.runs.console import Console
+from fedlq_ray.runs.output import short
 
 _WIDE = 112  # columns of a terminal that staleness and waste fit on as well
 
@@ -57,8 +58,9 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
                 print(json.dumps(event.record.to_json()), flush=True)
             return
         match event:
-            case Prepared(notes):
-                say("; ".join(notes), soft_wrap=True)
+            case Prepared(notes, ceiling):
+                for text in filter(None, ("; ".join(notes), ceiling)):
+                    say(text, soft_wrap=True)
             case Hosting(kind, why, actors):
                 say(f"hosting {kind}{f', {actors} actors' if actors else ''} ({why})")
             case Stopping():
@@ -79,8 +81,8 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
                 sent, more = values["uplink_mb"], _of_flights(values)
                 seen = "–" if record.main is None else f"{record.main:.4f}"
                 metric = metric if record.accuracy is not None else next(iter(record.metrics), metric)
-                short = "acc." if metric == "accuracy" else metric
-                figures = f"{short} {seen}  {_short(record.sim_time_s)} sim. s  {_short(sent)} MB"
+                named = "acc." if metric == "accuracy" else metric
+                figures = f"{named} {seen}  {short(record.sim_time_s)} sim. s  {short(sent)} MB"
                 figures += more if console.width >= _WIDE else ""
                 progress.update(bar, completed=record.round + 1, figures=figures)
                 if progress.disable:
@@ -94,10 +96,5 @@ def line(config: Config, progress: Progress, as_json: bool = False) -> Callable[
 def _of_flights(values: Mapping[str, float]) -> str:
     """Staleness and waste of a step, where it has them: a synchronous round has neither."""
     old, wasted = values.get("staleness"), values.get("wasted_mb")
-    told = "" if old is None else f"  staleness {_short(old)}"
-    return told + ("" if wasted is None else f"  {_short(wasted)} MB wasted")
-
-
-def _short(value: float) -> str:
-    """Three significant digits, or all digits before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    told = "" if old is None else f"  staleness {short(old)}"
+    return told + ("" if wasted is None else f"  {short(wasted)} MB wasted")

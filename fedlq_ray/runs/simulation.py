@@ -23,6 +23,7 @@ from fedlq_ray.federation.task import Parts, Task, Workplace, prepare
 from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.hosts.ray import session
 from fedlq_ray.runs import provenance, rundir, storage, supervise
+from fedlq_ray.runs.ceiling import ceiling
 from fedlq_ray.runs.identity import identity, require_same
 from fedlq_ray.runs.interrupts import Interrupts
 from fedlq_ray.strategies import GivenStrategy, make
@@ -53,14 +54,7 @@ def simulate(
     if config.clients.hosting != "serial":
         session.anticipate()
     rundir.require_trackable(config)
-    task = prepare(config, parts)
-    require_deadline(task)
-    selection_of(task)  # reports a wrong one before anything is written
-    _require_host(task, parts.strategy)
-    place = Workplace(task)
-    make(place.setting, parts.strategy)  # reports a wrong strategy before anything is written
-    if config.network.downlink_bits is not None:
-        require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
+    task = checked(config, parts)
     folder = rundir.create(config)
     with locked(folder), _told(folder):
         rundir.describe_clients(folder, task)
@@ -105,6 +99,23 @@ def resume(
         return _carry_out(task, parts.strategy, folder, track, watch)
 
 
+def checked(config: Config, parts: Parts) -> Task:
+    """The task of a run, with everything checked before anything is written.
+
+    Raises:
+        ConfigError: the user's input is wrong.
+    """
+    task = prepare(config, parts)
+    require_deadline(task)
+    selection_of(task)
+    _require_host(task, parts.strategy)
+    place = Workplace(task)
+    make(place.setting, parts.strategy)
+    if config.network.downlink_bits is not None:
+        require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
+    return task
+
+
 def _require_host(task: Task, strategy: GivenStrategy | None) -> None:
     """Rejects a run if Ray cannot be joined, its parts cannot be pickled, or its GPU does not exist here.
 
@@ -147,6 +158,14 @@ def _told(folder: Path) -> Iterator[None]:
         ) from exc
 
 
+def _ceiling(task: Task) -> str | None:
+    """What compression can gain in this run, for people; None if it is not known."""
+    try:
+        return ceiling(task).line
+    except FedLQError:
+        return None
+
+
 def _warn_if_slow(config: Config) -> None:
     if config.train.precision == "bfloat16" and config.train.device == "cpu" and emulates_bfloat16():
         message = "train.precision=bfloat16: this processor has no instructions for it; float32 is faster here"
@@ -169,7 +188,7 @@ def _carry_out(
     interrupts = Interrupts()
     if watch:
         with interrupts.showing():
-            watch(Prepared([*task.notes, *stores.heard(config.tracking)]))
+            watch(Prepared([*task.notes, *stores.heard(config.tracking)], _ceiling(task)))
     _warn_if_slow(config)
     host = _serial if config.clients.hosting == "serial" else supervise.events
     try:

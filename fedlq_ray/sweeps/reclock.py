@@ -102,7 +102,7 @@ def write(config: Config, source: Path, parent: str | None) -> None:
     track = rundir.track(folder, task, parent, {"fedlq.reclocked_from": origin})
     records = clocked(task, trained.records)
     write_durably(folder / "rounds.jsonl", "".join(json.dumps(r.to_json(), allow_nan=False) + "\n" for r in records))
-    for name in ("model.safetensors", "test_clients.csv"):
+    for name in ("model.safetensors", "test_clients.csv", *(["payloads.bin"] if config.payloads else [])):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     write_durably(folder / "timing.json", json.dumps({"reclocked_from": origin, "status": "FINISHED"}, indent=1))

@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 
 from fedlq_ray import Config, ConfigError, simulate
-from fedlq_ray.analysis import compare, runs, tables
+from fedlq_ray.analysis import budget, compare, report, runs, tables
 from fedlq_ray.config.load import load
+from fedlq_ray.federation.record import Record
 from fedlq_ray.sweeps.sweep import Finished, Outcome
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -127,6 +128,71 @@ def test_mlflow_gives_the_same_comparison_as_the_folders(tmp_path):
     assert fetched == {row.run: replace(row, run="", reference="") for row in local}
     with pytest.raises(ConfigError, match="no such run or experiment"):
         runs.find(["missing"], "sqlite:///mlflow.db", tmp_path / "scratch")
+
+
+def curve(folder, seed, accuracies, seconds, mb, target_s=None, evaluated=None):
+    """A run of rounds that take so many seconds and MB each; `evaluated`: the rounds that have an accuracy."""
+    records = [
+        Record.from_json(
+            {"round": i, "sim_time_s": seconds * (i + 1), "uplink_bytes": int(mb * 1e6), "downlink_bytes": 0}
+            | ({"accuracy": a} if evaluated is None or i in evaluated else {})
+        )
+        for i, a in enumerate(accuracies)
+    ]
+    summary = {"final_accuracy": accuracies[-1], "time_to_target_s": target_s, "uplink_bytes": mb * len(accuracies)}
+    summary["uplink_bytes_to_target"] = target_s and mb * 1e6 * target_s / seconds
+    return Finished(Config(seed=seed), records, summary, folder)
+
+
+def test_quality_under_budget_is_paired_at_what_both_reach(tmp_path):
+    # After 4 MB and 40 s, fedavg is at 0.4; the other sends 0.5 MB per round, so both reach 2 MB and 20 s.
+    base = [curve(tmp_path, seed, [0.1, 0.2 + seed / 10, 0.3, 0.4], 10.0, 1.0) for seed in (0, 1)]
+    other = [curve(tmp_path, seed, [0.2, 0.4, 0.6, 0.8], 5.0, 0.5) for seed in (0, 1)]
+    reference, row = compare.rows(Outcome({"fedavg": base, "a": other}))
+    found = row.qualities["equal_mb"]
+    assert found.budget == 2.0 and found.mean == pytest.approx(0.8)
+    # 0.8 - 0.2 and 0.8 - 0.3: mean .55, deviation .0707, times 12.7062 / sqrt(2).
+    assert found.gain == pytest.approx((0.55, 0.55 - 12.7062 * 0.05, 0.55 + 12.7062 * 0.05), rel=1e-4)
+    assert row.qualities["equal_s"].budget == 20.0 and row.qualities["equal_s"].gain.mean == pytest.approx(0.55)
+    assert reference.qualities["equal_mb"].gain.mean == 0
+    told = tables.columns([reference, row], None)
+    assert told["points at equal MB"][0] == "reference"
+    assert told["points at equal MB"][1].startswith("+55.0 (") and told["points at equal MB"][1].endswith("at 2.00")
+    flat = row.to_json()
+    assert flat["equal_s"] == 20.0 and flat["gain_at_equal_mb"] == pytest.approx(0.55)
+    assert flat["accuracy_at_equal_mb"] == pytest.approx(0.8) and flat["gain_at_equal_s_low"] < 0
+
+
+def test_quality_is_linear_between_evaluations_and_unknown_before_the_first(tmp_path):
+    (run,) = [curve(tmp_path, 0, [0.0, 0.2, 0.0, 0.6], 10.0, 1.0, evaluated=(1, 3))]
+    assert budget.quality(run.records, "time", 30.0) == pytest.approx(0.4)
+    assert budget.quality(run.records, "bytes", 2.5) == pytest.approx(0.3)
+    assert budget.quality(run.records, "time", 19.0) is None and budget.quality(run.records, "time", 41.0) is None
+    assert budget.largest([run.records], "time") == 40.0 and budget.largest([run.records, []], "time") is None
+    cheap = curve(tmp_path, 0, [0.1], 10.0, 0.5)  # it ends before the other was evaluated
+    row = compare.rows(Outcome({"fedavg": [run], "a": [cheap]}))[1]
+    assert row.qualities["equal_mb"].mean == 0.1 and row.qualities["equal_mb"].gain is None
+    assert "points at equal MB" not in tables.columns(compare.rows(Outcome({"fedavg": [run], "a": [cheap]})), None)
+
+
+def test_the_gap_closed_and_the_cost_to_target_by_hand(tmp_path):
+    times = {"fedavg": (100.0, 200.0), "a": (20.0, 60.0), "limit": (10.0, 20.0), "never": (None, 50.0)}
+    made = {
+        name: [curve(tmp_path, seed, [0.9], 10.0, 1.0 if name == "fedavg" else 0.25, t) for seed, t in enumerate(of)]
+        for name, of in times.items()
+    }
+    base, a, limit, never = compare.rows(Outcome(made))
+    # (100 - 20) / 90 and (200 - 60) / 180
+    assert a.gap_closed.mean == pytest.approx((80 / 90 + 140 / 180) / 2)
+    assert (base.gap_closed.mean, limit.gap_closed.mean, never.gap_closed) == (0, 1, None)
+    # 10 and 20 MB, over 0.5 and 1.5 MB
+    assert a.mb_saving.mean == pytest.approx((20 * (20 / 1.5)) ** 0.5) and never.mb_saving is None
+    told = tables.columns([base, a, limit, never], 0.9)
+    assert told["gap closed, %"][2] == "100 (100 to 100)" and told["gap closed, %"][3] == "–"
+    assert told["MB saving"][0] == "reference"
+    assert any("closes 83.3% of the gap" in line for line in report.findings([base, a, limit, never], 0.9))
+    without = compare.rows(Outcome({name: made[name] for name in ("fedavg", "a")}))
+    assert without[1].gap_closed is None
 
 
 def test_the_three_forms_say_the_same(tmp_path):
