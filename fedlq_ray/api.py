@@ -87,7 +87,7 @@ def simulate(
         model: a torch.nn.Module, which is copied with its weights, a factory of one, or a name; it replaces
             `model.name`.
         data: a Dataset, the four arrays (x_train, y_train, x_test, y_test), or a mapping of them.
-        strategy: a Strategy, a factory that may take `setting`, or a name.
+        strategy: a Strategy, a factory that may take `context`, or a name.
         quantizer: an object with the methods of `Quantizer`, a factory that may take `bits`, or a name.
         problem: a Problem, its class, or a name; it replaces `problem`.
         local: a function (module, batches, context) that trains a client (fedlq_ray.training.own), an object that is

@@ -8,11 +8,11 @@ import torch
 from fedlq_ray.config.load import load
 from fedlq_ray.errors import ClientError
 from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.downlink import Offer
+from fedlq_ray.federation.downlink import Download
 from fedlq_ray.federation.flight import depart, end
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.rounds import Timing, begin, run
-from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.federation.task import Worker, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import encode
 from fedlq_ray.strategies import make
@@ -55,7 +55,7 @@ def timed_task(seconds, *overrides):
 
 
 def steps_of(task, host=None, state=None):
-    strategy = make(Workplace(task).setting)
+    strategy = make(Worker(task).context)
     return list(run(task, strategy, host or Untrained(task), state or begin(task, strategy), Timing()))
 
 
@@ -65,7 +65,7 @@ def records_of(task, host=None, state=None):
 
 def arrived(task, client, loss, payload=b""):
     """A flight that arrived with this training loss and payload."""
-    offer, plan = Offer(torch.empty(0), 0, False), Plan("update", (), False)
-    flight = depart(task, cohorts.member(task, client, 0), 0, 0, 0.0, offer, plan)
+    download, plan = Download(torch.empty(0), 0, False), Plan("update", (), False)
+    flight = depart(task, cohorts.member(task, client, 0), 0, 0, 0.0, download, plan)
     flight.landing.answer = Answer(flight.job, Reply(payload, loss, flight.job.samples, 0.0, 0.0), None)
     return end(task, flight)

@@ -18,7 +18,7 @@ import harness
 import numpy as np
 
 from fedlq_ray.config.load import load
-from fedlq_ray.federation.task import Job, Workplace, prepare
+from fedlq_ray.federation.task import Job, Worker, prepare
 from fedlq_ray.runs import provenance
 from fedlq_ray.training.device import reproducible
 
@@ -37,15 +37,15 @@ def work(model: str, device: str, steps: str) -> None:
         task = prepare(
             load(None, [*SETTINGS, f"model.name={model}", f"train.device={device}"]), data=(x, y, x[:9], y[:9])
         )
-        place = Workplace(dataclasses.replace(task, builtin=steps == "recorded"))
-        weights, plan = place.initial_weights(), place.setting.at_levels([4] * len(place.setting.quantized))
+        worker = Worker(dataclasses.replace(task, builtin=steps == "recorded"))
+        weights, plan = worker.initial_weights(), worker.context.at_levels([4] * len(worker.context.quantized))
         for _ in range(2):
-            place.train(Job(0, 0, plan, 300), weights, None)
+            worker.train(Job(0, 0, plan, 300), weights, None)
         print("ready", flush=True)
         sys.stdin.readline()
         done, started = 0, time.perf_counter()
         while time.perf_counter() - started < SECONDS:
-            place.train(Job(0, 0, plan, 300), weights, None)
+            worker.train(Job(0, 0, plan, 300), weights, None)
             done += 1
         print(done / (time.perf_counter() - started))
 

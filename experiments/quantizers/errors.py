@@ -79,17 +79,17 @@ def updates(clients: int) -> list[Draw]:
     config = load(None, TRAINED)
     task = prepare(config)
     host = SerialHost(task)
-    place = host.place
-    strategy = make(place.setting)
+    worker = host.worker
+    strategy = make(worker.context)
     *_, last = run(task, strategy, host, begin(task, strategy), Timing())
     weights = last.state.weights
     print(f"trained {config.rounds} rounds, accuracy {last.record.accuracy:.3f}", flush=True)
     members = [cohorts.member(task, client, 0) for client in draw(task, config.rounds)[:clients]]
     samples = {m.client: cohorts.base_work(task, m.samples) for m in members}
-    pieces = tuple((layer.start, layer.stop) for layer in place.model.layers)
+    pieces = tuple((layer.start, layer.stop) for layer in worker.model.layers)
     found = []
     for client, plan in strategy.plan(last.state.strategy, config.rounds, members).items():
-        reply, _ = place.train(Job(config.rounds, client, plan, samples[client]), weights, None)
+        reply, _ = worker.train(Job(config.rounds, client, plan, samples[client]), weights, None)
         sent = decode(reply.payload, len(weights), kind="update", round=config.rounds, client=client)
         found.append(Draw(sent.vector, pieces))
     return found

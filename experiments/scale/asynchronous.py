@@ -16,7 +16,7 @@ import torch
 from fedlq_ray.config.load import load
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.rounds import Timing, begin, run
-from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.federation.task import Worker, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import encode
 from fedlq_ray.runs import provenance
@@ -64,7 +64,7 @@ def _segments(job, size: int):
 def busy(cores: int, *settings: str) -> float:
     """The share of the cores' time that jobs take."""
     task = prepare(load(None, [*SETTINGS, *settings]))
-    host, strategy = Cores(task, cores), make(Workplace(task).setting)
+    host, strategy = Cores(task, cores), make(Worker(task).context)
     for _ in run(task, strategy, host, begin(task, strategy), Timing()):
         pass
     return host.jobs / (host.now * cores)

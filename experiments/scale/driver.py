@@ -25,7 +25,7 @@ from fedlq_ray.federation.fold import Fold
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.planning import shares_of
 from fedlq_ray.federation.selection import draw
-from fedlq_ray.federation.task import Job, Workplace, prepare
+from fedlq_ray.federation.task import Job, Worker, prepare
 from fedlq_ray.hosts.ray.hosting import RayHost
 from fedlq_ray.hosts.ray.pool import Pool
 from fedlq_ray.hosts.ray.session import start_ray
@@ -48,14 +48,14 @@ class Case:
         clients = [f"clients.count={COHORT}", f"clients.cohort={COHORT}", "train.max_samples=16", "tracking.uri=null"]
         model = ["model.name=mlp", f"model.args.hidden=[{hidden}]", "strategy.error_feedback=false"]
         self.task = prepare(load(None, [*clients, *model, *SCHEMES[scheme]]))
-        place = Workplace(self.task)
-        weights = place.initial_weights()
-        members = [cohorts.member(self.task, client, place.broadcast_size()) for client in draw(self.task, 0)]
-        strategy = make(place.setting, None)
+        worker = Worker(self.task)
+        weights = worker.initial_weights()
+        members = [cohorts.member(self.task, client, worker.broadcast_size()) for client in draw(self.task, 0)]
+        strategy = make(worker.context, None)
         plans = strategy.plan(strategy.init(), 0, members)
         self.jobs = [Job(0, m.client, plans[m.client], 16) for m in members]
         self.shares = shares_of(members, [plans[m.client].weight for m in members])
-        self.replies = {job.key: place.train(job, weights, None)[0] for job in self.jobs}
+        self.replies = {job.key: worker.train(job, weights, None)[0] for job in self.jobs}
         self.parameters, self.weights = len(weights), weights
         self.bytes = sum(len(reply.payload) for reply in self.replies.values()) / COHORT
 

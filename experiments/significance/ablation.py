@@ -47,8 +47,8 @@ PAYLOADS = ("update", "model")
 
 def states(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """After so many rounds of training: the weights (d,), and the last cohort's mean update (d,)."""
-    strategy = make(host.place.setting)
-    for step in run(host.place.task, strategy, host, begin(host.place.task, strategy), Timing()):
+    strategy = make(host.worker.context)
+    for step in run(host.worker.task, strategy, host, begin(host.worker.task, strategy), Timing()):
         if step.state.round in rounds:
             yield step.state.round, step.state.weights.clone(), step.state.update.clone()
 
@@ -56,14 +56,14 @@ def states(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[tupl
 def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict]:
     """Of each round and payload: the rise by block, as it is (`plain`) and less its first order (`truth`), both
     (BLOCKS, L, n), and each metric's table (L, n) and seconds."""
-    place, quantizers = host.place, [MinMax(bits) for bits in LEVELS]
-    x, y = place.probe_data(SAMPLES)
-    x_test, y_test = place.normalise(place.task.data.x_test), torch.from_numpy(place.task.data.y_test.copy())
+    worker, quantizers = host.worker, [MinMax(bits) for bits in LEVELS]
+    x, y = worker.probe_data(SAMPLES)
+    x_test, y_test = worker.normalise(worker.task.data.x_test), torch.from_numpy(worker.task.data.y_test.copy())
     blocks = [*zip(x_test.chunk(BLOCKS), y_test.chunk(BLOCKS), strict=True)]
     for round, weights, update in states(host, config, rounds):
         for payload in PAYLOADS:
             sent = weights if payload == "model" else update
-            what = (place.model, weights - sent, sent, place.setting.quantized, quantizers)
+            what = (worker.model, weights - sent, sent, worker.context.quantized, quantizers)
             given = list(in_blocks(partial(gather, *what, seed=config.seed, round=round), x, y))
             found, seconds = {}, {}
             for name in METRICS:
@@ -72,7 +72,7 @@ def tables(host: SerialHost, config: Config, rounds: list[int]) -> Iterator[dict
                 seconds[name] = time.perf_counter() - started
                 found[name] = measured.drop
                 if name == "loss":
-                    found[SMOOTHED] = smoothed(measured, [layer.size for layer in place.setting.quantized])
+                    found[SMOOTHED] = smoothed(measured, [layer.size for layer in worker.context.quantized])
             found[PLAIN] = rise(gather(*what, x, y, seed=config.seed, round=round))
             other = 1000 * (config.seed + 1)  # seeds of rounding noise that no probe has
             tests = [gather(*what, *block, seed=other + i, round=round) for i, block in enumerate(blocks)]
@@ -170,7 +170,7 @@ def main() -> None:
         "wall_s": time.perf_counter() - started,
         "config": to_yaml(config),
         "levels": list(LEVELS),
-        "layers": [layer.name for layer in host.place.setting.quantized],
+        "layers": [layer.name for layer in host.worker.context.quantized],
         "samples": SAMPLES,
         "spearman": rows,
         "tables": results,

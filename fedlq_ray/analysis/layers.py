@@ -15,7 +15,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Timed, Workplace, prepare
+from fedlq_ray.federation.task import Timed, Worker, prepare
 from fedlq_ray.hosts.serial import Done, SerialHost
 from fedlq_ray.quantization import family
 from fedlq_ray.seeding import seeded
@@ -108,31 +108,29 @@ def analyses(
     task = prepare(plain)
     with reproducible(plain.train.device):
         host: Any = _Unwatched(task)
-        strategy = make(host.place.setting)
+        strategy = make(host.worker.context)
         state = begin(task, strategy)
         for step in run(task, strategy, host, state, Timing()):
             watch(step.record)
             if step.state.round in rounds:
                 for payload in payloads:
                     with seeded(task.config.seed, "measure", step.record.round):
-                        found = _analysis(host.place, measured, step.state, payload, metrics)
+                        found = _analysis(host.worker, measured, step.state, payload, metrics)
                     yield found
 
 
-def _analysis(
-    place: Workplace, config: FedLQ, state: ServerState, payload: str, metrics: Sequence[str]
-) -> LayerAnalysis:
-    setting = replace(place.setting, config=config, quantizer=family(config.quantizer))
-    levels, layers = tuple(level for level in setting.config.levels if level < 32), setting.quantized
+def _analysis(worker: Worker, config: FedLQ, state: ServerState, payload: str, metrics: Sequence[str]) -> LayerAnalysis:
+    context = replace(worker.context, config=config, quantizer=family(config.quantizer))
+    levels, layers = tuple(level for level in context.config.levels if level < 32), context.quantized
     sizes = tuple(layer.size for layer in layers)
     sent = PAYLOADS[payload].probed(state.weights, state.update)
-    x, y = place.probe_data(setting.config.probe_samples)
-    quantizers = [setting.quantizer_at(level) for level in levels]
+    x, y = worker.probe_data(context.config.probe_samples)
+    quantizers = [context.quantizer_at(level) for level in levels]
 
-    what = (place.model, state.weights - sent, sent, layers, quantizers)
-    take = partial(gather, *what, seed=setting.seed, round=state.round, problem=place.task.problem)
+    what = (worker.model, state.weights - sent, sent, layers, quantizers)
+    take = partial(gather, *what, seed=context.seed, round=state.round, problem=worker.task.problem)
     found = measure(in_blocks(take, x, y), "loss", "accuracy", *metrics)
-    before = evaluate(place.model, state.weights, x, y, place.task.problem)
+    before = evaluate(worker.model, state.weights, x, y, worker.task.problem)
     saving = memory_saving(sizes, levels)
     names = tuple(layer.name for layer in layers)
     loss, accuracy, predicted = found["loss"], found["accuracy"], {name: found[name] for name in metrics}

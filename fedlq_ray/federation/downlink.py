@@ -22,11 +22,11 @@ from torch import Tensor
 
 from fedlq_ray.quantization import send
 from fedlq_ray.seeding import torch_rng
-from fedlq_ray.strategies.base import Setting
+from fedlq_ray.strategies.base import StrategyContext
 from fedlq_ray.strategies.budgets import bytes_at_rate, one_step
 
 
-class Offer(NamedTuple):
+class Download(NamedTuple):
     """The model (d,) that a client holds after it fetches `num_bytes`; `coded`: it may differ from the server's."""
 
     model: Tensor
@@ -54,32 +54,32 @@ class Downlink:
 
     def __init__(
         self,
-        setting: Setting,
+        context: StrategyContext,
         bits: float | None,
         cap_bits: float,
         weights: Tensor,
         whole_bytes: int,
     ) -> None:
-        self.setting, self.bits, self.cap_bits, self.whole_bytes = setting, bits, cap_bits, whole_bytes
+        self.context, self.bits, self.cap_bits, self.whole_bytes = context, bits, cap_bits, whole_bytes
         self.initial = weights
 
     def broadcast(self, shared: Shared | None, weights: Tensor, step: int) -> Shared | None:
         """What all clients will hold after the change of this step, which made these weights."""
         if shared is None or self.bits is None:
             return shared
-        change, noise = weights - shared.model, torch_rng(self.setting.seed, "broadcast", step)
-        segments = one_step(self.setting, bytes_at_rate(self.setting, self.bits))(change)
+        change, noise = weights - shared.model, torch_rng(self.context.seed, "broadcast", step)
+        segments = one_step(self.context, bytes_at_rate(self.context, self.bits))(change)
         payload, received = send(change, segments, kind="update", round=step, client=0, rng=noise)
         return Shared(shared.model + received, shared.sent + len(payload), shared.fetched)
 
-    def offer(
+    def download(
         self,
         held: Mapping[int, Tensor],
         weights: Tensor,
         bytes_per_s: Mapping[int, float],
         round: int,
         shared: Shared | None = None,
-    ) -> dict[int, Offer]:
+    ) -> dict[int, Download]:
         """The model that each member of a cohort may fetch, given its downlink's mean rate; nothing is fetched yet.
 
         Args:
@@ -87,11 +87,12 @@ class Downlink:
         """
         if shared is not None:
             return {
-                client: Offer(shared.model, shared.sent - shared.fetched.get(client, 0), True) for client in bytes_per_s
+                client: Download(shared.model, shared.sent - shared.fetched.get(client, 0), True)
+                for client in bytes_per_s
             }
         if self.bits is None:
-            return {client: Offer(weights, self.whole_bytes) for client in bytes_per_s}
-        floor, cap = bytes_at_rate(self.setting, self.bits), bytes_at_rate(self.setting, self.cap_bits)
+            return {client: Download(weights, self.whole_bytes) for client in bytes_per_s}
+        floor, cap = bytes_at_rate(self.context, self.bits), bytes_at_rate(self.context, self.cap_bits)
         seconds = max(floor / rate for rate in bytes_per_s.values())
         budgets = {client: max(floor, min(cap, seconds * rate)) for client, rate in bytes_per_s.items()}
         return {
@@ -99,13 +100,13 @@ class Downlink:
             for client, budget in budgets.items()
         }
 
-    def _coded(self, held: Tensor, weights: Tensor, client: int, budget: float, round: int) -> Offer:
+    def _coded(self, held: Tensor, weights: Tensor, client: int, budget: float, round: int) -> Download:
         change = weights - held
         if not bool(change.any()):
-            return Offer(held, 0, True)
-        noise = torch_rng(self.setting.seed, "downlink", round, client)
-        segments = one_step(self.setting, budget)(change)
+            return Download(held, 0, True)
+        noise = torch_rng(self.context.seed, "downlink", round, client)
+        segments = one_step(self.context, budget)(change)
         payload, received = send(change, segments, kind="update", round=round, client=client, rng=noise)
         if len(payload) >= self.whole_bytes:
-            return Offer(weights, self.whole_bytes, True)
-        return Offer(held + received, len(payload), True)
+            return Download(weights, self.whole_bytes, True)
+        return Download(held + received, len(payload), True)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.flight import FlightEnd
-from fedlq_ray.federation.task import Task, Workplace
+from fedlq_ray.federation.task import Task, Worker
 
 Floats = NDArray[np.float64]
 Sizes = tuple[float, float]  # bytes that a client sends and fetches
@@ -29,7 +29,7 @@ class Durations:
         self._fixed_s = np.array([m.fixed_s for m in members])
         self._send_s = np.array([1 / m.uplink_bytes_per_s for m in members])
         self._fetch_s = np.array([bills / cohorts.downlink(task, client) for client in clients])
-        size = float(Workplace(task).broadcast_size())
+        size = float(Worker(task).broadcast_size())
         self.initial: Sizes = (size, size)
 
     def __call__(self, sizes: Sizes) -> Floats:

@@ -13,7 +13,7 @@ from fedlq_ray.errors import ClientError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.bandwidth import Course
 from fedlq_ray.federation.clock import ClientTime, client_time, conditions
-from fedlq_ray.federation.downlink import Offer
+from fedlq_ray.federation.downlink import Download
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.profiles import Profile
 from fedlq_ray.federation.task import Job, Task
@@ -42,7 +42,7 @@ class Flight:
         start_s: the simulated time of that moment.
         leaves_s: when the client stops being available.
         link: the client's profile in this flight.
-        offer: the model that it fetches.
+        download: the model that it fetches.
         sends: whether it has a plan; without one it fetches nothing, and ends at once.
         job: what it trains and sends; None if it has no plan, drops out, or leaves before it could send anything.
         least_bytes: that its payload has at least, by its plan.
@@ -54,7 +54,7 @@ class Flight:
     start_s: float
     leaves_s: float
     link: Profile
-    offer: Offer
+    download: Download
     sends: bool
     job: Job | None
     least_bytes: int = 0
@@ -107,7 +107,7 @@ class FlightEnd:
     @property
     def fetched(self) -> bool:
         """Whether it fetched the whole model."""
-        return self.flight.sends and self.downlink_bytes == self.flight.offer.num_bytes
+        return self.flight.sends and self.downlink_bytes == self.flight.download.num_bytes
 
     @property
     def wasted(self) -> int:
@@ -116,7 +116,7 @@ class FlightEnd:
 
 
 def depart(
-    task: Task, member: Member, dispatch: int, version: int, start_s: float, offer: Offer, plan: Plan | None
+    task: Task, member: Member, dispatch: int, version: int, start_s: float, download: Download, plan: Plan | None
 ) -> Flight:
     """A client's flight. A client that drops out, or leaves before it could send anything, does not train."""
     client = member.client
@@ -127,7 +127,7 @@ def depart(
         start_s=start_s,
         leaves_s=task.availability.leaves_s(client, start_s),
         link=conditions(task.profiles[client], seed=task.config.seed, round=dispatch, client=client),
-        offer=offer,
+        download=download,
         sends=plan is not None,
         job=None,
     )
@@ -155,7 +155,7 @@ def samples(task: Task, flight: Flight) -> int:
 
 def times(task: Task, flight: Flight, uplink_bytes: int) -> ClientTime:
     """How long a flight takes if it sends so many bytes."""
-    network, fetches = task.config.network, flight.offer.num_bytes if flight.sends else 0
+    network, fetches = task.config.network, flight.download.num_bytes if flight.sends else 0
     found = client_time(
         flight.link,
         flops=task.flops * samples(task, flight),
@@ -210,7 +210,7 @@ def end(task: Task, flight: Flight) -> FlightEnd | None:
     at_s = flight.start_s + whole.total_s
     if at_s > flight.leaves_s:
         return cut(task, flight, "left", flight.leaves_s)
-    return FlightEnd(flight, how, at_s, whole, sent, flight.offer.num_bytes if flight.sends else 0)
+    return FlightEnd(flight, how, at_s, whole, sent, flight.download.num_bytes if flight.sends else 0)
 
 
 def cut(task: Task, flight: Flight, how: End, at_s: float) -> FlightEnd:
@@ -219,7 +219,7 @@ def cut(task: Task, flight: Flight, how: End, at_s: float) -> FlightEnd:
     download_s = min(whole.download_s, left)
     compute_s = min(whole.compute_s, left - download_s)
     upload_s = left - download_s - compute_s
-    fetched = flight.offer.num_bytes if flight.sends else 0
+    fetched = flight.download.num_bytes if flight.sends else 0
     if left < whole.download_s:
         fetched = min(fetched, _transferred(task, flight, "downlink", flight.start_s, left))
     sent = _transferred(task, flight, "uplink", at_s - upload_s, upload_s)
@@ -234,8 +234,8 @@ def packed(flight: Flight) -> dict[str, Any]:
         "dispatch": flight.dispatch,
         "version": flight.version,
         "start_s": flight.start_s,
-        "fetches": flight.offer.num_bytes,
-        "model": flight.offer.model if flight.offer.coded else None,
+        "fetches": flight.download.num_bytes,
+        "model": flight.download.model if flight.download.coded else None,
         "sends": flight.sends,
         "reply": None,
     }
@@ -261,10 +261,10 @@ def unpacked(task: Task, saved: Mapping[str, Any], memory: Any) -> Flight:
         else:
             landing.answer = Answer(job, Reply(**{**kept, "payload": kept["payload"].tobytes()}), memory)
     own: Tensor | None = saved["model"]
-    offer = Offer(torch.empty(0) if own is None else own, saved["fetches"], own is not None)
+    download = Download(torch.empty(0) if own is None else own, saved["fetches"], own is not None)
     profile = conditions(task.profiles[client], seed=task.config.seed, round=dispatch, client=client)
     leaves_s = task.availability.leaves_s(client, saved["start_s"])
     return Flight(
         member, dispatch, saved["version"], saved["start_s"], leaves_s, profile,
-        offer, saved["sends"], job, landing=landing,
+        download, saved["sends"], job, landing=landing,
     )  # fmt: skip

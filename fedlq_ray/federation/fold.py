@@ -75,7 +75,7 @@ class Fold:
 
     @property
     def noise(self) -> float | None:
-        """`News.noise` of these payloads."""
+        """`RoundResult.noise` of these payloads."""
         return self.square_error / self.square if self.square else None
 
     def require_movement(self, alone: bool = False) -> None:

@@ -17,7 +17,7 @@ from fedlq_ray.federation.flight import Flight, FlightEnd, depart
 from fedlq_ray.federation.selection import Asking, Selection, called, chosen
 from fedlq_ray.federation.selections import selection_of
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Task, Workplace
+from fedlq_ray.federation.task import Task, Worker
 from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.strategies import Member, Probe, Strategy
 from fedlq_ray.strategies.asking import asked
@@ -35,10 +35,10 @@ class Rules:
 
     @staticmethod
     def of(task: Task, strategy: Strategy) -> "Rules":
-        place, network = Workplace(task), task.config.network
-        initial = place.initial_weights() if network.downlink_bits is not None else torch.empty(0)
+        worker, network = Worker(task), task.config.network
+        initial = worker.initial_weights() if network.downlink_bits is not None else torch.empty(0)
         down = Downlink(
-            place.setting, network.downlink_bits, network.downlink_cap_bits, initial, place.broadcast_size()
+            worker.context, network.downlink_bits, network.downlink_cap_bits, initial, worker.broadcast_size()
         )
         return Rules(task, strategy, down, selection_of(task))
 
@@ -105,15 +105,15 @@ def _planned(
     """The flights of clients that are planned together. `keys`: more keys of the strategy's random draws."""
     task, step = rules.task, state.round
     rates = {client: cohorts.downlink(task, client) for client in clients}
-    offers = rules.downlink.offer(dispatch.held, state.weights, rates, dispatch.number, dispatch.shared)
-    members = [cohorts.member(task, client, offers[client].num_bytes) for client in clients]
+    downloads = rules.downlink.download(dispatch.held, state.weights, rates, dispatch.number, dispatch.shared)
+    members = [cohorts.member(task, client, downloads[client].num_bytes) for client in clients]
     if task.config.train.adaptive_work > 1:
         known = state.payload_bytes and [state.payload_bytes] * len(members)
         expected = rules.ask("expected_bytes", step, state.strategy, step, members) or known
         members = cohorts.with_own_work(task, members, expected) if expected else members
     plans: Mapping[int, Plan] = rules.ask("plan", step, copy.deepcopy(state.strategy), step, members, keys=keys)
     return [
-        depart(task, m, dispatch.number, step, dispatch.at_s, offers[m.client], plans.get(m.client)) for m in members
+        depart(task, m, dispatch.number, step, dispatch.at_s, downloads[m.client], plans.get(m.client)) for m in members
     ]
 
 

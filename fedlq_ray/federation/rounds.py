@@ -31,7 +31,7 @@ from fedlq_ray.federation.state import ServerState
 from fedlq_ray.federation.task import Task
 from fedlq_ray.federation.traffic import Landings, Traffic, land
 from fedlq_ray.significance import Measurement
-from fedlq_ray.strategies import News, Strategy
+from fedlq_ray.strategies import RoundResult, Strategy
 from fedlq_ray.strategies.asking import asked
 from fedlq_ray.training.payloads import PAYLOADS
 
@@ -186,7 +186,7 @@ def fold_of(rules: Rules, state: ServerState, flights: Sequence[Flight]) -> Fold
     return Fold(
         rules.task,
         [job for _, job in sending],
-        [flight.offer.model if flight.offer.coded else state.weights for flight, _ in sending],
+        [flight.download.model if flight.download.coded else state.weights for flight, _ in sending],
         shares,
         state.tracked,
         [(1 + state.round - flight.version) ** -exponent for flight, _ in sending],
@@ -230,9 +230,9 @@ def commit(
     record = record_of(task, state, ended, fold, norm, error, traffic.now_s)
     payload_bytes = sent / answered if answered else None
     took_s = seconds_of(state, traffic, ended)
-    news = News(measurement, update, state.weights, record.train_loss, took_s, fold.noise, payload_bytes)
+    result = RoundResult(measurement, update, state.weights, record.train_loss, took_s, fold.noise, payload_bytes)
     learned = rules.ask(
-        "learn", step, copy.deepcopy(state.strategy), step, news
+        "learn", step, copy.deepcopy(state.strategy), step, result
     )  # a user's strategy may change it in place
     record = replace(record, report=dict(rules.ask("report", step, learned)))
     return ServerState(

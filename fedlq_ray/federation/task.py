@@ -28,7 +28,7 @@ from fedlq_ray.problems import find as find_problem
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Family, GivenQuantizer, family
 from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.significance import Measurement, gather, in_blocks, measure
-from fedlq_ray.strategies import GivenStrategy, Probe, Setting
+from fedlq_ray.strategies import GivenStrategy, Probe, StrategyContext
 from fedlq_ray.training import own
 from fedlq_ray.training.augment import require_images
 from fedlq_ray.training.local import Evaluation, Plan, Reply, Trainer, client_round, evaluate
@@ -211,7 +211,7 @@ class Job:
         return self.round, self.client
 
 
-class Workplace:
+class Worker:
     """Runs clients' rounds, evaluations and probes in this process; Ray's actors and the serial host use it."""
 
     def __init__(self, task: Task) -> None:
@@ -236,9 +236,9 @@ class Workplace:
         return self.task.flat_model().read()
 
     @property
-    def setting(self) -> Setting:
+    def context(self) -> StrategyContext:
         task = self.task
-        return Setting(task.config.strategy, task.layers, task.config.seed, task.quantizer)
+        return StrategyContext(task.config.strategy, task.layers, task.config.seed, task.quantizer)
 
     def normalise(self, x: NDArray[Any]) -> Tensor:
         return inputs(x, self.task.data.mean, self.task.data.std, self.model.device)
@@ -301,7 +301,7 @@ class Workplace:
 
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Measurement:
         x, y = self.probe_data(probe.samples, probe.clients, round)
-        seed, layers = self.task.config.seed, self.setting.quantized
+        seed, layers = self.task.config.seed, self.context.quantized
         what = (self.model, base, sent, layers, probe.quantizers)
         take = functools.partial(gather, *what, seed=seed, round=round, problem=self.task.problem)
         with seeded(seed, "measure", round, gpus=self._gpus):

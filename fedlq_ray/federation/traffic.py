@@ -139,7 +139,7 @@ class Traffic:
         self.flying[flight.client] = flight
         if flight.job is not None:
             self.landings[flight.key] = flight.landing
-            model = flight.offer.model
+            model = flight.download.model
             if id(model) not in self.starts:
                 self.starts[id(model)] = model, self.host.publish(model)
             self.host.submit(flight.job, self.starts[id(model)][1], self.memories.get(flight.client))
@@ -195,12 +195,12 @@ class Traffic:
         self._awaited.items.pop(flight.order, None)
         self.ended.append(ended)
         self.vacant = self.config.continuous
-        if ended.fetched and flight.offer.coded:
+        if ended.fetched and flight.download.coded:
             if self.shared is None:
-                self.held[flight.client] = flight.offer.model
+                self.held[flight.client] = flight.download.model
             else:
                 fetched = self.shared.fetched
-                fetched[flight.client] = fetched.get(flight.client, 0) + flight.offer.num_bytes
+                fetched[flight.client] = fetched.get(flight.client, 0) + flight.download.num_bytes
         if flight.awaited and flight.job:  # it left, or is stopped, before it was trained
             self.host.withdraw([flight.job])
             self.landings.pop(flight.key, None)

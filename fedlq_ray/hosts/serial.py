@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedlq_ray.errors import ClientError, DivergedError
 from fedlq_ray.federation.host import Answer
-from fedlq_ray.federation.task import Job, Task, Workplace, timed
+from fedlq_ray.federation.task import Job, Task, Worker, timed
 from fedlq_ray.strategies import Probe
 
 
@@ -29,7 +29,7 @@ class SerialHost:
     """Trains clients one after another in this process, when their results are asked for."""
 
     def __init__(self, task: Task) -> None:
-        self.place = Workplace(task)
+        self.worker = Worker(task)
         self.clients = task.config.clients
         self.waiting: list[tuple[Job, Tensor, Tensor | None]] = []
 
@@ -55,7 +55,7 @@ class SerialHost:
 
     def _train(self, job: Job, weights: Tensor, memory: Tensor | None, retries: int) -> Answer:
         try:
-            return Answer(job, *self.place.train(job, weights, memory))
+            return Answer(job, *self.worker.train(job, weights, memory))
         except ClientError as exc:
             if retries and not isinstance(exc, DivergedError):
                 return self._train(job, weights, memory, retries - 1)
@@ -64,7 +64,7 @@ class SerialHost:
             raise
 
     def evaluate(self, weights: Tensor) -> Done:
-        return Done(timed(self.place.evaluate, weights))
+        return Done(timed(self.worker.evaluate, weights))
 
     def probe(self, probe: Probe, base: Tensor, sent: Tensor, round: int) -> Done:
-        return Done(timed(self.place.probe, probe, base, sent, round))
+        return Done(timed(self.worker.probe, probe, base, sent, round))

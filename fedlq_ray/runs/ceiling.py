@@ -15,14 +15,14 @@ from torch import Tensor
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation import cohorts
 from fedlq_ray.federation.clock import client_time
-from fedlq_ray.federation.downlink import Downlink, Offer, Shared
+from fedlq_ray.federation.downlink import Downlink, Download, Shared
 from fedlq_ray.federation.flight import FlightEnd
 from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.planning import Rules
 from fedlq_ray.federation.rounds import begin, seconds_of
 from fedlq_ray.federation.selection import Uniformly
 from fedlq_ray.federation.selections import SELECTIONS
-from fedlq_ray.federation.task import Job, Task, Workplace
+from fedlq_ray.federation.task import Job, Task, Worker
 from fedlq_ray.federation.traffic import Landings, Traffic, land
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs.output import short
@@ -94,10 +94,10 @@ class Budgeted(Downlink):
     def broadcast(self, shared: Shared | None, weights: Tensor, step: int) -> Shared | None:
         if shared is None or self.bits is None:
             return shared
-        return Shared(shared.model, shared.sent + int(bytes_at_rate(self.setting, self.bits)), shared.fetched)
+        return Shared(shared.model, shared.sent + int(bytes_at_rate(self.context, self.bits)), shared.fetched)
 
-    def _coded(self, held: Tensor, weights: Tensor, client: int, budget: float, round: int) -> Offer:
-        return Offer(held, min(self.whole_bytes, int(budget)), True)
+    def _coded(self, held: Tensor, weights: Tensor, client: int, budget: float, round: int) -> Download:
+        return Download(held, min(self.whole_bytes, int(budget)), True)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def rules_of(task: Task, strategy: Strategy) -> Rules:
     """The run's rules, for steps that train nothing. A selection of the user's own is replaced by random draws."""
     rules, network = Rules.of(task, strategy), task.config.network
     down, own = rules.downlink, task.config.clients.selection not in SELECTIONS
-    coded = Budgeted(down.setting, network.downlink_bits, network.downlink_cap_bits, down.initial, down.whole_bytes)
+    coded = Budgeted(down.context, network.downlink_bits, network.downlink_cap_bits, down.initial, down.whole_bytes)
     return replace(rules, downlink=coded, selection=Uniformly() if own else rules.selection)
 
 
@@ -176,13 +176,11 @@ def ceiling(task: Task) -> Ceiling:
     """
     if not task.flops:
         raise ConfigError("model.name: no FLOPs are counted, so that computing takes no simulated time")
-    size = Workplace(task).broadcast_size()
+    size = Worker(task).broadcast_size()
     limit = task.config.network.model_copy(update={"uplink_free": True})
     free = replace(task, config=task.config.model_copy(update={"network": limit}))
     float32_s, free_s = (
-        statistics.fmean(
-            step.seconds for step in walk(rules_of(t, make(Workplace(t).setting, "fedavg")), lambda _: size)
-        )
+        statistics.fmean(step.seconds for step in walk(rules_of(t, make(Worker(t).context, "fedavg")), lambda _: size))
         for t in (task, free)
     )
     return Ceiling(Quantiles.of([ratio(task, client, size) for client in range(task.clients.count)]), float32_s, free_s)

@@ -10,7 +10,7 @@ from fedlq_ray.federation.events import Ended, Event, Hosting, Resumed, RoundDon
 from fedlq_ray.federation.host import Host
 from fedlq_ray.federation.rounds import Step, Timing, begin, run
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Task, Workplace
+from fedlq_ray.federation.task import Task, Worker
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs import rundir
 from fedlq_ray.runs.identity import identity
@@ -35,7 +35,7 @@ def drive(
         Resumed first if it continues from a checkpoint, RoundDone for each round, Warned once for each client that is
         skipped and for checkpoints that could not be written, and Ended last.
     """
-    config, goal, strategy = task.config, task.problem.goal, make(Workplace(task).setting, given)
+    config, goal, strategy = task.config, task.problem.goal, make(Worker(task).context, given)
     whose, where = identity(task, strategy), checkpoints(folder, config)
     written = rundir.journal(folder)
     before, faults = latest(where, len(written), partial(rundir.checksum, folder))

@@ -17,7 +17,7 @@ from fedlq_ray.federation.flight import least_bytes, samples
 from fedlq_ray.federation.planning import Rules
 from fedlq_ray.federation.rounds import begin
 from fedlq_ray.federation.selections import SELECTIONS
-from fedlq_ray.federation.task import Job, Parts, Task, Workplace
+from fedlq_ray.federation.task import Job, Parts, Task, Worker
 from fedlq_ray.quantization import decode
 from fedlq_ray.runs.ceiling import Ceiling, Stepped, ceiling, rules_of, walk
 from fedlq_ray.runs.simulation import checked
@@ -134,12 +134,12 @@ def here(task: Task) -> Task:
 
 def tried(task: Task, job: Job) -> Trial:
     """Trains a client for a few batches, codes its payload, and evaluates a few samples."""
-    place, device = Workplace(task), task.config.train.device
-    weights, batch = place.initial_weights(), task.config.train.batch_size
+    worker, device = Worker(task), task.config.train.device
+    weights, batch = worker.initial_weights(), task.config.train.batch_size
     with reproducible(device):
-        place.train(replace(job, samples=min(job.samples, batch)), weights, None)  # what is built on first use
+        worker.train(replace(job, samples=min(job.samples, batch)), weights, None)  # what is built on first use
         count, started = min(job.samples, BATCHES * batch), time.perf_counter()
-        reply, memory = place.train(replace(job, samples=count), weights, None)
+        reply, memory = worker.train(replace(job, samples=count), weights, None)
         trained_s = time.perf_counter() - started - reply.encode_s
         started = time.perf_counter()
         decode(
@@ -151,8 +151,8 @@ def tried(task: Task, job: Job) -> Trial:
             client=job.client,
         )
         decode_s, started = time.perf_counter() - started, time.perf_counter()
-        x, y = place.normalise(task.data.x_test[:EVALUATED]), torch.from_numpy(task.data.y_test[:EVALUATED].copy())
-        evaluate(place.model, weights, x, y.to(place.model.device), task.problem)
+        x, y = worker.normalise(task.data.x_test[:EVALUATED]), torch.from_numpy(task.data.y_test[:EVALUATED].copy())
+        evaluate(worker.model, weights, x, y.to(worker.model.device), task.problem)
         evaluated_s = (time.perf_counter() - started) / len(x)
     kept = 0 if memory is None else memory.nbytes
     return Trial(len(reply.payload), kept, trained_s / count, evaluated_s, reply.encode_s, decode_s)
@@ -162,7 +162,7 @@ def forecast(config: Config | Mapping[str, Any] | None = None, parts: Parts = Pa
     """See `fedlq_ray.plan`."""
     config = config if isinstance(config, Config) else parse({} if config is None else config)
     task = checked(config, parts)
-    strategy = make(Workplace(task).setting, parts.strategy)
+    strategy = make(Worker(task).context, parts.strategy)
     rules = rules_of(task, strategy)
     sizes = Sizes(task, learns=type(strategy).learn is not Strategy.learn)
     steps = walk(rules, sizes)
@@ -211,7 +211,7 @@ def wall_s(rules: Rules, steps: Sequence[Stepped], trial: Trial, workers: int) -
     state, probed = begin(task, rules.strategy), 0
     for step in range(len(steps)):
         if wanted := rules.ask("probe", step, state.strategy, step):
-            probed += wanted.samples * len(wanted.quantizers) * len(rules.downlink.setting.quantized)
+            probed += wanted.samples * len(wanted.quantizers) * len(rules.downlink.context.quantized)
     at_once = min(workers, os.cpu_count() or 1)
     each = (trained + trial.evaluated_s * probed) / at_once + trial.decode_s * len(jobs)
     return each * config.rounds / len(steps) + trial.evaluated_s * tested * evaluations / at_once

@@ -19,7 +19,7 @@ from fedlq_ray.federation.cohorts import require_deadline
 from fedlq_ray.federation.events import Ended, Event, Hosting, Prepared, Restarted, Resumed, RoundDone, Warned
 from fedlq_ray.federation.record import Record
 from fedlq_ray.federation.selections import selection_of
-from fedlq_ray.federation.task import Parts, Task, Workplace, prepare
+from fedlq_ray.federation.task import Parts, Task, Worker, prepare
 from fedlq_ray.files import expand, locked, write_durably
 from fedlq_ray.hosts.ray import session
 from fedlq_ray.runs import provenance, rundir, storage, supervise
@@ -87,7 +87,7 @@ def resume(
     rundir.require_trackable(config, found)
     task = prepare(config, parts)
     _require_host(task, parts.strategy)
-    now = identity(task, make(Workplace(task).setting, parts.strategy))
+    now = identity(task, make(Worker(task).context, parts.strategy))
     with locked(folder), _told(folder):
         where = storage.checkpoints(folder, config)
         saved, _ = storage.latest(where, len(found.records), partial(rundir.checksum, folder))
@@ -109,10 +109,10 @@ def checked(config: Config, parts: Parts) -> Task:
     require_deadline(task)
     selection_of(task)
     _require_host(task, parts.strategy)
-    place = Workplace(task)
-    make(place.setting, parts.strategy)
+    worker = Worker(task)
+    make(worker.context, parts.strategy)
     if config.network.downlink_bits is not None:
-        require_rate(place.setting, config.network.downlink_bits, "network.downlink_bits")
+        require_rate(worker.context, config.network.downlink_bits, "network.downlink_bits")
     return task
 
 

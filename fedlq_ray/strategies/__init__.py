@@ -11,7 +11,7 @@ from fedlq_ray.seeding import seeded
 from fedlq_ray.strategies import fixed
 from fedlq_ray.strategies.adagq import AdaGQ
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
-from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Probe, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.dadaquant import DAdaQuant
 from fedlq_ray.strategies.fedavg import FedAvg
 from fedlq_ray.strategies.feddq import FedDQ
@@ -57,27 +57,27 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 GivenStrategy = Strategy | Callable[..., Strategy] | str
 
 
-def make(setting: Setting, given: GivenStrategy | None = None) -> Strategy:
-    """The strategy of `setting.config`, or the user's own: `given` is an object, a factory or a name.
+def make(context: StrategyContext, given: GivenStrategy | None = None) -> Strategy:
+    """The strategy of `context.config`, or the user's own: `given` is an object, a factory or a name.
 
     Raises:
         ConfigError: the strategy does not exist, or it has no `plan`.
     """
-    named = setting.config.name if given is None else given
+    named = context.config.name if given is None else given
     if given is not None:
-        config = setting.config
-        setting = replace(setting, config=renamed(config, given) if isinstance(given, str) else every(config))
-    own = {name: getattr(setting.config, name) for name in own_settings(type(setting.config))}
+        config = context.config
+        context = replace(context, config=renamed(config, given) if isinstance(given, str) else every(config))
+    own = {name: getattr(context.config, name) for name in own_settings(type(context.config))}
     factory = parts.find("strategy.name", named, STRATEGIES) if isinstance(named, str) else named
     made: Any = factory
     if isinstance(factory, type) or not hasattr(factory, "plan"):
 
         def call(feedback: Feedback) -> Any:
-            offered = {"setting": replace(setting, error_feedback=feedback), **own}
-            with seeded(setting.seed, "strategy"):  # a user's strategy may draw from global generators
-                return parts.call("strategy.name", factory, offered, getattr(setting.config, "args", {}))
+            offered = {"context": replace(context, error_feedback=feedback), **own}
+            with seeded(context.seed, "strategy"):  # a user's strategy may draw from global generators
+                return parts.call("strategy.name", factory, offered, getattr(context.config, "args", {}))
 
-        asked, default = setting.config.error_feedback, getattr(factory, "error_feedback", False)
+        asked, default = context.config.error_feedback, getattr(factory, "error_feedback", False)
         made = call(default if asked is None else asked)
         # A factory function has no default of its own; the strategy that it makes has one.
         if asked is None and (its := getattr(made, "error_feedback", default)) != default:
@@ -96,4 +96,4 @@ def make(setting: Setting, given: GivenStrategy | None = None) -> Strategy:
     return strategy
 
 
-__all__ = ["STRATEGIES", "GivenStrategy", "Member", "News", "Probe", "Setting", "Strategy", "make"]
+__all__ = ["STRATEGIES", "GivenStrategy", "Member", "RoundResult", "Probe", "StrategyContext", "Strategy", "make"]

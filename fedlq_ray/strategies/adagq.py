@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.base import Member, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.budgets import bytes_at_levels
 from fedlq_ray.training.local import Plan
 
@@ -48,28 +48,28 @@ class AdaGQ(Strategy[Trials]):
         lam: levels added when the norm doubles.
     """
 
-    def __init__(self, setting: Setting, s0: float = _MOST, lam: float = 1.0) -> None:
+    def __init__(self, context: StrategyContext, s0: float = _MOST, lam: float = 1.0) -> None:
         if not 1 <= s0 <= 255:
             raise ValueError(f"s0 must be 1 to 255, got {s0}")
-        self.setting, self.s0, self.lam = setting, float(s0), lam
+        self.context, self.s0, self.lam = context, float(s0), lam
 
     def init(self) -> Trials:
         return Trials(self.s0)
 
     def plan(self, state: Trials, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        bits = equalised(self.setting, cohort, levels_of(state, round))
-        plans = {b: self.setting.at_levels([b] * len(self.setting.quantized)) for b in set(bits)}
+        bits = equalised(self.context, cohort, levels_of(state, round))
+        plans = {b: self.context.at_levels([b] * len(self.context.quantized)) for b in set(bits)}
         return {member.client: plans[b] for member, b in zip(cohort, bits, strict=True)}
 
-    def learn(self, state: Trials, round: int, news: News) -> Trials:
+    def learn(self, state: Trials, round: int, result: RoundResult) -> Trials:
         rates = [] if round % 3 == 0 else state.rates
-        if round % 3 and state.before is not None and news.train_loss is not None:
+        if round % 3 and state.before is not None and result.train_loss is not None:
             loss, seconds = state.before
-            rates = [*rates, ((loss - news.train_loss) / max(seconds, 1e-12), levels_of(state, round - 1))]
-        before = None if news.train_loss is None else (news.train_loss, news.round_time_s)
+            rates = [*rates, ((loss - result.train_loss) / max(seconds, 1e-12), levels_of(state, round - 1))]
+        before = None if result.train_loss is None else (result.train_loss, result.round_time_s)
         if len(rates) < 2:
             return Trials(state.s, before, rates, state.norm)
-        norm = float(news.update.double().norm())
+        norm = float(result.update.double().norm())
         change = math.log2(norm / state.norm) if state.norm and norm > 0 else 0.0
         (rate, _), (half_rate, half) = rates
         better = half if half_rate > rate else 2 * state.s
@@ -84,18 +84,18 @@ def levels_of(state: Trials, round: int) -> float:
     return max(1.0, state.s // 2) if round % 3 == 1 else state.s
 
 
-def equalised(setting: Setting, cohort: Sequence[Member], levels: float) -> list[int]:
+def equalised(context: StrategyContext, cohort: Sequence[Member], levels: float) -> list[int]:
     """b_n of each member, 1..8: all finish at the same time, with this many levels on average before rounding down."""
     if any(math.isinf(m.uplink_bytes_per_s) for m in cohort):
         return [math.floor(math.log2(levels) + 1)] * len(cohort)
-    each = (bytes_at_levels(setting, 8) - bytes_at_levels(setting, 1)) / 7
-    rest = bytes_at_levels(setting, 1) - each
+    each = (bytes_at_levels(context, 8) - bytes_at_levels(context, 1)) / 7
+    rest = bytes_at_levels(context, 1) - each
     most = math.log2(_MOST) + 1
 
     def at(tau: float) -> list[float]:
         return [min(most, max(1.0, ((tau - m.fixed_s) * m.uplink_bytes_per_s - rest) / each)) for m in cohort]
 
-    low, high = 0.0, max(m.fixed_s + bytes_at_levels(setting, 9) / m.uplink_bytes_per_s for m in cohort)
+    low, high = 0.0, max(m.fixed_s + bytes_at_levels(context, 9) / m.uplink_bytes_per_s for m in cohort)
     for _ in range(60):  # the mean rises with tau, so bisection finds it to far below a bit
         middle = (low + high) / 2
         mean = sum(2 ** (bits - 1) for bits in at(middle)) / len(cohort)

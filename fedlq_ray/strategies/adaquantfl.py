@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlq_ray.quantization import Quantizer
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.base import Member, RoundResult, Strategy, StrategyContext
 from fedlq_ray.training.local import Plan
 
 
@@ -37,30 +37,30 @@ class AdaQuantFL(Strategy[Progress]):
 
     timeless = True
 
-    def __init__(self, setting: Setting, s0: int = 2, s_max: int = 1024) -> None:
+    def __init__(self, context: StrategyContext, s0: int = 2, s_max: int = 1024) -> None:
         if not 1 <= s0 <= s_max:
             raise ValueError(f"s0 must be 1 to s_max ({s_max}), got {s0}")
-        self.setting, self.s0, self.s_max = setting, s0, s_max
+        self.context, self.s0, self.s_max = context, s0, s_max
 
     def init(self) -> Progress:
         return Progress(None, self.s0)
 
     def plan(self, state: Progress, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        plan = same_for_all(self.setting, QsgdElias(levels=state.levels, bucket=None, norm="l2"))
+        plan = same_for_all(self.context, QsgdElias(levels=state.levels, bucket=None, norm="l2"))
         return {member.client: plan for member in cohort}
 
-    def learn(self, state: Progress, round: int, news: News) -> Progress:
-        if news.train_loss is None:
+    def learn(self, state: Progress, round: int, result: RoundResult) -> Progress:
+        if result.train_loss is None:
             return state
-        first = news.train_loss if state.first_loss is None else state.first_loss
+        first = result.train_loss if state.first_loss is None else state.first_loss
         # A loss of 0 asks for more levels than there are; limit the loss before the ratio becomes an int.
-        wanted = self.s0 * math.sqrt(max(first, 0.0) / max(news.train_loss, 1e-12))
+        wanted = self.s0 * math.sqrt(max(first, 0.0) / max(result.train_loss, 1e-12))
         return Progress(first, max(1, min(self.s_max, math.ceil(wanted))))
 
     def report(self, state: Progress) -> dict[str, Any]:
         return {"quantization_levels": state.levels}
 
 
-def same_for_all(setting: Setting, quantizer: Quantizer) -> Plan:
+def same_for_all(context: StrategyContext, quantizer: Quantizer) -> Plan:
     """A plan with one quantizer, applied per layer or (`strategy.scope=model`) to all layers at once."""
-    return Plan(setting.config.payload, setting.one(quantizer), setting.error_feedback)
+    return Plan(context.config.payload, context.one(quantizer), context.error_feedback)

@@ -50,7 +50,7 @@ def _wrong_plans(plans: Any, state: Any, round: int, cohort: Any) -> str:
     return ""
 
 
-def _wrong_state(found: Any, state: Any, round: int, news: Any) -> str:
+def _wrong_state(found: Any, state: Any, round: int, result: Any) -> str:
     if type(found) is type(state):
         return ""
     return f"returned a {type(found).__name__}; it must return the next state, a {type(state).__name__} as before"

@@ -53,7 +53,7 @@ Chosen = TypeVar("Chosen", bound=StrategyConfig, default=Any, covariant=True)
 
 
 @dataclass(frozen=True)
-class Setting(Generic[Chosen]):
+class StrategyContext(Generic[Chosen]):
     """What a strategy is built from: configuration, layers of the flat vector, seed, quantizer by level, and whether
     clients keep what quantization loses."""
 
@@ -126,7 +126,7 @@ def by_samples(cohort: Sequence[Member]) -> list[float]:
 class Probe:
     """A measurement that a strategy requests, on the weights that enter a round.
 
-    It runs while that round trains; `News` has the result after the round.
+    It runs while that round trains; `RoundResult` has the result after the round.
 
     Args:
         quantizers: tried on each layer alone, such as those of the levels to choose from.
@@ -142,7 +142,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class News:
+class RoundResult:
     """The result of a round, from which a strategy learns.
 
     Args:
@@ -208,7 +208,7 @@ class Strategy(Generic[State]):
         """What to measure while this round trains."""
         return None
 
-    def learn(self, state: State, round: int, news: News) -> State:
+    def learn(self, state: State, round: int, result: RoundResult) -> State:
         """The state after a round."""
         return state
 

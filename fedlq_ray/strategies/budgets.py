@@ -10,7 +10,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER, PAYLOAD_HEADER, Ecsq
 from fedlq_ray.quantization.coding.codes import Floats
 from fedlq_ray.quantization.rate import OneStep, Stepped
-from fedlq_ray.strategies.base import Member, Setting
+from fedlq_ray.strategies.base import Member, StrategyContext
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 RATES = np.array([0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0])
@@ -141,43 +141,43 @@ def taking_part(
     return found
 
 
-def bytes_at_levels(setting: Setting, bits: float) -> float:
+def bytes_at_levels(context: StrategyContext, bits: float) -> float:
     """Bytes of a payload with `bits` for every layer, plus headers. Fractions are interpolated between levels."""
     below = max((b for b in LEVELS if b <= bits), default=1)
-    rest = setting.fixed_size + sum(setting.size(layer, below) for layer in setting.quantized)
-    return rest + (bits - below) * sum(layer.size for layer in setting.quantized) / 8
+    rest = context.fixed_size + sum(context.size(layer, below) for layer in context.quantized)
+    return rest + (bits - below) * sum(layer.size for layer in context.quantized) / 8
 
 
-def bytes_at_rate(setting: Setting, bits: float) -> float:
+def bytes_at_rate(context: StrategyContext, bits: float) -> float:
     """Bytes of a payload at `bits` per parameter, headers included, plus the float32 buffers."""
-    buffers = sum(LAYER_HEADER + 4 * layer.size for layer in setting.layers if layer.buffer)
-    return bits * sum(layer.size for layer in setting.quantized) / 8 + buffers
+    buffers = sum(LAYER_HEADER + 4 * layer.size for layer in context.layers if layer.buffer)
+    return bits * sum(layer.size for layer in context.quantized) / 8 + buffers
 
 
-def headers_rate(setting: Setting) -> float:
+def headers_rate(context: StrategyContext) -> float:
     """Bits per parameter of an entropy-coded payload's headers."""
-    layers = setting.quantized
+    layers = context.quantized
     return 8 * (PAYLOAD_HEADER + len(layers) * (LAYER_HEADER + Ecsq.HEADER.size)) / sum(layer.size for layer in layers)
 
 
-def require_rate(setting: Setting, bits: float, key: str) -> None:
+def require_rate(context: StrategyContext, bits: float, key: str) -> None:
     """Raises ConfigError if the headers alone need this rate of entropy-coded layers: only zeros would be sent."""
-    least = headers_rate(setting)
+    least = headers_rate(context)
     if bits <= least:
         raise ConfigError(f"{key}: {bits:g} bits per parameter, but this model's headers alone take {least:.3g}")
 
 
 def one_step(
-    setting: Setting,
+    context: StrategyContext,
     budget: float,
     weights: Sequence[float] | None = None,
     quantizer: Callable[[float], Stepped] = Ecsq,
 ) -> OneStep:
     """Chooses step sizes under a budget in bytes. `weights`: square root of each quantized layer's significance."""
-    chosen = iter(weights if weights is not None else [1.0] * len(setting.quantized))
+    chosen = iter(weights if weights is not None else [1.0] * len(context.quantized))
     return OneStep(
-        tuple((layer.start, layer.stop) for layer in setting.layers),
-        tuple(0.0 if layer.buffer else next(chosen) for layer in setting.layers),
+        tuple((layer.start, layer.stop) for layer in context.layers),
+        tuple(0.0 if layer.buffer else next(chosen) for layer in context.layers),
         budget,
         quantizer,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedlq_ray.quantization.qsgd_elias import QsgdElias
 from fedlq_ray.strategies.adaquantfl import same_for_all
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy, by_samples
+from fedlq_ray.strategies.base import Member, RoundResult, Strategy, StrategyContext, by_samples
 from fedlq_ray.training.local import Plan
 
 
@@ -40,26 +40,28 @@ class DAdaQuant(Strategy[Stall]):
 
     timeless = True
 
-    def __init__(self, setting: Setting, q_min: int = 1, q_max: int = 16, psi: float = 0.9, phi: int = 10) -> None:
+    def __init__(
+        self, context: StrategyContext, q_min: int = 1, q_max: int = 16, psi: float = 0.9, phi: int = 10
+    ) -> None:
         if not 1 <= q_min <= q_max:
             raise ValueError(f"q_min must be 1 to q_max ({q_max}), got {q_min}")
         if not 0 <= psi < 1 or phi < 2:
             raise ValueError(f"psi must be in [0, 1) and phi at least 2, got {psi} and {phi}")
-        self.setting, self.q_min, self.q_max, self.psi, self.phi = setting, q_min, q_max, psi, phi
+        self.context, self.q_min, self.q_max, self.psi, self.phi = context, q_min, q_max, psi, phi
 
     def init(self) -> Stall:
         return Stall(self.q_min)
 
     def plan(self, state: Stall, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         levels = client_levels(state.q, by_samples(cohort))
-        plans = {q: same_for_all(self.setting, QsgdElias(levels=q, bucket=None, norm="l2")) for q in set(levels)}
+        plans = {q: same_for_all(self.context, QsgdElias(levels=q, bucket=None, norm="l2")) for q in set(levels)}
         return {member.client: plans[q] for member, q in zip(cohort, levels, strict=True)}
 
-    def learn(self, state: Stall, round: int, news: News) -> Stall:
-        if news.train_loss is None:
+    def learn(self, state: Stall, round: int, result: RoundResult) -> Stall:
+        if result.train_loss is None:
             return state
-        last = news.train_loss if state.running is None else state.running
-        running = self.psi * last + (1 - self.psi) * news.train_loss
+        last = result.train_loss if state.running is None else state.running
+        running = self.psi * last + (1 - self.psi) * result.train_loss
         since = [*state.since, running][-self.phi :]
         if len(since) == self.phi and since[-1] >= since[0]:
             return Stall(min(2 * state.q, self.q_max), running)

@@ -6,7 +6,7 @@ is its samples per pass, min(shard, `train.max_samples`), where the paper uses t
 
 from collections.abc import Mapping, Sequence
 
-from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Strategy, StrategyContext
 from fedlq_ray.training.local import Plan
 
 
@@ -15,8 +15,8 @@ class FedAvg(Strategy):
 
     timeless = True
 
-    def __init__(self, setting: Setting) -> None:
-        self._plan = setting.at_levels([32] * len(setting.quantized))
+    def __init__(self, context: StrategyContext) -> None:
+        self._plan = context.at_levels([32] * len(context.quantized))
 
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedlq_ray.quantization import Segment
-from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Strategy, StrategyContext
 from fedlq_ray.training.local import Plan
 
 
@@ -23,15 +23,15 @@ from fedlq_ray.training.local import Plan
 class ByRange:
     """A client's choice: bits for each layer, by the range of the values to send."""
 
-    setting: Setting
+    context: StrategyContext
     resolution: float
 
     def __call__(self, vector: Tensor) -> tuple[Segment, ...]:
         levels = []
-        for layer in self.setting.quantized:
+        for layer in self.context.quantized:
             low, high = vector[layer.start : layer.stop].double().aminmax()
             levels.append(bits_for(float(high - low), self.resolution))
-        return self.setting.segments([self.setting.quantizer_at(bits) for bits in levels])
+        return self.context.segments([self.context.quantizer_at(bits) for bits in levels])
 
 
 def bits_for(spread: float, resolution: float) -> int:
@@ -48,11 +48,11 @@ class FedDQ(Strategy):
 
     timeless = True
 
-    def __init__(self, setting: Setting, resolution: float = 0.005) -> None:
+    def __init__(self, context: StrategyContext, resolution: float = 0.005) -> None:
         if not resolution > 0:
             raise ValueError(f"resolution must be above 0, got {resolution}")
-        config = setting.config
-        self._plan = Plan(config.payload, ByRange(setting, resolution), setting.error_feedback)
+        config = context.config
+        self._plan = Plan(config.payload, ByRange(context, resolution), context.error_feedback)
 
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.strategies.adaquantfl import same_for_all
-from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Strategy, StrategyContext
 from fedlq_ray.training.local import Plan
 
 
@@ -23,8 +23,8 @@ class FedFQ(Strategy):
 
     timeless = True
 
-    def __init__(self, setting: Setting, bits: float = 4.0) -> None:
-        self._plan = same_for_all(setting, FineGrained(bits))
+    def __init__(self, context: StrategyContext, bits: float = 4.0) -> None:
+        self._plan = same_for_all(context, FineGrained(bits))
 
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from fedlq_ray.config import schemes
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.base import Member, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
 from fedlq_ray.strategies.costs import layer_sizes, require_update, squared_errors
 from fedlq_ray.training.local import Plan
@@ -32,30 +32,30 @@ class Errors:
 class FedHQ(Strategy[Errors]):
     """One level per client, by its budget; clients with more error get less weight."""
 
-    def __init__(self, setting: Setting[schemes.FedHQ]) -> None:
-        require_update(setting)
-        self.setting = setting
-        self.sizes = setting.fixed_size + layer_sizes(setting, setting.config.levels).sum(axis=0)
+    def __init__(self, context: StrategyContext[schemes.FedHQ]) -> None:
+        require_update(context)
+        self.context = context
+        self.sizes = context.fixed_size + layer_sizes(context, context.config.levels).sum(axis=0)
 
     def init(self) -> Errors:
         return Errors()
 
     def plan(self, state: Errors, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        config = self.setting.config
+        config = self.context.config
         levels: tuple[int, ...] = config.levels
-        limits = budgets(config, cohort, round, partial(bytes_at_levels, self.setting), cheapest=float(self.sizes[0]))
+        limits = budgets(config, cohort, round, partial(bytes_at_levels, self.context), cheapest=float(self.sizes[0]))
         fitting = [np.flatnonzero(self.sizes <= limit) for limit in limits]
         chosen = [levels[int(fits[-1]) if len(fits) else 0] for fits in fitting]
-        plans = {bits: self.setting.at_levels([bits] * len(self.setting.quantized)) for bits in set(chosen)}
+        plans = {bits: self.context.at_levels([bits] * len(self.context.quantized)) for bits in set(chosen)}
         return {
             m.client: replace(plans[bits], weight=m.samples / (1 + state.errors.get(bits, 0.0)))
             for m, bits in zip(cohort, chosen, strict=True)
         }
 
-    def learn(self, state: Errors, round: int, news: News) -> Errors:
-        levels, layers = self.setting.config.levels, self.setting.quantized
-        energy = sum(float(news.update[layer.start : layer.stop].double().square().sum()) for layer in layers)
+    def learn(self, state: Errors, round: int, result: RoundResult) -> Errors:
+        levels, layers = self.context.config.levels, self.context.quantized
+        energy = sum(float(result.update[layer.start : layer.stop].double().square().sum()) for layer in layers)
         if not energy > 0:  # no client replied: keep the errors of the previous round
             return state
-        errors = squared_errors(self.setting, news.update, levels).sum(axis=0) / energy
+        errors = squared_errors(self.context, result.update, levels).sum(axis=0) / energy
         return Errors(dict(zip(levels, errors.tolist(), strict=True)))

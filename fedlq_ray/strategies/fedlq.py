@@ -20,7 +20,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import LAYER_HEADER
 from fedlq_ray.quantization.coding.codes import Floats
 from fedlq_ray.significance import Allocation, Drops, best, exact, greedy, memory_saving
-from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Probe, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, minmax_noise, sent_in_equal_time, taking_part
 from fedlq_ray.strategies.costs import layer_sizes
 from fedlq_ray.training.local import Plan
@@ -37,9 +37,9 @@ class Seen:
 class FedLQ(Strategy[Seen]):
     """Levels by layer and client, from significance measured during training."""
 
-    def __init__(self, setting: Setting[schemes.FedLQ]) -> None:
-        self.setting = setting
-        config = setting.config
+    def __init__(self, context: StrategyContext[schemes.FedLQ]) -> None:
+        self.context = context
+        config = context.config
         if len(config.levels) < 2:
             raise ConfigError("strategy.levels: fedlq chooses among levels, and needs at least two, such as [1,2,4,8]")
         if config.late == "partial" and config.payload == "model":
@@ -49,36 +49,36 @@ class FedLQ(Strategy[Seen]):
                 f"strategy.significance: sum orders the greedy algorithm's steps, and allocation={config.allocation} "
                 "takes none; use ratio, or allocation=greedy"
             )
-        self.sizes = layer_sizes(setting, config.levels)
-        self.cheapest = setting.fixed_size + int(self.sizes[:, 0].sum())
-        self.counts = [layer.size for layer in setting.quantized]
+        self.sizes = layer_sizes(context, config.levels)
+        self.cheapest = context.fixed_size + int(self.sizes[:, 0].sum())
+        self.counts = [layer.size for layer in context.quantized]
 
     def init(self) -> Seen:
-        return Seen(Drops(self.setting.config.probe_decay))
+        return Seen(Drops(self.context.config.probe_decay))
 
     def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         bodies = self.sizes[:, 0] - LAYER_HEADER
         scrap = self.cheapest - int(bodies.sum() - bodies.min())  # the smallest layer, and the headers of all
-        limits = taking_part(self.setting.config, cohort, self.budgets(seen, round, cohort), self.cheapest, scrap)
-        made = {limit: self.setting.at_levels(self.levels(seen, limit)) for limit in set(limits.values())}
+        limits = taking_part(self.context.config, cohort, self.budgets(seen, round, cohort), self.cheapest, scrap)
+        made = {limit: self.context.at_levels(self.levels(seen, limit)) for limit in set(limits.values())}
         return {client: made[limit] for client, limit in limits.items()}
 
     def budgets(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload: (tau - fixed_n) R_n, at most those of the cap."""
         noise = partial(self.noise, seen)
-        return budgets(self.setting.config, cohort, round, partial(bytes_at_levels, self.setting), noise, self.cheapest)
+        return budgets(self.context.config, cohort, round, partial(bytes_at_levels, self.context), noise, self.cheapest)
 
     def expected_bytes(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
-        return sent_in_equal_time(self.setting.config, cohort, self.budgets(seen, round, cohort))
+        return sent_in_equal_time(self.context.config, cohort, self.budgets(seen, round, cohort))
 
     def levels(self, seen: Seen, budget: float) -> list[int]:
         """A level for each layer within a payload's bytes.
 
         Level 0 sends nothing. It is used only if not even the lowest level fits and late clients may send a part, for
         the layers of least significance."""
-        config = self.setting.config
+        config = self.context.config
         levels: list[int] = [config.levels[choice] for choice in self.allocate(seen, budget).choice]
-        room = budget - self.setting.fixed_size - LAYER_HEADER * len(levels)
+        room = budget - self.context.fixed_size - LAYER_HEADER * len(levels)
         if config.budget != "deadline" or config.late != "partial":
             return levels
         bodies = self.sizes[:, 0] - LAYER_HEADER
@@ -95,53 +95,53 @@ class FedLQ(Strategy[Seen]):
 
         It is that of min-max on a Gaussian, scaled to what clients reported in the last round. The mean update, which
         probes see, would understate it: its own noise is Gaussian, and makes its square greater."""
-        levels = self.setting.config.levels
+        levels = self.context.config.levels
         return np.where((bits < levels[0]) | (levels[0] >= 16), math.inf, seen.noisier * minmax_noise(bits))
 
     def allocate(self, seen: Seen, budget: float) -> Allocation:
         """Levels within a payload's bytes."""
-        config = self.setting.config
+        config = self.context.config
         drops = seen.drops.estimate(self.counts, config.levels)
-        left = budget - self.setting.fixed_size
+        left = budget - self.context.fixed_size
         if config.allocation != "greedy":
             return (best if config.allocation == "best" else exact)(drops, self.sizes, left)
         return greedy(drops, self.sizes, left, self._margins(drops) if config.significance == "sum" else None)
 
     def _margins(self, drops: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Significance of a step down: alpha x drop - (1 - alpha) x memory saved, each over its maximum."""
-        alpha = self.setting.config.significance_alpha
-        saving = memory_saving(self.counts, self.setting.config.levels)
+        alpha = self.context.config.significance_alpha
+        saving = memory_saving(self.counts, self.context.config.levels)
         lost, saved = drops[:, :-1] - drops[:, 1:], saving[:, :-1] - saving[:, 1:]
         margins: np.ndarray[Any, Any] = alpha * lost / max(lost.max(), 1e-30) - (1 - alpha) * saved / saved.max()
         return margins
 
     def probe(self, seen: Seen, round: int) -> Probe | None:
         # Round 0 has no update to measure on, and its weights are random.
-        config = self.setting.config
+        config = self.context.config
         if round == 0 or (round - 1) % config.probe_every:
             return None
-        quantizers = tuple(self.setting.quantizer_at(bits) for bits in config.levels)
+        quantizers = tuple(self.context.quantizer_at(bits) for bits in config.levels)
         return Probe(quantizers, config.probe_samples, config.metric or "loss")
 
-    def learn(self, seen: Seen, round: int, news: News) -> Seen:
-        drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
-        return Seen(drops, self.noisier(news) or seen.noisier)
+    def learn(self, seen: Seen, round: int, result: RoundResult) -> Seen:
+        drops = seen.drops if result.measurement is None else seen.drops.add(result.measurement)
+        return Seen(drops, self.noisier(result) or seen.noisier)
 
-    def noisier(self, news: News) -> float | None:
+    def noisier(self, result: RoundResult) -> float | None:
         """The noise that clients reported, over that of a Gaussian at their mean rate; None if there is none."""
-        if not news.noise or news.payload_bytes is None:
+        if not result.noise or result.payload_bytes is None:
             return None
-        zero, one = (bytes_at_levels(self.setting, bits) for bits in (1e-9, 1.0))
-        rate = min(8.0, max(1.0, (news.payload_bytes - zero) / (one - zero)))
-        return news.noise / float(minmax_noise(np.array(rate)))
+        zero, one = (bytes_at_levels(self.context, bits) for bits in (1e-9, 1.0))
+        rate = min(8.0, max(1.0, (result.payload_bytes - zero) / (one - zero)))
+        return result.noise / float(minmax_noise(np.array(rate)))
 
     def report(self, seen: Seen) -> dict[str, Any]:
         """Significance A/M of each layer at the lowest level, and the noise of A there."""
         if seen.drops.measured is None or seen.drops.variance is None:
             return {}
-        names = [layer.name for layer in self.setting.quantized]
-        estimate = seen.drops.estimate(self.counts, self.setting.config.levels)
-        ratio = estimate / memory_saving(self.counts, self.setting.config.levels)
+        names = [layer.name for layer in self.context.quantized]
+        estimate = seen.drops.estimate(self.counts, self.context.config.levels)
+        ratio = estimate / memory_saving(self.counts, self.context.config.levels)
         return {
             "significance": dict(zip(names, ratio[:, 0].tolist(), strict=True)),
             "drop_noise": dict(zip(names, np.sqrt(seen.drops.variance[:, 0]).tolist(), strict=True)),

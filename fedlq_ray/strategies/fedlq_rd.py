@@ -18,7 +18,7 @@ from fedlq_ray.quantization import Ecsq
 from fedlq_ray.quantization.coding.codes import Floats
 from fedlq_ray.quantization.stochastic import StochasticStep
 from fedlq_ray.significance import Drops
-from fedlq_ray.strategies.base import Member, News, Probe, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Probe, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.budgets import (
     budgets,
     bytes_at_rate,
@@ -50,51 +50,51 @@ class Seen:
 class FedLQRD(Strategy[Seen]):
     """One step size for each client, from its budget."""
 
-    def __init__(self, setting: Setting[schemes.FedLQRD]) -> None:
-        self.setting = setting
+    def __init__(self, context: StrategyContext[schemes.FedLQRD]) -> None:
+        self.context = context
         # Noise without bias would be of the size of the weights.
-        self.error_feedback = type(self).error_feedback or setting.config.payload == "model"
-        self.quantizer = Ecsq if setting.error_feedback else StochasticStep
-        self.counts = [layer.size for layer in setting.quantized]
-        self.headers = headers_rate(setting)
+        self.error_feedback = type(self).error_feedback or context.config.payload == "model"
+        self.quantizer = Ecsq if context.error_feedback else StochasticStep
+        self.counts = [layer.size for layer in context.quantized]
+        self.headers = headers_rate(context)
         self.scrap = max(SCRAP, 2 * self.headers)
-        for key in ("bits",) if setting.config.budget == "bits" else ("floor_bits", "cap_bits"):
-            if (rate := getattr(setting.config, key)) is not None:
-                require_rate(setting, rate, f"strategy.{key}")
+        for key in ("bits",) if context.config.budget == "bits" else ("floor_bits", "cap_bits"):
+            if (rate := getattr(context.config, key)) is not None:
+                require_rate(context, rate, f"strategy.{key}")
 
     def init(self) -> Seen:
-        return Seen(Drops(self.setting.config.probe_decay))
+        return Seen(Drops(self.context.config.probe_decay))
 
     def plan(self, seen: Seen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        setting, config = self.setting, self.setting.config
-        least = bytes_at_rate(setting, config.floor_bits or self.scrap)
-        limits = taking_part(config, cohort, self.budgets(round, cohort), least, bytes_at_rate(setting, self.scrap))
+        context, config = self.context, self.context.config
+        least = bytes_at_rate(context, config.floor_bits or self.scrap)
+        limits = taking_part(config, cohort, self.budgets(round, cohort), least, bytes_at_rate(context, self.scrap))
         weights = np.sqrt(seen.drops.curvature(self.counts)).tolist()
         return {
-            client: Plan(config.payload, one_step(setting, limit, weights, self.quantizer), setting.error_feedback)
+            client: Plan(config.payload, one_step(context, limit, weights, self.quantizer), context.error_feedback)
             for client, limit in limits.items()
         }
 
     def budgets(self, round: int, cohort: Sequence[Member]) -> list[float]:
         """B_n, bytes of a payload."""
-        config, noise = self.setting.config, partial(self.noise, round)
-        return budgets(config, cohort, round, partial(bytes_at_rate, self.setting), noise)
+        config, noise = self.context.config, partial(self.noise, round)
+        return budgets(config, cohort, round, partial(bytes_at_rate, self.context), noise)
 
     def expected_bytes(self, seen: Seen, round: int, cohort: Sequence[Member]) -> list[float]:
-        return sent_in_equal_time(self.setting.config, cohort, self.budgets(round, cohort))
+        return sent_in_equal_time(self.context.config, cohort, self.budgets(round, cohort))
 
     def noise(self, round: int, bits: Floats) -> Floats:
         """Squared error at a rate, over an update's square. Error feedback repairs it later: its effect on the number
         of rounds then grows as q / (1 - q)^2 (Karimireddy et al., ICML 2019, Theorem II), in early rounds as in late
         ones. That is a heuristic, outside our theorem."""
-        rates, errors = ERRORS if self.setting.error_feedback else UNBIASED
+        rates, errors = ERRORS if self.context.error_feedback else UNBIASED
         q = np.exp(np.interp(np.log(np.maximum(bits - self.headers, 1e-3)), np.log(rates), np.log(errors)))
-        if self.setting.error_feedback:
+        if self.context.error_feedback:
             q = DELAY / (round + 1) * q / (1 - q) ** 2
         return np.where(bits < self.scrap, math.inf, q)
 
     def probe(self, seen: Seen, round: int) -> Probe | None:
-        config = self.setting.config
+        config = self.context.config
         # Squared error weights all layers alike and needs no measurement.
         if config.metric in (None, "squared_error") or not seen.rms or (round - 1) % config.probe_every:
             return None
@@ -104,12 +104,12 @@ class FedLQRD(Strategy[Seen]):
         """Significance of each layer, once measured: the drop per unit of squared error."""
         if seen.drops.measured is None:
             return {}
-        names = [layer.name for layer in self.setting.quantized]
+        names = [layer.name for layer in self.context.quantized]
         return {"significance": dict(zip(names, seen.drops.curvature(self.counts).tolist(), strict=True))}
 
-    def learn(self, seen: Seen, round: int, news: News) -> Seen:
-        drops = seen.drops if news.measurement is None else seen.drops.add(news.measurement)
-        return Seen(drops, float(news.update.double().square().mean().sqrt()))
+    def learn(self, seen: Seen, round: int, result: RoundResult) -> Seen:
+        drops = seen.drops if result.measurement is None else seen.drops.add(result.measurement)
+        return Seen(drops, float(result.update.double().square().mean().sqrt()))
 
 
 class EcsqFixed(FedLQRD):
@@ -120,6 +120,6 @@ class EcsqFixed(FedLQRD):
     error_feedback = True
     timeless = True
 
-    def __init__(self, setting: Setting[schemes.Rated]) -> None:
-        config = schemes.FedLQRD.model_construct(**dict(setting.config), budget="bits")
-        super().__init__(Setting(config, setting.layers, setting.seed, error_feedback=setting.error_feedback))
+    def __init__(self, context: StrategyContext[schemes.Rated]) -> None:
+        config = schemes.FedLQRD.model_construct(**dict(context.config), budget="bits")
+        super().__init__(StrategyContext(config, context.layers, context.seed, error_feedback=context.error_feedback))

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedlq_ray.config import schemes
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.seeding import numpy_rng
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.base import Member, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.costs import require_update
 from fedlq_ray.training.local import Plan
 
@@ -38,13 +38,13 @@ class FedLUAR(Strategy[Recycling]):
 
     timeless = True
 
-    def __init__(self, setting: Setting[schemes.FedLUAR]) -> None:
-        require_update(setting)
-        if setting.error_feedback:
+    def __init__(self, context: StrategyContext[schemes.FedLUAR]) -> None:
+        require_update(context)
+        if context.error_feedback:
             raise ConfigError("strategy.error_feedback: fedluar applies a layer's last update again; use false")
-        self.setting, self.bits = setting, setting.config.bits
-        self.matrices = [at for at, layer in enumerate(setting.quantized) if layer.matrix]
-        given, most = setting.config.recycled, len(self.matrices) - 1
+        self.context, self.bits = context, context.config.bits
+        self.matrices = [at for at, layer in enumerate(context.quantized) if layer.matrix]
+        given, most = context.config.recycled, len(self.matrices) - 1
         self.recycled = len(self.matrices) // 2 if given is None else given
         if self.recycled > max(most, 0):
             raise ConfigError(
@@ -53,11 +53,11 @@ class FedLUAR(Strategy[Recycling]):
             )
 
     def init(self) -> Recycling:
-        return Recycling(scores=[0.0] * len(self.setting.quantized))
+        return Recycling(scores=[0.0] * len(self.context.quantized))
 
     def plan(self, state: Recycling, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         levels = [0 if at in state.layers else self.bits for at in range(len(state.scores))]
-        plan = self.setting.at_levels(levels)
+        plan = self.context.at_levels(levels)
         return {member.client: plan for member in cohort}
 
     def combine(self, state: Recycling, update: Tensor) -> Tensor:
@@ -65,28 +65,28 @@ class FedLUAR(Strategy[Recycling]):
             return update
         combined = update.clone()
         for at in state.layers:
-            layer = self.setting.quantized[at]
+            layer = self.context.quantized[at]
             combined[layer.start : layer.stop] = state.update[layer.start : layer.stop]
         return combined
 
-    def learn(self, state: Recycling, round: int, news: News) -> Recycling:
-        if news.train_loss is None:
+    def learn(self, state: Recycling, round: int, result: RoundResult) -> Recycling:
+        if result.train_loss is None:
             return state
         scores = list(state.scores)
         for at in set(self.matrices) - set(state.layers):
-            layer = self.setting.quantized[at]
-            update, weights = news.update[layer.start : layer.stop], news.weights[layer.start : layer.stop]
+            layer = self.context.quantized[at]
+            update, weights = result.update[layer.start : layer.stop], result.weights[layer.start : layer.stop]
             scores[at] = float(update.double().norm() / (weights.double().norm() + 1e-6))
-        return Recycling(self.drawn(scores, round), news.update.clone(), scores)
+        return Recycling(self.drawn(scores, round), result.update.clone(), scores)
 
     def drawn(self, scores: Sequence[float], round: int) -> list[int]:
         """The layers that are not sent in the round after this one, in order."""
         if not self.recycled:
             return []
         inverse = np.array([1 / max(scores[at], 1e-12) for at in self.matrices])
-        rng = numpy_rng(self.setting.seed, "fedluar", round)
+        rng = numpy_rng(self.context.seed, "fedluar", round)
         found = rng.choice(self.matrices, self.recycled, replace=False, p=inverse / inverse.sum())
         return sorted(found.tolist())
 
     def report(self, state: Recycling) -> dict[str, Any]:
-        return {"recycled": [self.setting.quantized[at].name for at in state.layers]}
+        return {"recycled": [self.context.quantized[at].name for at in state.layers]}

@@ -18,7 +18,7 @@ from functools import partial
 from torch import Tensor
 
 from fedlq_ray.config import schemes
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.base import Member, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels
 from fedlq_ray.strategies.costs import BITS, layer_sizes, require_update
 from fedlq_ray.training.local import Plan
@@ -34,23 +34,23 @@ class Planes:
 class FedMPQ(Strategy[Planes]):
     """Bits by layer: the bit planes of the last mean update, pruned and grown to each client's budget."""
 
-    def __init__(self, setting: Setting[schemes.FedMPQ]) -> None:
-        require_update(setting)
-        self.setting = setting
-        self.sizes = layer_sizes(setting, BITS)
+    def __init__(self, context: StrategyContext[schemes.FedMPQ]) -> None:
+        require_update(context)
+        self.context = context
+        self.sizes = layer_sizes(context, BITS)
 
     def init(self) -> Planes:
         return Planes()
 
     def plan(self, state: Planes, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        cheapest = self.setting.fixed_size + int(self.sizes[:, 0].sum())
-        limits = budgets(self.setting.config, cohort, round, partial(bytes_at_levels, self.setting), cheapest=cheapest)
-        plans = {limit: self.setting.at_levels(self.fitted(state, limit)) for limit in set(limits)}
+        cheapest = self.context.fixed_size + int(self.sizes[:, 0].sum())
+        limits = budgets(self.context.config, cohort, round, partial(bytes_at_levels, self.context), cheapest=cheapest)
+        plans = {limit: self.context.at_levels(self.fitted(state, limit)) for limit in set(limits)}
         return {member.client: plans[limit] for member, limit in zip(cohort, limits, strict=True)}
 
     def fitted(self, state: Planes, budget: float) -> list[int]:
         """Bits by layer within a payload's bytes; 1 bit for all layers if nothing fits."""
-        room, layers = budget - self.setting.fixed_size, self.setting.quantized
+        room, layers = budget - self.context.fixed_size, self.context.quantized
         same = max((b for b in BITS if self.sizes[:, b - 1].sum() <= room), default=1)
         bits = [same] * len(layers) if state.base is None else list(state.base)
         weight = [layer.size * (BITS[-1] - b + 1) for layer, b in zip(layers, bits, strict=True)]
@@ -67,8 +67,8 @@ class FedMPQ(Strategy[Planes]):
                 bits[i] += 1
         return bits
 
-    def learn(self, state: Planes, round: int, news: News) -> Planes:
-        peaks = [_peak(news.update[layer.start : layer.stop]) for layer in self.setting.quantized]
+    def learn(self, state: Planes, round: int, result: RoundResult) -> Planes:
+        peaks = [_peak(result.update[layer.start : layer.stop]) for layer in self.context.quantized]
         return Planes([planes(peak, max(peaks)) for peak in peaks]) if max(peaks) > 0 else state
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlq_ray.config.schemes import ScopedRated
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.quantization import Eden, Float16, QsgdElias, Quantizer, Sign, Stc, TernGrad, TopK
-from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Strategy, StrategyContext
 from fedlq_ray.training.local import Plan
 
 
@@ -23,9 +23,9 @@ class Fixed(Strategy):
 
     timeless = True
 
-    def __init__(self, setting: Setting, quantizer: Quantizer) -> None:
-        segments = setting.one(quantizer)
-        self._plan = Plan(setting.config.payload, segments, setting.error_feedback)
+    def __init__(self, context: StrategyContext, quantizer: Quantizer) -> None:
+        segments = context.one(quantizer)
+        self._plan = Plan(context.config.payload, segments, context.error_feedback)
 
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         return {member.client: self._plan for member in cohort}
@@ -34,8 +34,8 @@ class Fixed(Strategy):
 class HalfPrecision(Fixed):
     """FedAvg with float16 on the wire."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting, Float16())
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context, Float16())
 
 
 class QsgdFixed(Fixed):
@@ -43,24 +43,24 @@ class QsgdFixed(Fixed):
     of 512, with the largest magnitude as norm."""
 
     def __init__(
-        self, setting: Setting, levels: int = 7, bucket: int | None = 512, norm: Literal["l2", "max"] = "max"
+        self, context: StrategyContext, levels: int = 7, bucket: int | None = 512, norm: Literal["l2", "max"] = "max"
     ) -> None:
-        super().__init__(setting, QsgdElias(levels, bucket, norm))
+        super().__init__(context, QsgdElias(levels, bucket, norm))
 
 
 class FedPAQ(Fixed):
     """FedPAQ (Reisizadeh et al., AISTATS 2020, arXiv:1909.13014): QSGD of the update after local steps, with the
     Euclidean norm of each layer, or of the whole vector, as in the paper, with `strategy.scope=model`."""
 
-    def __init__(self, setting: Setting, levels: int = 7) -> None:
-        super().__init__(setting, QsgdElias(levels, None, "l2"))
+    def __init__(self, context: StrategyContext, levels: int = 7) -> None:
+        super().__init__(context, QsgdElias(levels, None, "l2"))
 
 
 class TernGradFixed(Fixed):
     """TernGrad (Wen et al., NeurIPS 2017, arXiv:1705.07878): clipped at 2.5 deviations, one scale per layer."""
 
-    def __init__(self, setting: Setting, clip: float | None = 2.5) -> None:
-        super().__init__(setting, TernGrad(clip))
+    def __init__(self, context: StrategyContext, clip: float | None = 2.5) -> None:
+        super().__init__(context, TernGrad(clip))
 
 
 class SignSGD(Fixed):
@@ -69,17 +69,17 @@ class SignSGD(Fixed):
     Every client has one vote per sign. The server steps by `step` along the majority, and does not move on a tie.
     """
 
-    def __init__(self, setting: Setting, step: float = 1e-3) -> None:
-        if setting.config.payload == "model":
+    def __init__(self, context: StrategyContext, step: float = 1e-3) -> None:
+        if context.config.payload == "model":
             raise ConfigError("strategy.payload: signsgd votes on updates, not on models")
-        if setting.error_feedback:
+        if context.error_feedback:
             raise ConfigError(
                 "strategy.error_feedback: signsgd sends votes of +-1, and memories would grow to their size; use "
                 "false, or strategy.name=ef_signsgd"
             )
-        super().__init__(setting, Sign(scaled=False))
+        super().__init__(context, Sign(scaled=False))
         self._plan = replace(self._plan, weight=1.0)
-        self.step, self.voted = step, [(layer.start, layer.stop) for layer in setting.quantized]
+        self.step, self.voted = step, [(layer.start, layer.stop) for layer in context.quantized]
 
     def combine(self, state: None, update: Tensor) -> Tensor:
         stepped = update.clone()
@@ -95,8 +95,8 @@ class EfSignSGD(Fixed):
 
     error_feedback = True
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting, Sign())
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context, Sign())
 
 
 class TopKFixed(Fixed):
@@ -104,8 +104,8 @@ class TopKFixed(Fixed):
 
     error_feedback = True
 
-    def __init__(self, setting: Setting, fraction: float = 0.01) -> None:
-        super().__init__(setting, TopK(fraction))
+    def __init__(self, context: StrategyContext, fraction: float = 0.01) -> None:
+        super().__init__(context, TopK(fraction))
 
 
 class StcFixed(Fixed):
@@ -113,8 +113,8 @@ class StcFixed(Fixed):
 
     error_feedback = True
 
-    def __init__(self, setting: Setting, fraction: float = 0.01) -> None:
-        super().__init__(setting, Stc(fraction))
+    def __init__(self, context: StrategyContext, fraction: float = 0.01) -> None:
+        super().__init__(context, Stc(fraction))
 
 
 class EdenFixed(Fixed):
@@ -125,5 +125,5 @@ class EdenFixed(Fixed):
 
     error_feedback = True
 
-    def __init__(self, setting: Setting[ScopedRated]) -> None:
-        super().__init__(setting, Eden(setting.config.bits, unbiased=not setting.error_feedback))
+    def __init__(self, context: StrategyContext[ScopedRated]) -> None:
+        super().__init__(context, Eden(context.config.bits, unbiased=not context.error_feedback))

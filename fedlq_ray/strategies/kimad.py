@@ -21,7 +21,7 @@ from torch import Tensor
 from fedlq_ray.config import schemes
 from fedlq_ray.quantization import Segment
 from fedlq_ray.significance import Allocation, exact, greedy
-from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Strategy, StrategyContext
 from fedlq_ray.strategies.budgets import budgets, bytes_at_levels, in_time
 from fedlq_ray.strategies.costs import Table, layer_sizes, squared_errors
 from fedlq_ray.training.local import Plan
@@ -33,16 +33,16 @@ STEPS = 1000
 class ByError:
     """A client's choice: the levels of least squared error on the values to send, within a payload's bytes."""
 
-    setting: Setting[schemes.Kimad]
+    context: StrategyContext[schemes.Kimad]
     budget: float
 
     def __call__(self, vector: Tensor) -> tuple[Segment, ...]:
-        levels = self.setting.config.levels
+        levels = self.context.config.levels
         # A lower level may have a luckier draw; errors that rise with the level are chance, so make them monotone.
-        errors = np.maximum.accumulate(squared_errors(self.setting, vector, levels)[:, ::-1], axis=1)[:, ::-1]
-        room = self.budget - self.setting.fixed_size
-        found = least_error(errors, layer_sizes(self.setting, levels), room)
-        return self.setting.segments([self.setting.quantizer_at(levels[c]) for c in found.choice])
+        errors = np.maximum.accumulate(squared_errors(self.context, vector, levels)[:, ::-1], axis=1)[:, ::-1]
+        room = self.budget - self.context.fixed_size
+        found = least_error(errors, layer_sizes(self.context, levels), room)
+        return self.context.segments([self.context.quantizer_at(levels[c]) for c in found.choice])
 
 
 def least_error(errors: Table, sizes: NDArray[np.int64], room: float) -> Allocation:
@@ -70,20 +70,20 @@ class Kimad(Strategy):
         round_s: simulated seconds from a round's start to the end of the upload; None: a budget by `strategy.budget`.
     """
 
-    def __init__(self, setting: Setting[schemes.Kimad], round_s: float | None = None) -> None:
+    def __init__(self, context: StrategyContext[schemes.Kimad], round_s: float | None = None) -> None:
         if round_s is not None and not round_s > 0:
             raise ValueError(f"round_s must be above 0, got {round_s}")
-        self.setting, self.round_s = setting, round_s
-        self.cheapest = setting.fixed_size + int(layer_sizes(setting, setting.config.levels)[:, 0].sum())
+        self.context, self.round_s = context, round_s
+        self.cheapest = context.fixed_size + int(layer_sizes(context, context.config.levels)[:, 0].sum())
 
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        config = self.setting.config
+        config = self.context.config
         if self.round_s is None:
-            limits = budgets(config, cohort, round, partial(bytes_at_levels, self.setting), cheapest=self.cheapest)
+            limits = budgets(config, cohort, round, partial(bytes_at_levels, self.context), cheapest=self.cheapest)
         else:
-            top = bytes_at_levels(self.setting, config.levels[-1])
+            top = bytes_at_levels(self.context, config.levels[-1])
             limits = [min(top, in_time(member, self.round_s, top)) for member in cohort]
         return {
-            member.client: Plan(config.payload, ByError(self.setting, limit), self.setting.error_feedback)
+            member.client: Plan(config.payload, ByError(self.context, limit), self.context.error_feedback)
             for member, limit in zip(cohort, limits, strict=True)
         }

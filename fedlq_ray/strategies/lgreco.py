@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlq_ray.strategies.base import Member, News, Setting, Strategy
+from fedlq_ray.strategies.base import Member, RoundResult, Strategy, StrategyContext
 from fedlq_ray.strategies.costs import BITS, Table, layer_sizes, require_update, squared_errors
 from fedlq_ray.training.local import Plan
 
@@ -43,27 +43,29 @@ class LGreCo(Strategy[Chosen]):
 
     timeless = True
 
-    def __init__(self, setting: Setting, bits: int = 4, alpha: float = 1.0, every: int = 10, window: int = 1) -> None:
-        require_update(setting)
+    def __init__(
+        self, context: StrategyContext, bits: int = 4, alpha: float = 1.0, every: int = 10, window: int = 1
+    ) -> None:
+        require_update(context)
         if bits not in BITS or not alpha > 0 or not 1 <= window <= every:
             raise ValueError(f"bits must be 1 to 8, alpha above 0, window 1 to every; got {bits, alpha, window, every}")
-        self.setting, self.bits, self.alpha, self.every, self.window = setting, bits, alpha, every, window
-        self.sizes = layer_sizes(setting, BITS)
+        self.context, self.bits, self.alpha, self.every, self.window = context, bits, alpha, every, window
+        self.sizes = layer_sizes(context, BITS)
 
     def init(self) -> Chosen:
-        return Chosen([self.bits] * len(self.setting.quantized))
+        return Chosen([self.bits] * len(self.context.quantized))
 
     def plan(self, state: Chosen, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
-        plan = self.setting.at_levels(state.levels)
+        plan = self.context.at_levels(state.levels)
         return {member.client: plan for member in cohort}
 
-    def learn(self, state: Chosen, round: int, news: News) -> Chosen:
+    def learn(self, state: Chosen, round: int, result: RoundResult) -> Chosen:
         step, seen = round % self.every, state.seen
         if step >= self.every - self.window:
-            seen = news.update.clone() if seen is None else seen + news.update
+            seen = result.update.clone() if seen is None else seen + result.update
         if step < self.every - 1 or seen is None:
             return Chosen(state.levels, seen)
-        errors = np.sqrt(squared_errors(self.setting, seen / self.window, BITS))
+        errors = np.sqrt(squared_errors(self.context, seen / self.window, BITS))
         reference = BITS.index(self.bits)
         found = smallest(errors, self.sizes, self.alpha * float(errors[:, reference].sum()))
         rows = np.arange(len(state.levels))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fedlq_ray.config import schemes
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.seeding import numpy_rng
-from fedlq_ray.strategies.base import Member, Setting, Strategy
+from fedlq_ray.strategies.base import Member, Strategy, StrategyContext
 from fedlq_ray.strategies.budgets import LEVELS
 from fedlq_ray.training.local import Plan
 
@@ -21,25 +21,25 @@ class Uniform(Strategy):
 
     timeless = True
 
-    def __init__(self, setting: Setting[schemes.Uniform]) -> None:
-        self.setting = setting
-        bits = setting.config.bits
+    def __init__(self, context: StrategyContext[schemes.Uniform]) -> None:
+        self.context = context
+        bits = context.config.bits
         if bits < 1:
             raise ConfigError(f"strategy.bits: uniform needs at least 1, got {bits:g}")
         self.below = max(level for level in LEVELS if level <= bits)
         self.above = min(level for level in LEVELS if level >= bits)
-        if setting.config.scope == "model" and bits > 8:
+        if context.config.scope == "model" and bits > 8:
             raise ConfigError("strategy.bits: scope=model needs at most 8 bits")
 
     def plan(self, state: None, round: int, cohort: Sequence[Member]) -> Mapping[int, Plan]:
         span = self.above - self.below
-        share = (self.setting.config.bits - self.below) / span if span else 0.0
+        share = (self.context.config.bits - self.below) / span if span else 0.0
         # The count of clients is rounded so that the total over all rounds is within one of share x clients.
         high = math.floor((round + 1) * len(cohort) * share) - math.floor(round * len(cohort) * share)
-        order = numpy_rng(self.setting.seed, "uniform", round).permutation(len(cohort))
+        order = numpy_rng(self.context.seed, "uniform", round).permutation(len(cohort))
         lucky = {cohort[i].client for i in order[:high]}
         return {m.client: self._at(self.above if m.client in lucky else self.below) for m in cohort}
 
     def _at(self, bits: int) -> Plan:
-        setting = self.setting
-        return Plan(setting.config.payload, setting.one(setting.quantizer_at(bits)), setting.error_feedback)
+        context = self.context
+        return Plan(context.config.payload, context.one(context.quantizer_at(bits)), context.error_feedback)

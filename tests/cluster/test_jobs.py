@@ -35,12 +35,12 @@ from fedlq_ray.strategies import Strategy
 
 
 class Slow(Strategy):
-    def __init__(self, setting, fast):
-        self.setting, self.fast = setting, Path(fast)
+    def __init__(self, context, fast):
+        self.context, self.fast = context, Path(fast)
 
     def plan(self, state, round, cohort):
         time.sleep(0 if self.fast.exists() else 1)
-        return {m.client: self.setting.at_levels([4] * len(self.setting.quantized)) for m in cohort}
+        return {m.client: self.context.at_levels([4] * len(self.context.quantized)) for m in cohort}
 """
 
 

@@ -72,11 +72,11 @@ class Hungry:
 class Hungers(Strategy):
     """Client 3 does."""
 
-    def __init__(self, setting, folder):
-        self.setting, self.folder = setting, folder
+    def __init__(self, context, folder):
+        self.context, self.folder = context, folder
 
     def plan(self, state, round, cohort):
-        segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
+        segments = self.context.segments([self.context.quantizer_at(4)] * len(self.context.quantized))
         hungry = Hungry(segments, self.folder)
         return {c.client: Plan("update", hungry if c.client == 3 else segments) for c in cohort}
 
@@ -98,7 +98,7 @@ def test_rays_memory_monitor_ends_a_client_that_is_run_again(tmp_path, monkeypat
     try:
         for hosting in ("packed", "serial"):  # the second finds that somebody has
             (tmp_path / "ate").mkdir(exist_ok=True)
-            own = {"strategy": lambda setting: Hungers(setting, tmp_path / "ate")}
+            own = {"strategy": lambda context: Hungers(context, tmp_path / "ate")}
             found[hosting] = run(tmp_path / hosting, f"clients.hosting={hosting}", **own)
             if hosting == "packed":
                 assert len(list((tmp_path / "ate").iterdir())) > 1  # the actor was killed, another took over

@@ -99,8 +99,8 @@ def test_a_node_that_dies_loses_nothing(hosting, nodes, expected, tmp_path):
 class Waits(Fixed):
     """Before rounds 3 and 5, until the test has done its part after rounds 1 and 3."""
 
-    def __init__(self, setting, folder):
-        super().__init__(setting, setting.quantizer_at(4))
+    def __init__(self, context, folder):
+        super().__init__(context, context.quantizer_at(4))
         self.folder = folder
 
     def plan(self, state, round, cohort):
@@ -124,7 +124,7 @@ def test_a_node_that_joins_is_used(hosting, nodes, tmp_path):
                 nodes.add_node(num_cpus=1)
             (tmp_path / str(round + 2)).touch()
 
-    own = {"strategy": lambda setting: Waits(setting, tmp_path)}
+    own = {"strategy": lambda context: Waits(context, tmp_path)}
     found = run(tmp_path, f"clients.hosting={hosting}", watch=look, **own)
     assert len(seen) == 2 and len(seen[0]) == 1 and seen[1] == ([1, 2] if hosting == "packed" else [4, 5])
     assert found == run(tmp_path / "serial", "clients.hosting=serial", **own)

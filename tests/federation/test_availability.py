@@ -16,7 +16,7 @@ from fedlq_ray import Config, ConfigError, FedLQError, resume, simulate
 from fedlq_ray.federation.availability import Always, Daily, Intervals, availability, merged
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Workplace
+from fedlq_ray.federation.task import Worker
 from fedlq_ray.runs.checkpoint import pack, unpack
 from fedlq_ray.strategies import make
 from fedlq_ray.sweeps.reclock import reclockable
@@ -284,7 +284,7 @@ def test_what_holds_for_any_intervals_also_after_a_resume(chosen, at, random):
             else:
                 assert start_s + compute_s <= leaves_s * (1 + 1e-12)
     saved = None
-    strategy = make(Workplace(task).setting)
+    strategy = make(Worker(task).context)
     for step in run(task, strategy, Untrained(task, lambda n: random.randrange(n)), begin(task, strategy), Timing()):
         if step.state.round == at + 1:
             step.settle()

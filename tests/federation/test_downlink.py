@@ -10,7 +10,7 @@ from fedlq_ray import ConfigError, simulate
 from fedlq_ray.config.load import load
 from fedlq_ray.federation.downlink import Downlink
 from fedlq_ray.federation.record import Record
-from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.federation.task import Worker, prepare
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -19,9 +19,9 @@ LINKS = {0: 1000.0, 1: 2000.0, 2: 100_000.0}
 
 
 def downlink(bits, cap_bits=4.0):
-    place = Workplace(prepare(load(None, QUICK)))
-    weights = place.model.storage.clone()
-    return Downlink(place.setting, bits, cap_bits, weights, place.broadcast_size()), weights, place.broadcast_size()
+    worker = Worker(prepare(load(None, QUICK)))
+    weights = worker.model.storage.clone()
+    return Downlink(worker.context, bits, cap_bits, weights, worker.broadcast_size()), weights, worker.broadcast_size()
 
 
 def moved(weights, seed=0, by=0.1):
@@ -30,15 +30,18 @@ def moved(weights, seed=0, by=0.1):
 
 def test_whole_models_are_exact_and_always_cost_the_same():
     sent, weights, whole = downlink(None)
-    for offer in sent.offer({}, weights, LINKS, 0).values():
-        assert offer.model is weights and offer.num_bytes == whole
+    for download in sent.download({}, weights, LINKS, 0).values():
+        assert download.model is weights and download.num_bytes == whole
 
 
 def test_every_link_is_busy_for_as_long_as_the_slowest():
     sent, weights, _ = downlink(0.5)
     # The initial weights come from the seed.
-    assert all(offer.num_bytes == 0 and offer.model is weights for offer in sent.offer({}, weights, LINKS, 0).values())
-    offers, d = sent.offer({}, moved(weights), LINKS, 1), len(weights)
+    assert all(
+        download.num_bytes == 0 and download.model is weights
+        for download in sent.download({}, weights, LINKS, 0).values()
+    )
+    offers, d = sent.download({}, moved(weights), LINKS, 1), len(weights)
     for client, bits in ((0, 0.5), (1, 1.0), (2, 4.0)):
         assert 0.9 * bits * d / 8 < offers[client].num_bytes <= bits * d / 8
     losses = [float((offers[c].model - moved(weights)).norm()) for c in LINKS]
@@ -49,19 +52,19 @@ def test_only_what_is_fetched_is_held_and_what_coding_loses_is_sent_later():
     sent, weights, _ = downlink(0.5)
     goal, gaps, held = moved(weights), [], {}
     for round in range(1, 30):
-        offers = sent.offer(held, goal, LINKS, round)
+        offers = sent.download(held, goal, LINKS, round)
         held = {0: offers[0].model}
         gaps.append(float((goal - offers[0].model).norm()))
     assert gaps[:8] == sorted(gaps[:8], reverse=True) and gaps[-1] < 0.01 * gaps[0]
-    again = sent.offer(held, goal, LINKS, 1)[1]  # never fetched
-    assert torch.equal(again.model, downlink(0.5)[0].offer({}, goal, LINKS, 1)[1].model)
-    assert sent.offer(held, offers[0].model, {0: 1.0}, 30)[0].num_bytes == 0  # it has just that
+    again = sent.download(held, goal, LINKS, 1)[1]  # never fetched
+    assert torch.equal(again.model, downlink(0.5)[0].download({}, goal, LINKS, 1)[1].model)
+    assert sent.download(held, offers[0].model, {0: 1.0}, 30)[0].num_bytes == 0  # it has just that
 
 
 def test_the_whole_model_is_sent_where_that_is_less():
     sent, weights, whole = downlink(32.0, 32.0)
-    offers = sent.offer({}, moved(weights), LINKS, 1)
-    assert all(offer.num_bytes <= whole for offer in offers.values())
+    offers = sent.download({}, moved(weights), LINKS, 1)
+    assert all(download.num_bytes <= whole for download in offers.values())
 
 
 @pytest.mark.parametrize("payload", ["update", "model"])

@@ -9,7 +9,7 @@ from untrained import arrived, records_of, timed_task
 from fedlq_ray.federation.durations import Durations, sizes_of
 from fedlq_ray.federation.selection import Asking, chosen
 from fedlq_ray.federation.selections import Fastest
-from fedlq_ray.federation.task import Workplace
+from fedlq_ray.federation.task import Worker
 
 
 def linked(seconds, uplinks, *overrides):
@@ -37,7 +37,7 @@ def test_sizes_are_those_of_the_last_flights_that_arrived():
     assert sizes_of([], (7.0, 8.0)) == (7.0, 8.0)
     came = [arrived(task, 0, 1.0, b"x" * 10), arrived(task, 1, 1.0, b"x" * 30)]
     assert sizes_of(came, (7.0, 8.0)) == (20.0, 0.0)
-    whole = Workplace(task).broadcast_size()
+    whole = Worker(task).broadcast_size()
     assert Durations(task).initial == (whole, whole)
 
 

@@ -17,7 +17,7 @@ from fedlq_ray.federation.host import Answer
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.selection import draw
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Job, Workplace, prepare
+from fedlq_ray.federation.task import Job, Worker, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import Float32, Segment, Sign, decode, encode
 from fedlq_ray.runs.checkpoint import pack, unpack
@@ -97,8 +97,8 @@ class Federation(RuleBasedStateMachine):
         self.before = self.start.weights
 
     def run(self, host, saved=None):
-        place = Workplace(TASK)
-        strategy = make(place.setting)
+        worker = Worker(TASK)
+        strategy = make(worker.context)
         self.start = begin(TASK, strategy)
         if saved:
             self.start = ServerState.from_snapshot(saved, self.start, TASK)
@@ -201,8 +201,8 @@ class Damaging(SerialHost):
 @pytest.mark.parametrize("policy", ["fail", "skip_client"])
 def test_a_refused_payload_is_named_or_its_client_is_skipped(policy):
     task = prepare(load(None, [*SETTINGS, f"clients.on_failure={policy}", "rounds=1", "clients.dropout=0"]))
-    place = Workplace(task)
-    strategy = make(place.setting)
+    worker = Worker(task)
+    strategy = make(worker.context)
     rounds = run(task, strategy, Damaging(task), begin(task, strategy), Timing())
     cohort = draw(task, 0)
     if policy == "fail":
@@ -215,7 +215,7 @@ def test_a_refused_payload_is_named_or_its_client_is_skipped(policy):
 
 def test_a_round_without_error_feedback_leaves_memories_alone():
     host = SerialHost(TASK)
-    weights = host.place.initial_weights()
+    weights = host.worker.initial_weights()
     plan = Plan("update", (Segment(Sign(), 0, len(weights)),), True)
     for feedback in (True, False):
         job = Job(0, 0, replace(plan, error_feedback=feedback), 16)

@@ -14,7 +14,7 @@ from fedlq_ray import ClientError, ConfigError, FedLQError, simulate
 from fedlq_ray.config.load import load, merge
 from fedlq_ray.federation import rounds, server
 from fedlq_ray.federation.server import Moments
-from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.federation.task import Worker, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs import simulation
 from fedlq_ray.strategies import STRATEGIES, Strategy, make
@@ -58,7 +58,7 @@ def test_every_strategy_runs_and_its_bytes_are_those_of_the_payloads(name, paylo
     bits = ["strategy.bits=2.5"] if name in ("uniform", "eden", "ecsq") else []
     own = [f"strategy.name={name}", f"strategy.payload={payload}", "train.local_epochs=1", *bits]
     task = prepare(merge({"strategy": {"name": "fedlq", "probe_samples": 32}}, [*QUICK, *own]))
-    host, strategy = Weighing(task), make(Workplace(task).setting)
+    host, strategy = Weighing(task), make(Worker(task).context)
     before = 0.0
     for step in rounds.run(task, strategy, host, rounds.begin(task, strategy), rounds.Timing()):
         record = step.record
@@ -151,11 +151,11 @@ def test_divergence_names_round_client_and_layer_and_keeps_what_was_done():
 
 
 class EightBits(Strategy):
-    def __init__(self, setting):
-        self.setting = setting
+    def __init__(self, context):
+        self.context = context
 
     def plan(self, state, round, cohort):
-        return {m.client: self.setting.at_levels([8] * len(self.setting.quantized)) for m in cohort}
+        return {m.client: self.context.at_levels([8] * len(self.context.quantized)) for m in cohort}
 
 
 class Weighted(EightBits):
@@ -288,9 +288,9 @@ def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(opt
     heard, probed = [], []
 
     class Hears(STRATEGIES["fedlq"]):
-        def learn(self, seen, round, news):
-            heard.append(news.update)
-            return super().learn(seen, round, news)
+        def learn(self, seen, round, result):
+            heard.append(result.update)
+            return super().learn(seen, round, result)
 
     class Probes(SerialHost):
         def probe(self, probe, base, sent, round):
@@ -299,14 +299,14 @@ def test_strategies_and_probes_have_the_mean_update_and_not_the_servers_step(opt
 
     quick = ["train.local_epochs=1", "strategy.probe_every=1", "strategy.probe_samples=32"]
     task = prepare(load(None, [*QUICK, *quick, "rounds=4", f"server.{optimizer}"]))
-    place = Workplace(task)
+    worker = Worker(task)
 
     def steps(state=None):
-        strategy = make(place.setting, Hears)
+        strategy = make(worker.context, Hears)
         state = state or rounds.begin(task, strategy)
         return list(rounds.run(task, strategy, Probes(task), state, rounds.Timing()))
 
-    weights, moments = place.model.storage.clone(), Moments()
+    weights, moments = worker.model.storage.clone(), Moments()
     whole = steps()
     for update in heard:
         step, moments = server.step(task.config.server, moments, update)
@@ -330,8 +330,8 @@ def test_ef21_clients_and_server_hold_the_same_whoever_drops_out_or_is_late(late
     settings = ["strategy.error_feedback=ef21", "clients.dropout=0.4", "clients.profiles=thin", "train.adaptive_work=2"]
     deadline = ["strategy.budget=deadline", "strategy.deadline_s=0.15", f"strategy.late={late}", "rounds=6"]
     task = prepare(load(None, [*QUICK, *settings, *deadline]))
-    place = Workplace(task)
-    host, strategy = SerialHost(task), make(place.setting)
+    worker = Worker(task)
+    host, strategy = SerialHost(task), make(worker.context)
     state = rounds.begin(task, strategy)
     steps = list(rounds.run(task, strategy, host, state, rounds.Timing()))
     answered = {client for step in steps for client in step.record.answered}

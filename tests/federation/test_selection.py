@@ -15,7 +15,7 @@ from fedlq_ray.federation import rounds
 from fedlq_ray.federation.selection import Asking, Selection, chosen
 from fedlq_ray.federation.selections import SELECTIONS, Explored, Oort, PowerOfChoice, selection_of
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Workplace
+from fedlq_ray.federation.task import Worker
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.runs.checkpoint import pack, unpack
 from fedlq_ray.strategies import make
@@ -55,7 +55,7 @@ def test_a_run_that_is_resumed_asks_the_same_clients(name, steps):
     task = timed_task(
         [1.0, 2.5, 1.5, 4.0, 3.0, 2.0], "clients.cohort=3", *steps, f"clients.selection={name}", "rounds=30"
     )
-    records, strategy = records_of(task), make(Workplace(task).setting)
+    records, strategy = records_of(task), make(Worker(task).context)
     for step in rounds.run(task, strategy, Untrained(task), rounds.begin(task, strategy), rounds.Timing()):
         if step.state.round == 25:
             step.settle()
@@ -74,7 +74,7 @@ def test_a_run_that_trains_and_is_resumed_after_any_step_has_the_same_records(na
     task = timed_task([0.1, 0.25, 0.15, 0.4, 0.3, 0.2, 0.35], *settings)
     if name == "tifl":  # so that it looks often
         task = with_selection(task, name, tiers=3, interval=2, credits=4)
-    strategy = make(Workplace(task).setting)
+    strategy = make(Worker(task).context)
     records, saved = [], []
     for step in rounds.run(task, strategy, SerialHost(task), rounds.begin(task, strategy), rounds.Timing()):
         step.settle()

@@ -15,7 +15,7 @@ from fedlq_ray.config.load import load
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.federation.rounds import Timing, begin, run
 from fedlq_ray.federation.state import ServerState
-from fedlq_ray.federation.task import Workplace
+from fedlq_ray.federation.task import Worker
 from fedlq_ray.runs.checkpoint import pack, unpack
 from fedlq_ray.strategies import make
 
@@ -104,7 +104,7 @@ def test_asynchronous_clients_fly_on_over_a_deadline():
 def test_what_is_stale_counts_less_and_shares_are_not_scaled_up():
     task = timed_task([1.0, 2.5], "server.buffer=1", "server.max_staleness=null", "rounds=3")
     steps = steps_of(task)
-    before = [begin(task, make(Workplace(task).setting)), *[step.state for step in steps]]
+    before = [begin(task, make(Worker(task).context)), *[step.state for step in steps]]
     moved = [steps[i].state.weights - before[i].weights for i in (0, 2)]
     assert float(moved[0].mean()) == pytest.approx(1e-3, rel=1e-4)
     assert float(moved[1].mean()) == pytest.approx(2e-3 * 3**-0.5, rel=1e-4)  # two steps old
@@ -191,7 +191,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_and_trains_no_flight_again
     task = air(chosen)
     if task is None:
         return
-    records, strategy = records_of(task), make(Workplace(task).setting)
+    records, strategy = records_of(task), make(Worker(task).context)
     host, saved = Untrained(task, lambda n: random.randrange(n)), None
     for step in run(task, strategy, host, begin(task, strategy), Timing()):
         if step.state.round == at + 1:

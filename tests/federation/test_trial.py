@@ -305,12 +305,12 @@ def drawn_data():
 class Drawing(Strategy):
     """Draws each round's level from the global generators."""
 
-    def __init__(self, setting) -> None:
-        self.setting = setting
+    def __init__(self, context) -> None:
+        self.context = context
 
     def plan(self, state, round, cohort):
         level = random.choice([2, 4, 8]) if np.random.random() < 0.5 else 3
-        return {m.client: self.setting.at_levels([level] * len(self.setting.quantized)) for m in cohort}
+        return {m.client: self.context.at_levels([level] * len(self.context.quantized)) for m in cohort}
 
 
 def test_global_generators_of_numpy_and_python_give_the_same_run_and_are_left_alone(tmp_path):

@@ -156,10 +156,10 @@ from fedlq_ray.quantization import MinMax
 from fedlq_ray.strategies import Strategy
 
 class Five(Strategy):
-    def __init__(self, setting):
-        self.setting = setting
+    def __init__(self, context):
+        self.context = context
     def plan(self, state, round, cohort):
-        return {m.client: self.setting.at_levels([5] * len(self.setting.quantized)) for m in cohort}
+        return {m.client: self.context.at_levels([5] * len(self.context.quantized)) for m in cohort}
 
 def data():
     x = np.random.default_rng(0).standard_normal((300, 6))

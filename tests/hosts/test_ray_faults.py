@@ -19,7 +19,7 @@ from fedlq_ray.config.load import load
 from fedlq_ray.errors import ClientError, FedLQError
 from fedlq_ray.federation import rounds
 from fedlq_ray.federation.events import Hosting, Restarted, Resumed, RoundDone
-from fedlq_ray.federation.task import Parts, Workplace, prepare
+from fedlq_ray.federation.task import Parts, Worker, prepare
 from fedlq_ray.hosts.ray import hosting as on_ray
 from fedlq_ray.hosts.ray.pool import Pool
 from fedlq_ray.quantization import MinMax
@@ -43,9 +43,9 @@ def run(*overrides, **given):
 def records(*overrides, hosting="packed", strategy=None, **given):
     """One after another, of a run whose driver is this process."""
     task = prepare(load(None, [*QUICK, *overrides, f"clients.hosting={hosting}"]), Parts(**given))
-    place = Workplace(task)
+    worker = Worker(task)
     host = on_ray.RayHost(Pool(task, hosting))
-    made = make(place.setting, strategy)
+    made = make(worker.context, strategy)
     for step in rounds.run(task, made, host, rounds.begin(task, made), rounds.Timing()):
         yield step.record
 
@@ -160,11 +160,11 @@ class Choice:
 class Picky(Strategy):
     """Client 3 fails whenever it takes part."""
 
-    def __init__(self, setting):
-        self.setting = setting
+    def __init__(self, context):
+        self.context = context
 
     def plan(self, state, round, cohort):
-        segments = self.setting.segments([self.setting.quantizer_at(4)] * len(self.setting.quantized))
+        segments = self.context.segments([self.context.quantizer_at(4)] * len(self.context.quantized))
         return {m.client: Plan("update", Choice(segments, m.client, 3)) for m in cohort}
 
 

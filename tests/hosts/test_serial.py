@@ -15,7 +15,7 @@ SETTINGS = ["clients.count=4", "clients.cohort=4", "train.max_samples=16", "trai
 def host_and_jobs(*overrides):
     task = prepare(load(None, [*SETTINGS, *overrides]))
     host = SerialHost(task)
-    weights = host.place.initial_weights()
+    weights = host.worker.initial_weights()
     plan = Plan("update", (Segment(Float32(), 0, len(weights)),))
     return host, weights, [Job(0, client, plan, 16) for client in range(4)]
 
@@ -40,7 +40,7 @@ def test_a_client_that_fails_is_tried_again_and_then_skipped_or_the_end(policy, 
         tried.append(job.client)
         raise ClientError("it fails", round=job.round, client=job.client)
 
-    monkeypatch.setattr(host.place, "train", fails)
+    monkeypatch.setattr(host.worker, "train", fails)
     host.submit(jobs[3], weights, None)
     if policy == "fail":
         with pytest.raises(ClientError, match="^round 0, client 3: it fails"):

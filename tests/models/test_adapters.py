@@ -14,7 +14,7 @@ from ray import cloudpickle
 from fedlq_ray import resume, simulate
 from fedlq_ray.config.load import load
 from fedlq_ray.federation import cohorts
-from fedlq_ray.federation.task import Job, Parts, Task, Workplace, prepare
+from fedlq_ray.federation.task import Job, Parts, Task, Worker, prepare
 from fedlq_ray.quantization import Float32, Segment
 from fedlq_ray.training.local import Plan
 
@@ -68,10 +68,10 @@ def test_uplink_bytes_are_the_adapters_and_their_headers(settings, bodies, tmp_p
 def digest(task):
     """The frozen parameters' digest, computed again after a client has trained."""
     size = sum(layer.size for layer in task.layers)
-    place, plan = Workplace(task), Plan("update", (Segment(Float32(), 0, size),))
+    worker, plan = Worker(task), Plan("update", (Segment(Float32(), 0, size),))
     samples = cohorts.base_work(task, len(task.shards[0]))
-    reply, _ = place.train(Job(0, 0, plan, samples), place.initial_weights(), None)
-    return Task.frozen_digest.func(dataclasses.replace(task, module=place.model.module)), reply.moved
+    reply, _ = worker.train(Job(0, 0, plan, samples), worker.initial_weights(), None)
+    return Task.frozen_digest.func(dataclasses.replace(task, module=worker.model.module)), reply.moved
 
 
 def test_the_base_is_the_same_bytes_in_every_process():

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedlq_ray import simulate
 from fedlq_ray.federation.events import Prepared
-from fedlq_ray.federation.task import Parts, Workplace, prepare
+from fedlq_ray.federation.task import Parts, Worker, prepare
 from fedlq_ray.runs.ceiling import Quantiles, ceiling
 
 HEADER = "uplink_mbps,downlink_mbps,latency_ms,compute_gflops\n"
@@ -23,7 +23,7 @@ def two(tmp_path, *rows, **sections):
 
 def test_ratios_and_the_gain_by_hand(tmp_path):
     task = two(tmp_path, "1,9,50,0.001", "0.5,9,0,0.004")
-    size = Workplace(task).broadcast_size()
+    size = Worker(task).broadcast_size()
     samples = [len(shard) * task.config.train.local_epochs for shard in task.shards]
     computes = [task.flops * samples[0] / 1e6, task.flops * samples[1] / 4e6]
     uploads = [0.05 + 8 * size / 1e6, 8 * size / 0.5e6]

@@ -9,7 +9,7 @@ import tiny
 
 import fedlq_ray
 from fedlq_ray import ConfigError, simulate
-from fedlq_ray.federation.task import Workplace, prepare
+from fedlq_ray.federation.task import Worker, prepare
 from fedlq_ray.runs.ceiling import rules_of, walk
 from fedlq_ray.runs.forecast import Trial, memory_bytes, wall_s
 from fedlq_ray.strategies import make
@@ -83,7 +83,7 @@ def test_memory_counts_what_each_client_keeps():
 
 def test_wall_time_by_hand():
     task = prepare(tiny.config(rounds=6, evaluate_every=4, strategy={"name": "uniform"}))
-    rules = rules_of(task, make(Workplace(task).setting))
+    rules = rules_of(task, make(Worker(task).context))
     steps = walk(rules, lambda job: 100)
     trained = sum(e.flight.job.samples for step in steps for e in step.ended)
     # Six rounds of four clients, and evaluations after the fourth round and after the last.

@@ -347,7 +347,7 @@ def test_an_array_changed_in_place(tmp_path: Path) -> None:
 
         def plan(self, counts: Any, round: int, cohort: Any) -> Any:
             counts[0] += 1
-            return {m.client: self.setting.at_levels([int(counts[0])] * len(self.setting.quantized)) for m in cohort}
+            return {m.client: self.context.at_levels([int(counts[0])] * len(self.context.quantized)) for m in cohort}
 
     def settings(name: str) -> configuration.Config:
         return configuration.load(None, [*SMALL, "checkpoint.every_rounds=null", f"out={tmp_path / name}"])
@@ -364,7 +364,7 @@ def test_an_array_changed_in_place(tmp_path: Path) -> None:
 
 def test_strategy_that_forgets(tmp_path: Path) -> None:
     class Forgetful(BY_NAME["uniform"]):  # type: ignore[valid-type,misc]
-        def learn(self, state: None, round: int, news: object) -> None:
+        def learn(self, state: None, round: int, result: object) -> None:
             self.seen = round
 
     with pytest.raises(FedLQError, match=r"Forgetful changes its attribute seen during a run"):

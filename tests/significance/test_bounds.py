@@ -13,7 +13,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax, Qsgd
 from fedlq_ray.significance.bounds import Problem, convergence_bound, fedpaq_bound, mean_error, worst_case_bound
 from fedlq_ray.significance.error_factors import minmax_error, minmax_q, plan_q, qsgd_q
-from fedlq_ray.strategies import Member, Setting
+from fedlq_ray.strategies import Member, StrategyContext
 from fedlq_ray.strategies.base import by_samples
 from fedlq_ray.strategies.fedlq import FedLQ
 
@@ -248,7 +248,7 @@ def test_it_is_evaluated_for_the_plans_of_a_strategy_and_more_bytes_never_loosen
     for seconds in (0.21, 0.23, 0.25, 0.3, 0.32):
         members = [Member(i, int(100 * p), 0.2, 1000.0 * (i + 1)) for i, p in enumerate(shares)]
         config = strategy_config(budget="deadline", deadline_s=seconds, levels=(3, 4, 6, 8))
-        fedlq = FedLQ(Setting(config, layers, seed=0))
+        fedlq = FedLQ(StrategyContext(config, layers, seed=0))
         plans = fedlq.plan(fedlq.init(), 0, members)
         q = plan_q([plans[m.client] for m in members])
         worst.append(

@@ -27,7 +27,7 @@ from fedlq_ray.significance.metrics import (
     squared_error,
     taylor,
 )
-from fedlq_ray.strategies import Setting
+from fedlq_ray.strategies import StrategyContext
 from fedlq_ray.strategies.fedlq import FedLQ
 
 QUANTIZERS = (MinMax(1), MinMax(3), Float32())
@@ -261,7 +261,7 @@ def test_fedlq_runs_with_it(metric, tmp_path, monkeypatch):
 
 def test_fedlq_probes_with_the_quantizers_of_its_levels():
     layers = evidence().model.layers
-    strategy = FedLQ(Setting(strategy_config(levels=(2, 32), metric="fisher"), layers, seed=0))
+    strategy = FedLQ(StrategyContext(strategy_config(levels=(2, 32), metric="fisher"), layers, seed=0))
     probe = strategy.probe(strategy.init(), 1)
     assert probe.quantizers == (MinMax(2), Float32()) and probe.metric == "fisher"
 

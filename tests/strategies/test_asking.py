@@ -11,11 +11,11 @@ from fedlq_ray.strategies import Strategy
 
 
 class Plain(Strategy):
-    def __init__(self, setting) -> None:
-        self.setting = setting
+    def __init__(self, context) -> None:
+        self.context = context
 
     def plan(self, state, round, cohort):
-        return {m.client: self.setting.at_levels([4] * len(self.setting.quantized)) for m in cohort}
+        return {m.client: self.context.at_levels([4] * len(self.context.quantized)) for m in cohort}
 
 
 def run(tmp_path, strategy):

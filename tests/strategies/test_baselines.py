@@ -18,7 +18,7 @@ from fedlq_ray.models import Layer
 from fedlq_ray.quantization import MinMax
 from fedlq_ray.quantization.finegrained import FineGrained
 from fedlq_ray.quantization.wire import encode
-from fedlq_ray.strategies import STRATEGIES, Member, News, Setting, make
+from fedlq_ray.strategies import STRATEGIES, Member, RoundResult, StrategyContext, make
 from fedlq_ray.strategies.adagq import AdaGQ, equalised, levels_of
 from fedlq_ray.strategies.adaquantfl import AdaQuantFL
 from fedlq_ray.strategies.budgets import RATES, budgets, bytes_at_levels, bytes_at_rate
@@ -35,10 +35,10 @@ LAYERS = (Layer("a", 0, 100), Layer("b", 100, 500), Layer("c", 500, 1300), Layer
 ALL = (AdaQuantFL, DAdaQuant, FedDQ, AdaGQ, FedHQ, FedMPQ, FedFQ, LGreCo, Kimad)
 
 
-def setting(made=None, **config):
+def context(made=None, **config):
     """Of a strategy, or of one that reads every setting."""
     name = next((name for name, kind in STRATEGIES.items() if kind is made), config.pop("name", "own:any"))
-    return Setting(strategy_config(name=name, **config), LAYERS, seed=0)
+    return StrategyContext(strategy_config(name=name, **config), LAYERS, seed=0)
 
 
 def cohort(rates=(500.0, 1000.0, 4000.0), samples=(10, 20, 70), fixed=(1.0, 1.0, 1.0)):
@@ -52,8 +52,8 @@ def vector(seed=0, scales=(1.0, 0.1, 0.02)):
     return x
 
 
-def news(loss=1.0, update=None, seconds=1.0):
-    return News(None, vector() if update is None else update, torch.ones(1310), loss, seconds)
+def result(loss=1.0, update=None, seconds=1.0):
+    return RoundResult(None, vector() if update is None else update, torch.ones(1310), loss, seconds)
 
 
 def segments(plan, x):
@@ -71,7 +71,7 @@ def levels(plan, x=None):
 
 @pytest.mark.parametrize("made", ALL)
 def test_plans_cover_the_vector_and_what_changes_pickles(made):
-    strategy, x = Kept(made(setting(made))), vector()
+    strategy, x = Kept(made(context(made))), vector()
     for round in range(25):
         plans = strategy.plan(round, cohort())
         assert set(plans) == {0, 3, 6}
@@ -80,26 +80,26 @@ def test_plans_cover_the_vector_and_what_changes_pickles(made):
             assert [pieces[0].start, *[p.stop for p in pieces]] == [0, 100, 500, 1300, 1310]
             assert payload(plan, x) == payload(plan, x)
         assert sum(shares_of(cohort(), [p.weight for p in plans.values()])) == pytest.approx(1)
-        strategy.learn(round, news(1 / (round + 1), vector(round)))
+        strategy.learn(round, result(1 / (round + 1), vector(round)))
         copy = pickle.loads(pickle.dumps(strategy))
         again, here = copy.plan(round + 1, cohort()), strategy.plan(round + 1, cohort())
         assert all(payload(again[c], x) == payload(here[c], x) for c in here)
     # A round that nobody answered, and one whose update is zero, change nothing for the worse.
-    strategy.learn(25, news(None, torch.zeros(1310)))
+    strategy.learn(25, result(None, torch.zeros(1310)))
     for round in range(26, 50):
         strategy.plan(round, cohort())
-        strategy.learn(round, news(0.0, torch.zeros(1310), 0.0))
+        strategy.learn(round, result(0.0, torch.zeros(1310), 0.0))
     assert payload(strategy.plan(50, cohort())[0], torch.zeros(1310))
 
 
 @pytest.mark.parametrize("made", [FedHQ, FedMPQ, LGreCo])
 def test_those_that_learn_levels_from_updates_refuse_models(made):
     with pytest.raises(ConfigError, match="payload"):
-        made(setting(made, payload="model"))
+        made(context(made, payload="model"))
 
 
 def test_budgets_by_hand():
-    s = setting()
+    s = context()
     # 4 bits: header 18; 3 layers of 9 + 9 bytes and d/2; a buffer of 9 + 40.
     assert bytes_at_levels(s, 4) == 18 + 3 * 18 + 1300 / 2 + 49
     assert bytes_at_levels(s, 4.5) == bytes_at_levels(s, 4) + 0.5 * 1300 / 8
@@ -114,7 +114,7 @@ def test_budgets_by_hand():
 
 
 def test_the_floor_and_the_cap_that_cost_least_in_time_and_bytes():
-    s, members = setting(), cohort((500.0, 5000.0, 5000.0), (10, 10, 10))
+    s, members = context(), cohort((500.0, 5000.0, 5000.0), (10, 10, 10))
     at = partial(bytes_at_rate, s)
 
     def limits(noise, cost=1.0, members=members, round=0, **changes):
@@ -146,28 +146,28 @@ def test_the_floor_and_the_cap_that_cost_least_in_time_and_bytes():
 
 
 def test_adaquantfl_raises_levels_by_the_root_of_the_loss():
-    strategy = Kept(AdaQuantFL(setting(AdaQuantFL), s0=2, s_max=50))
+    strategy = Kept(AdaQuantFL(context(AdaQuantFL), s0=2, s_max=50))
     seen = []
     for loss in (2.0, 0.5, 0.4, None, 0.0, 2.0):
         quantizer = strategy.plan(0, cohort())[0].segments[0].quantizer
         seen.append(quantizer.levels)
         assert (quantizer.bucket, quantizer.norm) == (None, "l2")
-        strategy.learn(0, news(loss))
+        strategy.learn(0, result(loss))
     # ceil(2 sqrt(2 / F)): F = 2 gives 2, .5 gives 4, .4 gives ceil(4.47), 0 gives the most that is allowed.
     assert [*seen, strategy.levels] == [2, 2, 4, 5, 5, 50, 2]
 
 
 def test_scope_model_takes_one_norm_for_all_layers():
     for made in (AdaQuantFL, DAdaQuant, FedFQ):
-        pieces = made(setting(made, scope="model")).plan(made(setting(made)).init(), 0, cohort())[0].segments
+        pieces = made(context(made, scope="model")).plan(made(context(made)).init(), 0, cohort())[0].segments
         assert [(p.start, p.stop) for p in pieces] == [(0, 1300), (1300, 1310)]
 
 
 def test_dadaquant_doubles_when_the_running_loss_stalls():
-    strategy = Kept(DAdaQuant(setting(DAdaQuant), q_min=1, q_max=4, psi=0.5, phi=3))
+    strategy = Kept(DAdaQuant(context(DAdaQuant), q_min=1, q_max=4, psi=0.5, phi=3))
     seen = []
     for loss in (4.0, 2.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0):
-        strategy.learn(0, news(loss))
+        strategy.learn(0, result(loss))
         seen.append(strategy.q)
     # G: 4, 3, 2, 2.5, 2.75, 2.875, ... G_4 = 2.5 < G_2 = 3, but G_5 = 2.75 >= G_3 = 2: doubled after the fifth; then
     # three rounds at least: after the eighth G rises still; then 4 is the most.
@@ -193,12 +193,12 @@ def test_feddq_bits_follow_the_range():
     x = torch.zeros(1310)
     x[0], x[1] = -0.03, 0.04  # range .07: 3.8 bits
     x[100] = 1.0  # 7.6 bits; the third layer is constant
-    assert levels(FedDQ(setting(FedDQ)).plan(None, 0, cohort())[0], x) == [4, 8, 1]
-    assert levels(FedDQ(setting(FedDQ), resolution=0.05).plan(None, 0, cohort())[0], x) == [1, 5, 1]
+    assert levels(FedDQ(context(FedDQ)).plan(None, 0, cohort())[0], x) == [4, 8, 1]
+    assert levels(FedDQ(context(FedDQ), resolution=0.05).plan(None, 0, cohort())[0], x) == [1, 5, 1]
 
 
 def test_adagq_equalises_the_finish():
-    s = setting()
+    s = context()
     each = (bytes_at_levels(s, 8) - bytes_at_levels(s, 1)) / 7
     rest = bytes_at_levels(s, 1) - each
     # Slow and fast with the bits 2 and 6: the same second by making the fast one's compute fill the difference.
@@ -213,26 +213,26 @@ def test_adagq_equalises_the_finish():
 
 
 def test_adagq_halves_or_doubles_and_follows_the_norm():
-    strategy = Kept(AdaGQ(setting(AdaGQ), s0=60.0, lam=8.0))
+    strategy = Kept(AdaGQ(context(AdaGQ), s0=60.0, lam=8.0))
     one = torch.zeros(1310)
     one[0] = 1.0
     assert [levels_of(strategy.state, r) for r in range(4)] == [60, 30, 60, 60]
     # Round 0 (60 levels) brings 2.0 -> 1.5 in 1 s; round 1 (30) brings 1.5 -> 1.2 in .5 s: .5 against .6 a second.
     for r, (loss, seconds) in enumerate([(2.0, 1.0), (1.5, 0.5), (1.2, 1.0)]):
-        strategy.learn(r, news(loss, one, seconds))
+        strategy.learn(r, result(loss, one, seconds))
     assert strategy.s == 30  # the first norm has nothing to be compared with
     # Now 30 brings .4 in 1 s, 15 brings .1 in .5 s; the norm has doubled twice: 2 x 30 + 8 x 2.
     for r, (loss, seconds) in enumerate([(1.0, 1.0), (0.6, 0.5), (0.5, 1.0)], start=3):
-        strategy.learn(r, news(loss, 4 * one, seconds))
+        strategy.learn(r, result(loss, 4 * one, seconds))
     assert strategy.s == 76
     # A round that nobody answered leaves its cycle undecided.
     for r, loss in enumerate([1.0, None, 0.1], start=6):
-        strategy.learn(r, news(loss, one))
+        strategy.learn(r, result(loss, one))
     assert strategy.s == 76
 
 
 def test_fedhq_gives_levels_by_budget_and_weights_by_error():
-    s = setting(floor_bits=2.0, cap_bits=8.0)
+    s = context(floor_bits=2.0, cap_bits=8.0)
     strategy = Kept(FedHQ(s))
     plans = strategy.plan(0, cohort())
     # Bytes at b bits: 121 + 162.5 b (a layer's are whole: 13, 50, 100 a bit). Budgets 446, 892, 1421: 2, 4 (of 1, 2, 3,
@@ -240,7 +240,7 @@ def test_fedhq_gives_levels_by_budget_and_weights_by_error():
     assert [levels(plans[c])[0] for c in (0, 3, 6)] == [2, 4, 8]
     assert shares_of(cohort(), [plan.weight for plan in plans.values()]) == pytest.approx([0.1, 0.2, 0.7])
     x = vector()
-    strategy.learn(0, news(update=x))
+    strategy.learn(0, result(update=x))
     for bits, q in strategy.errors.items():
         # The worst of stochastic rounding is step^2 / 4 on average; one draw over 1300 elements stays far below step^2.
         pieces = [x[layer.start : layer.stop].double() for layer in LAYERS[:3]]
@@ -258,12 +258,12 @@ def test_fedhq_gives_levels_by_budget_and_weights_by_error():
 
 def test_fedmpq_counts_planes_and_fits_budgets():
     assert [planes(p, 8.0) for p in (8.0, 4.1, 4.0, 1.0, 8 / 2**20, 0.0)] == [8, 8, 7, 5, 1, 1]
-    s = setting()
+    s = context()
     strategy = Kept(FedMPQ(s))
     assert strategy.fitted(bytes_at_levels(s, 3) + 1)[1:] == [3, 3]  # nothing learnt: one level; ceilings leave room
     x = torch.zeros(1310)
     x[0], x[100], x[500] = 8.0, -4.0, 1.0  # planes 8, 7, 5; weights d (8 - b + 1): 100, 800, 3200
-    strategy.learn(0, news(update=x))
+    strategy.learn(0, result(update=x))
     sizes = layer_sizes(s, BITS)
     base = s.fixed_size + sum(int(sizes[i, b - 1]) for i, b in enumerate((8, 7, 5)))
     assert strategy.fitted(base) == [8, 7, 5]
@@ -279,7 +279,7 @@ def test_fedmpq_counts_planes_and_fits_budgets():
 
 
 def test_fedfq_sends_its_rate_the_map_included():
-    plan = FedFQ(setting(FedFQ), bits=3.5).plan(None, 0, cohort())[0]
+    plan = FedFQ(context(FedFQ), bits=3.5).plan(None, 0, cohort())[0]
     assert [s.quantizer for s in plan.segments[:3]] == [FineGrained(3.5)] * 3
     # Header 18, a buffer of 49; a layer has 9 + 12 bytes of headers, and 4 pieces that are filled up to bytes.
     assert len(payload(plan, vector())) <= 18 + 49 + 3 * (9 + 12 + 4) + 1300 * 3.5 / 8
@@ -300,13 +300,13 @@ def test_lgreco_finds_the_smallest_that_trying_all_finds(seed):
 
 
 def test_lgreco_costs_less_at_no_more_error_and_adjusts_on_time():
-    s = setting()
+    s = context()
     assert smallest(np.array([[1.0, 0.5]]), np.array([[1, 2]]), 0.1) is None
     assert smallest(np.array([[1.00005, 0.5]]), np.array([[1, 2]]), 1.0) == [1]  # too much by half a bucket is too much
     strategy = Kept(LGreCo(s, bits=4, every=4, window=2))
     for round in range(4):
         assert levels(strategy.plan(round, cohort())[0]) == [4, 4, 4]
-        strategy.learn(round, news(update=vector(round)))
+        strategy.learn(round, result(update=vector(round)))
     chosen = levels(strategy.plan(4, cohort())[0])
     mean = (vector(2) + vector(3)) / 2
     errors = np.sqrt(squared_errors(s, mean, BITS))
@@ -318,7 +318,7 @@ def test_lgreco_costs_less_at_no_more_error_and_adjusts_on_time():
 
 
 def test_kimad_is_the_best_within_a_payload():
-    s = setting(levels=(1, 2, 4, 8))
+    s = context(levels=(1, 2, 4, 8))
     x = vector()
     errors, sizes = squared_errors(s, x, (1, 2, 4, 8)), layer_sizes(s, (1, 2, 4, 8))
     rows = np.arange(3)
@@ -332,7 +332,7 @@ def test_kimad_is_the_best_within_a_payload():
 
 
 def test_kimad_sends_no_more_than_the_link_does_in_time():
-    s, x = setting(levels=(1, 2, 4, 8)), vector()
+    s, x = context(levels=(1, 2, 4, 8)), vector()
     # 2 s less 1 s of compute: 500, 1000 and 4000 bytes, of which 1421 are 8 bits.
     plans = Kimad(s, round_s=2.0).plan(None, 0, cohort())
     sizes = [len(payload(plans[c], x)) for c in (0, 3, 6)]
@@ -345,7 +345,7 @@ def test_kimad_sends_no_more_than_the_link_does_in_time():
 
 
 def test_error_tables_are_those_of_a_slow_loop():
-    s, x = setting(), vector()
+    s, x = context(), vector()
     table = squared_errors(s, x, (3,))
     for row, layer in enumerate(LAYERS[:3]):
         piece = x[layer.start : layer.stop]
@@ -358,7 +358,7 @@ def test_error_tables_are_those_of_a_slow_loop():
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
     members = [SimpleNamespace(client=client, samples=samples) for client, samples in ((0, 10), (3, 20), (6, 70))]
-    strategy = Kept(make(setting(name=name)))
+    strategy = Kept(make(context(name=name)))
 
     def train():
         for round in range(12):
@@ -366,7 +366,7 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
             update = torch.randn(1310, generator=torch.Generator().manual_seed(round))
             strategy.combine(update)
             strategy.probe(round)
-            news = SimpleNamespace(
+            result = SimpleNamespace(
                 measurement=None,
                 update=update,
                 weights=update,
@@ -374,7 +374,7 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
                 noise=1.0,
                 payload_bytes=9e9,
             )
-            strategy.learn(round, news)
+            strategy.learn(round, result)
             strategy.report()
 
     if strategy.timeless:
@@ -386,7 +386,7 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
 
 def test_fedlq_rd_feeds_errors_back_where_models_are_sent():
     for payload, asked, due in (("update", None, False), ("model", None, True), ("model", False, False)):
-        made = make(setting(name="fedlq_rd", payload=payload, error_feedback=asked))
+        made = make(context(name="fedlq_rd", payload=payload, error_feedback=asked))
         assert made.plan(made.init(), 0, cohort())[0].error_feedback == due
 
 
@@ -396,10 +396,10 @@ def test_a_function_that_makes_a_strategy_has_its_class_error_feedback_unless_on
     class Feeding(FedLQRD):
         error_feedback = True
 
-    for given in (Feeding, lambda setting: Feeding(setting)):
+    for given in (Feeding, lambda context: Feeding(context)):
         for asked, due in ((None, True), (False, False), ("ef21", "ef21")):
-            made = make(setting(error_feedback=asked), given)
+            made = make(context(error_feedback=asked), given)
             plan = made.plan(made.init(), 0, cohort())[0]
             assert plan.error_feedback == due
-    plain = make(setting(), lambda setting: Kimad(setting)).plan(None, 0, cohort())[0]
+    plain = make(context(), lambda context: Kimad(context)).plan(None, 0, cohort())[0]
     assert plain.error_feedback is False

@@ -13,7 +13,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import Layer
 from fedlq_ray.quantization import Absent, decode, encode
 from fedlq_ray.significance import Measurement
-from fedlq_ray.strategies import Member, News, Setting, make
+from fedlq_ray.strategies import Member, RoundResult, StrategyContext, make
 from fedlq_ray.strategies.budgets import bytes_at_levels
 
 LAYERS = (Layer("a", 0, 1000), Layer("b", 1000, 1300), Layer("c", 1300, 1310, buffer=True))
@@ -26,12 +26,14 @@ def settings(name, config):
 
 
 def strategy(name="fedlq", **config):
-    return Kept(make(Setting(strategy_config(name=name, **settings(name, config)), LAYERS, seed=0)))
+    return Kept(make(StrategyContext(strategy_config(name=name, **settings(name, config)), LAYERS, seed=0)))
 
 
-def news(levels, error=1.0):
+def result(levels, error=1.0):
     table = np.ones((2, levels)) / 2 ** np.arange(levels)
-    return News(Measurement(table, 0 * table, error * table), torch.full((1310,), 0.1), torch.ones(1310), 1.0, 1.0)
+    return RoundResult(
+        Measurement(table, 0 * table, error * table), torch.full((1310,), 0.1), torch.ones(1310), 1.0, 1.0
+    )
 
 
 @pytest.mark.parametrize("name", ["fedlq", "fedlq_rd", "fedhq", "fedmpq", "kimad"])
@@ -53,7 +55,7 @@ def test_a_floor_by_the_bound_whatever_levels_and_cap(name, config):
     made = strategy(name, floor_bits=None, **config)
     for round in range(3):
         assert set(made.plan(round, COHORT)) == {0, 1}
-        made.learn(round, news(len(config.get("levels", (1, 2, 3, 4, 6, 8)))))
+        made.learn(round, result(len(config.get("levels", (1, 2, 3, 4, 6, 8)))))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_a_floor_by_the_bound_whatever_levels_and_cap(name, config):
 def test_a_round_takes_what_the_slowest_needs_for_the_cheapest_payload(name, config, bits):
     """100,000 parameters at 4 bits take 10 kB/s to 1 + 5 s, by when 20 kB/s and more have sent 8 bits."""
     config = strategy_config(name=name, cap_bits=8, **config)
-    made = Kept(make(Setting(config, (Layer("a", 0, 100_000),), seed=0)))
+    made = Kept(make(StrategyContext(config, (Layer("a", 0, 100_000),), seed=0)))
     plans = made.plan(0, [Member(i, 10, 1.0, 1e4 * (i + 1)) for i in range(3)])
     vector = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     pieces = [p.segments(vector) if callable(p.segments) else p.segments for p in plans.values()]
@@ -79,7 +81,7 @@ def test_no_rate_below_the_lowest_level_before_any_probe_either():
     for _ in range(2):
         below, above = made.noise(np.array([3.0, 4.0]))
         assert below == math.inf and above < math.inf
-        made.learn(0, news(2))
+        made.learn(0, result(2))
 
 
 def test_what_can_send_nothing_or_choose_nothing_is_refused():
@@ -100,9 +102,9 @@ def test_noise_is_that_of_a_gaussian_times_what_clients_reported():
     made = strategy(levels=(1, 2, 8))
     bits = np.array([0.5, 1.0, 2.0])
     assert made.noise(bits) == pytest.approx([math.inf, 20, 20 / 9])
-    sent = bytes_at_levels(made.setting, 2)
+    sent = bytes_at_levels(made.context, 2)
     for noise, bytes_sent, ratio in ((9.0, sent, 9 * 9 / 20), (None, None, 9 * 9 / 20), (0.0, sent, 9 * 9 / 20)):
-        made.learn(0, replace(news(3), noise=noise, payload_bytes=bytes_sent))
+        made.learn(0, replace(result(3), noise=noise, payload_bytes=bytes_sent))
         assert made.noise(bits) == pytest.approx([math.inf, 20 * ratio, 20 / 9 * ratio], rel=0.02)  # headers
 
 
@@ -116,11 +118,11 @@ def test_significance_as_a_weighted_sum_by_hand():
     assert made._margins(drops) == pytest.approx(0.25 * lost - 0.75 * saved)
     # A byte too few for 8 bits everywhere: by the sum a is lowered, -.5 against -.1625; by the ratio b, .1 for 150
     # bytes against .4 for 500; the exact plan costs least, .1 and not .4.
-    budget = made.setting.fixed_size + int(made.sizes[:, -1].sum()) - 1
+    budget = made.context.fixed_size + int(made.sizes[:, -1].sum()) - 1
     by_ratio = [{"allocation": name} for name in ("best", "greedy", "exact")]
     for config, choice in [(summed, (1, 2)), *((config, (2, 1)) for config in by_ratio)]:
         made = strategy(levels=(2, 4, 8), significance_alpha=0.25, **config)
-        made.learn(0, News(Measurement(drops, 0 * drops, drops), torch.ones(1310), torch.ones(1310), 1.0, 1.0))
+        made.learn(0, RoundResult(Measurement(drops, 0 * drops, drops), torch.ones(1310), torch.ones(1310), 1.0, 1.0))
         assert made.allocate(budget).choice == choice
 
 
@@ -135,13 +137,13 @@ def test_the_late_send_layers_in_part_but_never_nothing():
     (plan,) = made.plan(0, COHORT).values()  # too late both: the faster sends the smaller layer
     assert [isinstance(s.quantizer, Absent) for s in plan.segments] == [True, False, False]
     first = int(made.sizes[0, 0])
-    assert made.levels(made.setting.fixed_size + 9 + first) == [1, 0]
+    assert made.levels(made.context.fixed_size + 9 + first) == [1, 0]
     # Of equal drops the smaller layer is of more significance for its bytes, but where both fit both go.
-    assert made.levels(made.setting.fixed_size + int(made.sizes[:, 0].sum())) == [1, 1]
+    assert made.levels(made.context.fixed_size + int(made.sizes[:, 0].sum())) == [1, 1]
 
 
 def test_ecsq_has_no_significance_whatever_the_metric():
     for name, probes in (("ecsq", False), ("fedlq_rd", True)):
         made = strategy(name, metric="fisher")
-        made.learn(0, News(None, torch.ones(1310), torch.ones(1310), 1.0, 1.0))
+        made.learn(0, RoundResult(None, torch.ones(1310), torch.ones(1310), 1.0, 1.0))
         assert (made.probe(1) is not None) == probes

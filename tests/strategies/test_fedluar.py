@@ -13,7 +13,7 @@ from fedlq_ray.config.load import load
 from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel
 from fedlq_ray.models.flat import Layer
-from fedlq_ray.strategies import Member, News, Setting, make
+from fedlq_ray.strategies import Member, RoundResult, StrategyContext, make
 from fedlq_ray.strategies.fedluar import Recycling
 
 LAYERS = (
@@ -25,23 +25,23 @@ LAYERS = (
 
 
 def luar(**settings):
-    return make(Setting(tiny.config(strategy={"name": "fedluar", **settings}).strategy, LAYERS, seed=0))
+    return make(StrategyContext(tiny.config(strategy={"name": "fedluar", **settings}).strategy, LAYERS, seed=0))
 
 
-def news(update, weights, loss=1.0):
-    return News(None, update, weights, loss, 1.0)
+def result(update, weights, loss=1.0):
+    return RoundResult(None, update, weights, loss, 1.0)
 
 
 def test_scores_are_relative_updates_and_those_of_layers_left_out_stay():
     strategy = luar(recycled=1)
     update, weights = torch.arange(12.0), torch.full((12,), 2.0)
-    first = strategy.learn(strategy.init(), 0, news(update, weights))
+    first = strategy.learn(strategy.init(), 0, result(update, weights))
     norms = [float(update[at.start : at.stop].norm() / weights[at.start : at.stop].norm()) for at in LAYERS]
     assert first.scores == pytest.approx([norms[0], 0.0, norms[2], norms[3]], rel=1e-5)
     state = Recycling([2], update, first.scores)
-    later = strategy.learn(state, 1, news(2 * update, weights))
+    later = strategy.learn(state, 1, result(2 * update, weights))
     assert later.scores == pytest.approx([2 * norms[0], 0.0, norms[2], 2 * norms[3]], rel=1e-5)
-    assert strategy.learn(state, 1, news(update, weights, loss=None)) is state
+    assert strategy.learn(state, 1, result(update, weights, loss=None)) is state
 
 
 def test_layers_are_drawn_by_the_inverse_of_their_scores():
@@ -91,6 +91,6 @@ def test_layers_know_whether_they_have_a_matrix():
 def test_what_it_cannot_do_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         config = tiny.config(strategy={"name": "fedluar", **settings}).strategy
-        make(Setting(config, LAYERS, seed=0, error_feedback=bool(config.error_feedback)))
+        make(StrategyContext(config, LAYERS, seed=0, error_feedback=bool(config.error_feedback)))
     with pytest.raises(ConfigError, match="leave the same layers out"):
         load(None, ["strategy.name=fedluar", "server.buffer=2", "server.max_staleness=null"])

@@ -12,7 +12,7 @@ import fedlq_ray
 from fedlq_ray.config.load import load
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.errors import ConfigError, FedLQError
-from fedlq_ray.federation.task import Job, Parts, Workplace, prepare
+from fedlq_ray.federation.task import Job, Parts, Worker, prepare
 from fedlq_ray.models import FlatModel, build
 from fedlq_ray.significance.metrics import METRICS
 from fedlq_ray.strategies import Probe
@@ -76,11 +76,11 @@ def test_a_clients_round_is_near_the_cpus_and_the_same_again(name):
                 torch.nn.init.normal_(parameter, std=0.05)
             task = prepare(load(None, [*SERIAL, f"train.device={device}", "data.holdout=0"]), Parts(data=pictures()))
             task = dataclasses.replace(task, module=module, layers=FlatModel(module).layers)
-            place = Workplace(task)
-            weights = place.initial_weights()
-            plan = place.setting.at_levels([32] * len(place.setting.quantized))
-            reply, _ = place.train(Job(0, 0, plan, 8), weights, None)
-            found.append((reply.payload, place.model.read() - weights, place.evaluate(weights)))
+            worker = Worker(task)
+            weights = worker.initial_weights()
+            plan = worker.context.at_levels([32] * len(worker.context.quantized))
+            reply, _ = worker.train(Job(0, 0, plan, 8), weights, None)
+            found.append((reply.payload, worker.model.read() - weights, worker.evaluate(weights)))
     (_, expected, by_cpu), (payload, update, by_gpu), (again, *_) = found
     assert payload == again
     assert float((update - expected).norm() / expected.norm()) < 2e-3
@@ -100,10 +100,10 @@ def test_each_metric_is_near_the_cpus(metric):
     with reproducible("cuda"):
         for device in ("cpu", "cuda"):
             settings = [*SERIAL, "model.name=cnn", "clients.count=4", "clients.cohort=2", f"train.device={device}"]
-            place = Workplace(prepare(load(None, settings), Parts(data=pictures())))
-            weights = place.initial_weights()
-            quantizers = tuple(place.setting.quantizer_at(level) for level in (1, 4))
-            tables.append(place.probe(Probe(quantizers, 64, metric), torch.zeros_like(weights), weights, 1).drop)
+            worker = Worker(prepare(load(None, settings), Parts(data=pictures())))
+            weights = worker.initial_weights()
+            quantizers = tuple(worker.context.quantizer_at(level) for level in (1, 4))
+            tables.append(worker.probe(Probe(quantizers, 64, metric), torch.zeros_like(weights), weights, 1).drop)
     near = 2 / 64 if metric == "accuracy" else 0.02 * np.abs(tables[0]).max()  # two samples may be at a tie
     assert np.abs(tables[0] - tables[1]).max() <= near
 

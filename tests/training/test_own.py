@@ -19,7 +19,7 @@ from fedlq_ray import ClientError, ConfigError, resume, simulate
 from fedlq_ray.config.load import load
 from fedlq_ray.config.settings import TrainConfig
 from fedlq_ray.federation import rounds
-from fedlq_ray.federation.task import Parts, Workplace, prepare
+from fedlq_ray.federation.task import Parts, Worker, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.models import FlatModel
 from fedlq_ray.problems import Classification
@@ -177,7 +177,7 @@ EVEN = [
 def test_scaffold_is_the_papers_algorithm(page):
     """Against option II of Karimireddy et al., ICML 2020, written down here from their Algorithm 1."""
     task = prepare(load(None, EVEN), Parts(model=model(), data=ARRAYS, local=page("scaffold").Scaffold))
-    strategy, place, settings = make(Workplace(task).setting), Workplace(task), task.config.train
+    strategy, worker, settings = make(Worker(task).context), Worker(task), task.config.train
     state, size = rounds.begin(task, strategy), sum(p.numel() for p in model().parameters())
     x, c, own = state.weights[:size].double(), torch.zeros(size).double(), torch.zeros(4, size).double()
     net = model()
@@ -186,7 +186,7 @@ def test_scaffold_is_the_papers_algorithm(page):
         for client in step.record.cohort:
             y, shard = x.clone(), task.shards[client]
             rng = numpy_rng(0, "batches", step.record.round, client)
-            batches = list(Batches(ARRAYS[0][shard], ARRAYS[1][shard], place.normalise, 120, rng, settings))
+            batches = list(Batches(ARRAYS[0][shard], ARRAYS[1][shard], worker.normalise, 120, rng, settings))
             for inputs, targets in batches:
                 nn.utils.vector_to_parameters(y.float(), net.parameters())
                 gradient = torch.autograd.grad(nn.functional.cross_entropy(net(inputs), targets), [*net.parameters()])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError
 from torch import Tensor
 
-from fedlq_ray.federation.task import Job, Task, Timed, Workplace, timed
+from fedlq_ray.federation.task import Job, Task, Timed, Worker, timed
 from fedlq_ray.hosts.ray import stub
 from fedlq_ray.strategies import Probe
 from fedlq_ray.training.device import reproducible
@@ -34,7 +34,7 @@ class ClientActor:
     def __init__(self, task: Task) -> None:
         self.settings = reproducible(task.config.train.device)
         self.settings.__enter__()  # for the lifetime of this process
-        self.place = Workplace(task)
+        self.worker = Worker(task)
 
     def alive(self) -> bool:
         """Returns once the actor runs: whether it was forked."""
@@ -48,14 +48,14 @@ class ClientActor:
     def train(
         self, job: Job, weights: NDArray[np.float32], memory: NDArray[np.float32] | None
     ) -> tuple[Reply, NDArray[np.float32] | None]:
-        reply, kept = self.place.train(job, _tensor(weights), None if memory is None else _tensor(memory))
+        reply, kept = self.worker.train(job, _tensor(weights), None if memory is None else _tensor(memory))
         return reply, None if kept is None else kept.numpy()
 
     def evaluate(self, weights: NDArray[np.float32]) -> Timed:
-        return timed(self.place.evaluate, _tensor(weights))
+        return timed(self.worker.evaluate, _tensor(weights))
 
     def probe(self, probe: Probe, base: NDArray[np.float32], sent: NDArray[np.float32], round: int) -> Timed:
-        return timed(self.place.probe, probe, _tensor(base), _tensor(sent), round)
+        return timed(self.worker.probe, probe, _tensor(base), _tensor(sent), round)
 
 
 @ray.remote(num_cpus=0)

@@ -43,7 +43,7 @@ _OF = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 _OURS = ("torch", "fedlq_ray.federation.rounds", "fedlq_ray.tracking.log")
 
 
-class Worker(NamedTuple):
+class Forked(NamedTuple):
     """A forked process: the link to its stub, and the raylet with which it ends (or the server's owner)."""
 
     link: socket.socket
@@ -67,7 +67,7 @@ def serve(listener: socket.socket, address: Path, owner: int) -> None:
     _clear(address.parent)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
-    workers: dict[int, Worker] = {}
+    workers: dict[int, Forked] = {}
     end = time.monotonic() + _FIRST_S
     while time.monotonic() < end and _alive(owner):
         for event, _ in waiting.select(timeout=1.0):
@@ -112,7 +112,7 @@ def _accept(
     listener: socket.socket,
     address: Path,
     waiting: selectors.BaseSelector,
-    workers: dict[int, Worker],
+    workers: dict[int, Forked],
     files: tuple[int, int],
 ) -> None:
     """Forks the process that a stub requests; a stub whose link is closed without a reply starts its process itself."""
@@ -143,7 +143,7 @@ def _accept(
     link.settimeout(None)
     with contextlib.suppress(OSError):
         link.sendall(b"+")
-    workers[pid] = Worker(link, int(request["environment"].get("RAY_RAYLET_PID", os.getpid())))
+    workers[pid] = Forked(link, int(request["environment"].get("RAY_RAYLET_PID", os.getpid())))
     waiting.register(link, selectors.EVENT_READ)
 
 
@@ -176,7 +176,7 @@ def _request(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
         raise
 
 
-def _reap(waiting: selectors.BaseSelector, workers: dict[int, Worker]) -> None:
+def _reap(waiting: selectors.BaseSelector, workers: dict[int, Forked]) -> None:
     while workers:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
