@@ -26,10 +26,11 @@ class StrategyConfig(Section):
 
     name: Text = key("fedlq", "a scheme by name (docs/algorithms lists them), or your own as module:function")
     payload: Literal["update", "model"] = key("update", "what a client sends: its update, or its whole model")
-    error_feedback: bool | Literal["ef21"] | None = key(
+    error_feedback: bool | Literal["ef21", "cafe"] | None = key(
         None,
         "clients add what quantization lost in a round to what they send in the next; ef21: they send the difference "
-        "from the server's vector of them; null: the strategy's own default; signsgd allows neither",
+        "from the server's vector of them; cafe: the difference from the last mean update; null: the strategy's own "
+        "default; signsgd and fedluar allow none",
     )
 
     @field_validator("name")

@@ -333,6 +333,7 @@ class Config(Section):
                 f"clients.cohort ({self.clients.cohort}) must not be larger than clients.count ({self.clients.count})"
             )
         self._steps_fit()
+        self._feedback_fits()
         if self.train.device == "cuda" and self.clients.hosting != "serial" and not self.clients.num_gpus:
             raise ValueError(
                 "train.device=cuda needs clients.num_gpus, an actor's share of a GPU, such as 0.25 (or hosting=serial)"
@@ -350,6 +351,20 @@ class Config(Section):
         if self.evaluate_on == "holdout" and not self.data.holdout:
             raise ValueError("evaluate_on=holdout needs a data.holdout above 0")
         return self
+
+    def _feedback_fits(self) -> None:
+        """Checks that all clients have the last mean update, if they send the difference from it."""
+        if self.strategy.error_feedback != "cafe":
+            return
+        cafe = "strategy.error_feedback=cafe sends the difference from the last mean update"
+        if self.strategy.payload != "update":
+            raise ValueError(f"{cafe}; it needs strategy.payload=update")
+        if self.continuous:
+            raise ValueError(f"{cafe}, which clients of several versions do not share; use server.max_staleness=0")
+        if self.train.adaptive_work > 1:
+            raise ValueError(f"{cafe}, which has the cohort's mean work; it needs train.adaptive_work=1")
+        if self.network.downlink_bits is not None:
+            raise ValueError(f"{cafe}, which clients fetch as float32; it needs network.downlink_bits=null")
 
     def _steps_fit(self) -> None:
         """Checks how steps of the server begin and end."""

@@ -25,6 +25,7 @@ class Fold:
         models: the model that each job's payload is compared with (`strategy.payload=model`).
         shares: each job's share of the sum.
         tracked: the server's EF21 vector of each client; `self.tracked` has it after the step.
+        last: the last mean update (d,), from which CAFe's clients send the difference.
         discounts: factors of the shares for staleness; None: ones. Shares are not scaled up in return.
         step: for messages.
     """
@@ -36,11 +37,12 @@ class Fold:
         models: Sequence[Tensor],
         shares: Sequence[float],
         tracked: Mapping[int, Tensor],
+        last: Tensor,
         discounts: Sequence[float] | None = None,
         step: int = 0,
     ) -> None:
         self.jobs, self.models, self.shares, self.tracked = jobs, models, shares, dict(tracked)
-        self.discounts, self.step = discounts or [1.0] * len(jobs), step
+        self.last, self.discounts, self.step = last, discounts or [1.0] * len(jobs), step
         self.decode_s = 0.0  # wall seconds of decoding and summing
         self.custom, self.skip = task.quantizer, task.config.clients.on_failure == "skip_client"
         self.update = torch.zeros(task.layers[-1].stop, dtype=torch.float64)
@@ -135,7 +137,8 @@ class Fold:
                     continue
                 raise fault from exc
             memory = MEMORIES[job.plan.error_feedback]
-            value, tracked = memory.at_server(payload.vector, self.tracked.get(job.client))
+            known = self.last if memory.common else self.tracked.get(job.client)
+            value, tracked = memory.at_server(payload.vector, known)
             if tracked is not None:
                 self.tracked[job.client] = tracked
             change = PAYLOADS[kind].change(value.double(), model)

@@ -189,6 +189,7 @@ def fold_of(rules: Rules, state: ServerState, flights: Sequence[Flight]) -> Fold
         [flight.download.model if flight.download.coded else state.weights for flight, _ in sending],
         shares,
         state.tracked,
+        state.update,
         [(1 + state.round - flight.version) ** -exponent for flight, _ in sending],
         state.round,
     )

@@ -124,7 +124,7 @@ def prepare(config: Config, parts: Parts = Parts()) -> Task:
     expand(config.checkpoint.path or "", "checkpoint.path")
     how = config.data
     local = own.find(config.train.local if parts.local is None else parts.local)
-    own.require_float32(local, config.train)
+    own.require_fits(local, config.train, config.strategy.error_feedback)
     problem = find_problem(config.problem if parts.problem is None else parts.problem)
     with seeded(config.seed, "data"):  # a user's function may draw from global generators
         if parts.data is not None:
@@ -244,8 +244,9 @@ class Worker:
         return inputs(x, self.task.data.mean, self.task.data.std, self.model.device)
 
     def broadcast_size(self) -> int:
-        """Bytes of the whole model on the wire, as float32."""
-        return PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.task.layers)
+        """Bytes of the whole model on the wire, as float32; with CAFe, the last mean update is sent as well."""
+        vectors = 2 if self.task.config.strategy.error_feedback == "cafe" else 1
+        return vectors * (PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.task.layers))
 
     def train(self, job: Job, weights: Tensor, memory: Tensor | None) -> tuple[Reply, Tensor | None]:
         shard = self.task.shards[job.client]

@@ -19,6 +19,8 @@ from fedlq_ray.federation.flight import Flight, FlightEnd, Landing, cut, earlies
 from fedlq_ray.federation.host import Answer, Host
 from fedlq_ray.federation.planning import Dispatch, Rules, plan
 from fedlq_ray.federation.state import ServerState
+from fedlq_ray.federation.task import Job
+from fedlq_ray.training.payloads import MEMORIES
 
 FRUITLESS = 2000  # so many flights in a row without an update end a run; at a dropout of 0.99 they have p = 2e-9
 Landings = dict[tuple[int, int], Landing]  # of jobs that the host has yet to answer, by (dispatch, client)
@@ -71,6 +73,7 @@ class Traffic:
         wake_s: when the next client becomes available, if there is room for it.
         shared: what all clients hold, with what each has fetched by now.
         held, memories: by client, with what the flights that have ended changed.
+        common: the last mean update in the form of the host, if clients need it.
     """
 
     def __init__(self, rules: Rules, host: Host, state: ServerState, published: Any, landings: Landings) -> None:
@@ -79,7 +82,7 @@ class Traffic:
         self.flying = {flight.client: flight for flight in state.flights}
         self.ended: list[FlightEnd] = []
         self.now_s, self.dispatches = state.sim_time_s, state.dispatches
-        self.held, self.memories = dict(state.held), dict(state.memories)
+        self.held, self.memories, self.common = dict(state.held), dict(state.memories), None
         self.shared = None if (s := state.shared) is None else Shared(s.model, s.sent, dict(s.fetched))
         self.starts = {id(state.weights): (state.weights, published)}  # models that clients start from, by id
         deadline_s = self.config.server.deadline_s
@@ -142,8 +145,16 @@ class Traffic:
             model = flight.download.model
             if id(model) not in self.starts:
                 self.starts[id(model)] = model, self.host.publish(model)
-            self.host.submit(flight.job, self.starts[id(model)][1], self.memories.get(flight.client))
+            self.host.submit(flight.job, self.starts[id(model)][1], self._memory(flight.job))
         self._watch(flight)
+
+    def _memory(self, job: Job) -> Any:
+        """What the job's client gets of earlier rounds, in the form of the host."""
+        if not MEMORIES[job.plan.error_feedback].common:
+            return self.memories.get(job.client)
+        if self.common is None:
+            (self.common,) = self.host.remember({job.client: self.state.update}).values()
+        return self.common
 
     def _watch(self, flight: Flight) -> None:
         """Notes when a flight ends, or when it ends at the earliest."""

@@ -44,7 +44,7 @@ def _wrong_plans(plans: Any, state: Any, round: int, cohort: Any) -> str:
     for client, plan in plans.items():
         if plan.payload not in PAYLOADS or plan.error_feedback not in MEMORIES:
             what = f"payload={plan.payload!r}, error_feedback={plan.error_feedback!r}"
-            return f"gave client {client} {what}; payloads are update and model, error feedback is a bool or 'ef21'"
+            return f"gave client {client} {what}; payloads are update and model, error_feedback a bool, ef21 or cafe"
         if plan.weight is not None and not (isinstance(plan.weight, int | float) and 0 < plan.weight < math.inf):
             return f"gave client {client} the weight {plan.weight!r}; it must be above 0 and finite, or None"
     return ""

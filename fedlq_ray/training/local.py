@@ -35,7 +35,8 @@ class Plan:
         segments: the pieces that cover the flat vector in order, each with its quantizer. If the client chooses by the
             vector (d,) that it will send: a function from that vector to the pieces, which can be pickled.
         error_feedback: True adds what was lost in earlier rounds and keeps what this round loses; "ef21" sends the
-            difference from the server's vector of this client, and keeps that vector.
+            difference from the server's vector of this client, and keeps that vector; "cafe" sends the difference from
+            the last mean update.
         weight: the weight in the average, relative to the sum over clients that answer; None: its samples per pass.
     """
 

@@ -23,6 +23,7 @@ from fedlq_ray.errors import ConfigError
 from fedlq_ray.models import FlatModel
 from fedlq_ray.problems import Problem
 from fedlq_ray.seeding import numpy_rng
+from fedlq_ray.training.payloads import Feedback
 from fedlq_ray.training.sgd import Batches, lr_at
 
 State = Mapping[str, Tensor]
@@ -79,9 +80,16 @@ def find(given: GivenLocal | None) -> Local | None:
     return cast(Local, found)
 
 
-def require_float32(local: Local | None, settings: TrainConfig) -> None:
-    """Raises ConfigError if a user's own training should run in another precision, which it alone could do."""
-    if local is not None and settings.precision != "float32":
+def require_fits(local: Local | None, settings: TrainConfig, feedback: Feedback | None) -> None:
+    """Raises ConfigError if a user's own training cannot run with these settings.
+
+    It alone could train in another precision. Its state takes the place in which clients get the last mean update.
+    """
+    if local is None:
+        return
+    if feedback == "cafe":
+        raise ConfigError("strategy.error_feedback: cafe leaves no room for a local training of your own; use true")
+    if settings.precision != "float32":
         raise ConfigError(
             f"train.precision: {settings.precision} does not reach a local training of your own; use float32, and "
             "torch.autocast in the function"

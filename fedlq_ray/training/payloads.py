@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Feedback = bool | Literal["ef21"]  # `strategy.error_feedback`, without null
+Feedback = bool | Literal["ef21", "cafe"]  # `strategy.error_feedback`, without null
 
 
 class Payload(Protocol):
@@ -56,7 +56,13 @@ PAYLOADS: dict[str, Payload] = {"update": Update(), "model": Model()}
 
 
 class Memory(Protocol):
-    """How what quantization loses is carried to later rounds; None is the memory before the first round."""
+    """How what quantization loses is carried to later rounds; None is the memory before the first round.
+
+    Attributes:
+        common: the memory is the server's last mean update (d,), the same for all clients, and no client keeps one.
+    """
+
+    common: bool
 
     def before(self, x: Tensor, memory: Tensor | None) -> Tensor:
         """What is quantized, where x is to arrive."""
@@ -73,6 +79,8 @@ class Memory(Protocol):
 
 class NoMemory:
     """Nothing is kept."""
+
+    common = False
 
     def before(self, x: Tensor, memory: Tensor | None) -> Tensor:
         return x
@@ -97,6 +105,8 @@ class ErrorFeedback(NoMemory):
 class Ef21:
     """The difference from what the server has of the client is sent (EF21: Richtarik et al., NeurIPS 2021)."""
 
+    common = False
+
     def before(self, x: Tensor, memory: Tensor | None) -> Tensor:
         return x if memory is None else x - memory
 
@@ -108,4 +118,16 @@ class Ef21:
         return held, held
 
 
-MEMORIES: dict[Feedback, Memory] = {False: NoMemory(), True: ErrorFeedback(), "ef21": Ef21()}
+class Cafe(NoMemory):
+    """The difference from the last mean update is sent (CAFe: arXiv:2512.22623)."""
+
+    common = True
+
+    def before(self, x: Tensor, memory: Tensor | None) -> Tensor:
+        return x if memory is None else x - memory
+
+    def at_server(self, received: Tensor, tracked: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return received if tracked is None else received + tracked, None
+
+
+MEMORIES: dict[Feedback, Memory] = {False: NoMemory(), True: ErrorFeedback(), "ef21": Ef21(), "cafe": Cafe()}

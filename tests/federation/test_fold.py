@@ -174,7 +174,7 @@ def four():
     jobs = [Job(0, client, Plan("update", (Segment(Float32(), 0, len(update)),)), 1) for client in range(4)]
     where = {"kind": "update", "round": 0, "rng": torch.Generator()}
     payloads = [encode(update, job.plan.segments, client=job.client, **where) for job in jobs]
-    fold = Fold(TASK, jobs, [update] * 4, [0.1, 0.2, 0.3, 0.4], {})
+    fold = Fold(TASK, jobs, [update] * 4, [0.1, 0.2, 0.3, 0.4], {}, 0 * update)
     return fold, [Reply(payload, 1.0, 1, 0.0, 0.0) for payload in payloads]
 
 

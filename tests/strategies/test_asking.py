@@ -49,7 +49,7 @@ WRONG = {
             for w in (0, -1.0, math.nan)
         ),
         (planning(payload="weights"), r"plan gave client \d payload='weights', .*; payloads are update and model"),
-        (planning(error_feedback="ef22"), r"plan gave client \d .*error_feedback='ef22'; .* bool or 'ef21'"),
+        (planning(error_feedback="ef22"), r"plan gave client \d .*error_feedback='ef22'; .* a bool, ef21 or cafe"),
     ],
     "combine": [
         (
