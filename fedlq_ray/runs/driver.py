@@ -85,7 +85,7 @@ def _warnings(step: Step, told: set[int], saver: Saver) -> Iterator[Event]:
     """What went wrong since the step before; each skipped client once, which `told` then has."""
     for client in [c for c in step.faults if c not in told]:
         yield Warned(f"skipped (clients.on_failure=skip_client): {step.faults[client]}")
-    told |= step.faults.keys()
+    told.update(step.faults)
     if saver.failure:
         yield Warned(saver.failure)
         saver.failure = None

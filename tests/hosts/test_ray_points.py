@@ -55,11 +55,11 @@ class Once:
 def armed(once):
     """A strategy that has a driver's writes, syncs and renames count, from the first to the last."""
 
-    def factory(setting):
+    def factory(context):
         if once.here():
             once.armed = at_point(once.number, once.happen)
             once.armed.__enter__()
-        return FedLQRD(setting)
+        return FedLQRD(context)
 
     return factory
 

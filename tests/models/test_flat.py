@@ -46,7 +46,7 @@ def test_convolutions_lie_in_channels_last_order():
     model = FlatModel(nn.Conv2d(2, 1, 2, bias=False))
     with torch.no_grad():
         model.module.weight.copy_(torch.arange(8.0).view(1, 2, 2, 2))  # channel 0 holds 0..3, channel 1 holds 4..7
-    assert model.layers == (Layer("(root)", 0, 8),)
+    assert model.layers == (Layer("(root)", 0, 8, matrix=True),)
     assert model.storage.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -57,7 +57,7 @@ def test_frozen_parameters_are_no_part_of_the_vector():
     kept = module[0].weight
     model = FlatModel(module)
     _step(model, torch.ones(4, 3))
-    assert model.layers == (Layer("1", 0, 2),) and model.num_parameters == 2 == len(model.storage)
+    assert model.layers == (Layer("1", 0, 2, matrix=True),) and model.num_parameters == 2 == len(model.storage)
     assert model.grad.any() and model.module[0].weight is kept and kept.grad is None
     assert model.state_dict().keys() == module.state_dict().keys()
     module.requires_grad_(False)
