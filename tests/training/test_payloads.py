@@ -13,7 +13,7 @@ def coarse(x):
 
 @pytest.mark.parametrize("feedback", MEMORIES)
 def test_the_server_has_all_that_was_to_arrive_but_for_the_last_error(feedback):
-    """Error feedback owes the last loss in the sum over rounds; EF21's and CAFe's server is within the last error of x."""
+    """Error feedback owes the last loss in the sum over rounds; EF21's and CAFe's server is within one error of x."""
     memory, kept, tracked = MEMORIES[feedback], None, None
     wanted, received = torch.zeros(3), torch.zeros(3)
     for x in (torch.tensor([0.4, 1.3, -0.6]), torch.tensor([0.4, 0.3, -0.6]), torch.tensor([0.4, 2.3, 0.2])):
