@@ -58,7 +58,7 @@ def _rows(found: Any) -> list[tuple[str, str]]:
         ]
     low, middle, high = (f"{size:,.0f}" for size in found.payload_bytes)
     sent, fetched = found.uplink_bytes, found.downlink_bytes
-    known = f"mean of the first {found.steps}, {'known exactly' if found.known == 'exactly' else found.known}"
+    known = f"mean of {found.steps}, {'known exactly' if found.known == 'exactly' else found.known}"
     rows += [
         ("a client's payload", f"{sure}{high} bytes" + ("" if low == high else f" (from {low}, median {middle})")),
         (

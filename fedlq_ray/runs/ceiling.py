@@ -31,7 +31,7 @@ from fedlq_ray.strategies.budgets import bytes_at_rate
 from fedlq_ray.training.local import Reply
 from fedlq_ray.training.sgd import samples_of
 
-STEPS = 20  # steps of the server that are looked at; a shorter run has fewer
+STEPS = 20  # steps of the server that are looked at; all of a shorter run
 
 
 class Quantiles(NamedTuple):
@@ -122,7 +122,8 @@ def rules_of(task: Task, strategy: Strategy) -> Rules:
 
 
 def walk(rules: Rules, size: Callable[[Job], int], steps: int = STEPS) -> list[Stepped]:
-    """The first steps of a run in which nothing is trained or learned.
+    """Steps of a run in which nothing is trained or learned: its first ones. Of a synchronous run, whose budgets may
+    rise with the rounds, they have the numbers of rounds that are spread evenly over the run.
 
     Args:
         size: the bytes of a job's payload.
@@ -133,7 +134,11 @@ def walk(rules: Rules, size: Callable[[Job], int], steps: int = STEPS) -> list[S
     host = Sized(task, size)
     state = begin(task, rules.strategy)
     state = replace(state, selection=rules.selection.init())
-    for _ in range(min(steps, task.config.rounds)):
+    rounds = task.config.rounds
+    steps = min(steps, rounds)
+    for step in range(steps):
+        if task.config.synchronous:
+            state = replace(state, round=(2 * step + 1) * rounds // (2 * steps))
         traffic = Traffic(rules, host, state, host.publish(state.weights), landings)
         traffic.advance()
         while not traffic.full:
