@@ -22,8 +22,13 @@ def own(default: Any, meaning: str, **bounds: Any) -> Any:
 
 
 class StrategyConfig(Section):
-    """Settings that every strategy reads."""
+    """Settings that every strategy reads.
 
+    Attributes:
+        not_stale: why the strategy cannot take updates of several versions in a step; empty: it can.
+    """
+
+    not_stale: ClassVar[str] = ""
     name: Text = key("fedlq", "a scheme by name (docs/algorithms lists them), or your own as module:function")
     payload: Literal["update", "model"] = key("update", "what a client sends: its update, or its whole model")
     error_feedback: bool | Literal["ef21", "cafe"] | None = key(
@@ -217,6 +222,7 @@ class TernGrad(Scoped):
 class SignSGD(Scoped):
     """signsgd."""
 
+    not_stale = "a vote has no stale votes"
     step: Positive = own(1e-3, "how far the server steps along the majority's signs")
 
 
@@ -289,6 +295,7 @@ class Kimad(Levelled, Budgeted):
 class FedLUAR(Quantized):
     """fedluar."""
 
+    not_stale = "all clients of a step leave the same layers out"
     recycled: int | None = own(
         None,
         "layers that are not sent in a round; null: half of those with a matrix, rounded down",

@@ -383,10 +383,6 @@ class Config(Section):
             raise ValueError("network.downlink=shared needs network.downlink_bits, the rate of each step's change")
         if self.continuous and self.train.adaptive_work > 1:
             raise ValueError("train.adaptive_work is for steps that wait for a cohort, with server.max_staleness=0")
-        if self.continuous and self.strategy.name == "signsgd":
-            raise ValueError("strategy.name=signsgd: a vote has no stale votes; use it with server.max_staleness=0")
-        if self.continuous and self.strategy.name == "fedluar":
-            raise ValueError(
-                "strategy.name=fedluar: all clients of a step leave the same layers out; use it with "
-                "server.max_staleness=0"
-            )
+        if self.continuous and self.strategy.not_stale:
+            what = f"strategy.name={self.strategy.name}: {self.strategy.not_stale}"
+            raise ValueError(f"{what}; use it with server.max_staleness=0")

@@ -29,8 +29,8 @@ class Durations:
         self._fixed_s = np.array([m.fixed_s for m in members])
         self._send_s = np.array([1 / m.uplink_bytes_per_s for m in members])
         self._fetch_s = np.array([bills / cohorts.downlink(task, client) for client in clients])
-        size = float(Worker(task).broadcast_size())
-        self.initial: Sizes = (size, size)
+        worker = Worker(task)
+        self.initial: Sizes = (float(worker.model_size()), float(worker.broadcast_size()))
 
     def __call__(self, sizes: Sizes) -> Floats:
         """Each client's expected seconds, (clients,)."""

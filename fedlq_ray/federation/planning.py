@@ -22,6 +22,7 @@ from fedlq_ray.seeding import numpy_rng, seeded
 from fedlq_ray.strategies import Member, Probe, Strategy
 from fedlq_ray.strategies.asking import asked
 from fedlq_ray.training.local import Plan
+from fedlq_ray.training.payloads import MEMORIES
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def _planned(
         expected = rules.ask("expected_bytes", step, state.strategy, step, members) or known
         members = cohorts.with_own_work(task, members, expected) if expected else members
     plans: Mapping[int, Plan] = rules.ask("plan", step, copy.deepcopy(state.strategy), step, members, keys=keys)
+    if task.config.strategy.error_feedback != "cafe" and any(MEMORIES[p.error_feedback].common for p in plans.values()):
+        raise FedLQError(
+            f"step {step}: {type(rules.strategy).__name__} has plans with error_feedback='cafe'; set "
+            "strategy.error_feedback=cafe too, which checks that all clients have the last mean update"
+        )
     return [
         depart(task, m, dispatch.number, step, dispatch.at_s, downloads[m.client], plans.get(m.client)) for m in members
     ]

@@ -33,6 +33,7 @@ from fedlq_ray.training import own
 from fedlq_ray.training.augment import require_images
 from fedlq_ray.training.local import Evaluation, Plan, Reply, Trainer, client_round, evaluate
 from fedlq_ray.training.own import GivenLocal, Local, OwnTraining
+from fedlq_ray.training.payloads import MEMORIES
 from fedlq_ray.training.sgd import LocalSGD
 
 
@@ -243,10 +244,14 @@ class Worker:
     def normalise(self, x: NDArray[Any]) -> Tensor:
         return inputs(x, self.task.data.mean, self.task.data.std, self.model.device)
 
+    def model_size(self) -> int:
+        """Bytes of the whole model on the wire, as float32."""
+        return PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.task.layers)
+
     def broadcast_size(self) -> int:
-        """Bytes of the whole model on the wire, as float32; with CAFe, the last mean update is sent as well."""
-        vectors = 2 if self.task.config.strategy.error_feedback == "cafe" else 1
-        return vectors * (PAYLOAD_HEADER + sum(LAYER_HEADER + 4 * layer.size for layer in self.task.layers))
+        """Bytes that a client fetches as float32: the model, and the last mean update if it needs that."""
+        common = MEMORIES[self.task.config.strategy.error_feedback or False].common
+        return (2 if common else 1) * self.model_size()
 
     def train(self, job: Job, weights: Tensor, memory: Tensor | None) -> tuple[Reply, Tensor | None]:
         shard = self.task.shards[job.client]

@@ -181,7 +181,7 @@ def ceiling(task: Task) -> Ceiling:
     """
     if not task.flops:
         raise ConfigError("model.name: no FLOPs are counted, so that computing takes no simulated time")
-    size = Worker(task).broadcast_size()
+    size = Worker(task).model_size()
     limit = task.config.network.model_copy(update={"uplink_free": True})
     free = replace(task, config=task.config.model_copy(update={"network": limit}))
     float32_s, free_s = (

@@ -382,24 +382,3 @@ def test_a_timeless_strategy_plans_and_learns_without_any_time(name):
     else:
         with pytest.raises(AttributeError, match="fixed_s|uplink_bytes_per_s|round_time_s"):
             train()
-
-
-def test_fedlq_rd_feeds_errors_back_where_models_are_sent():
-    for payload, asked, due in (("update", None, False), ("model", None, True), ("model", False, False)):
-        made = make(context(name="fedlq_rd", payload=payload, error_feedback=asked))
-        assert made.plan(made.init(), 0, cohort())[0].error_feedback == due
-
-
-def test_a_function_that_makes_a_strategy_has_its_class_error_feedback_unless_one_is_set():
-    from fedlq_ray.strategies.fedlq_rd import FedLQRD
-
-    class Feeding(FedLQRD):
-        error_feedback = True
-
-    for given in (Feeding, lambda context: Feeding(context)):
-        for asked, due in ((None, True), (False, False), ("ef21", "ef21")):
-            made = make(context(error_feedback=asked), given)
-            plan = made.plan(made.init(), 0, cohort())[0]
-            assert plan.error_feedback == due
-    plain = make(context(), lambda context: Kimad(context)).plan(None, 0, cohort())[0]
-    assert plain.error_feedback is False

@@ -5,13 +5,14 @@ import tiny
 import torch
 from faults import SMALL, cut, evidence
 
-from fedlq_ray import ConfigError, resume, simulate
+from fedlq_ray import ConfigError, FedLQError, resume, simulate
 from fedlq_ray.config.load import load
 from fedlq_ray.federation import rounds
 from fedlq_ray.federation.task import Worker, prepare
 from fedlq_ray.hosts.serial import SerialHost
 from fedlq_ray.quantization import decode
-from fedlq_ray.strategies import make
+from fedlq_ray.runs.ceiling import ceiling
+from fedlq_ray.strategies import Strategy, make
 
 CAFE = ["strategy.name=uniform", "strategy.bits=4", "strategy.error_feedback=cafe"]
 
@@ -88,8 +89,27 @@ def test_hosting_changes_no_byte(tmp_path, ray_here):
 )
 def test_what_does_not_fit_is_refused(settings, tmp_path):
     with pytest.raises(ConfigError, match=r"strategy\.error_feedback"):
-        run(tmp_path / "run", *CAFE[:0], "strategy.error_feedback=cafe", *settings)
+        run(tmp_path / "run", CAFE[2], *settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_strategy_that_plans_it_alone_is_refused(tmp_path):
+    class Own(Strategy):
+        error_feedback = "cafe"
+
+        def __init__(self, context):
+            self.context = context
+
+        def plan(self, state, round, cohort):
+            return {m.client: self.context.at_levels([4] * len(self.context.quantized)) for m in cohort}
+
+    with pytest.raises(FedLQError, match=r"step 0: Own has plans with error_feedback='cafe'; set strategy\.error_feed"):
+        run(tmp_path / "own", strategy=Own)
+
+
+def test_ceilings_count_the_uploads_of_a_model(tmp_path):
+    plain, cafe = (ceiling(prepare(load(None, [*SMALL, f"strategy.error_feedback={f}"]))) for f in ("false", "cafe"))
+    assert plain.ratios == cafe.ratios and plain.float32_s == cafe.float32_s
 
 
 def test_a_local_training_of_ones_own_is_refused(tmp_path):
