@@ -54,13 +54,8 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
     if len(table) > 1 and any(row.accuracy_gain is not None for row in table):
         gains = [between(row.accuracy_gain, goal.scale, places=1 if goal.percent else 3) for row in table]
         made["gain, points" if goal.percent else "difference"] = _own(table, gains)
-    for name, heading in (("equal_mb", "at equal MB"), ("equal_s", "at equal s")):
-        cells = [_quality(row, name) for row in table]
-        others = [cell for row, cell in zip(table, cells, strict=True) if row.run != row.reference]
-        if len(table) > 1 and any(cell != MISSING for cell in others):
-            made[f"{'points' if goal.percent else 'difference'} {heading}"] = _own(table, cells)
     for metric in METRICS:
-        if metric.column and (not metric.of_records or any(row.mean(metric.name) is not None for row in table)):
+        if metric.column and not metric.of_records:
             made[metric.column] = figures(metric.name)
     if any(row.bits_per_parameter is not None for row in table):
         made["bits/param."] = [figure(row.bits_per_parameter) for row in table]
@@ -85,6 +80,14 @@ def columns(table: Sequence[Row], target: float | None) -> Columns:
         missing = [_of(one.seeds, row.seeds) for one, row in zip(found, table, strict=True)]
         made[f"s to {other}"] = [figure(*f.seconds, missing=m) for f, m in zip(found, missing, strict=True)]
         made[f"MB to {other}"] = [figure(one.mb) for one in found]
+    for name, heading in (("equal_mb", "at equal MB"), ("equal_s", "at equal s")):
+        cells = [_quality(row, name) for row in table]
+        others = [cell for row, cell in zip(table, cells, strict=True) if row.run != row.reference]
+        if len(table) > 1 and any(cell != MISSING for cell in others):
+            made[f"{'points' if goal.percent else 'difference'} {heading}"] = _own(table, cells)
+    for metric in METRICS:
+        if metric.column and metric.of_records and any(row.mean(metric.name) is not None for row in table):
+            made[metric.column] = figures(metric.name)
     if any(row.failed for row in table):
         made["no result"] = [f"{row.failed} of {row.seeds}" for row in table]
     return made
